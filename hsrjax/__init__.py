@@ -1,0 +1,47 @@
+"""Half-space reporting and exact sparse attention in JAX.
+
+`build`, `query`, `count`, `insert`, `delete` report all stored keys k with
+<a, k> >= b. `attention`, and `init_cache`, `extend`, `decode_attention` for growing
+caches, look only at the keys that fire. `reference` is the slow oracle, `theory` the
+paper's formulas.
+"""
+
+from hsrjax import reference as reference
+from hsrjax import theory as theory
+from hsrjax.activations import ReLU as ReLU
+from hsrjax.activations import Softmax as Softmax
+from hsrjax.attention import attention as attention
+from hsrjax.decode import KVCache as KVCache
+from hsrjax.decode import decode_attention as decode_attention
+from hsrjax.decode import extend as extend
+from hsrjax.decode import init_cache as init_cache
+from hsrjax.index import Index as Index
+from hsrjax.index import build as build
+from hsrjax.index import delete as delete
+from hsrjax.index import insert as insert
+from hsrjax.query import Report as Report
+from hsrjax.query import count as count
+from hsrjax.query import query as query
+from hsrjax.reported import Info as Info
+
+__version__ = "0.1.0"
+
+__all__ = (
+    "Index",
+    "Info",
+    "KVCache",
+    "ReLU",
+    "Report",
+    "Softmax",
+    "attention",
+    "build",
+    "count",
+    "decode_attention",
+    "delete",
+    "extend",
+    "init_cache",
+    "insert",
+    "query",
+    "reference",
+    "theory",
+)

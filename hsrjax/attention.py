@@ -1,0 +1,134 @@
+"""Attention over keys found by half-space reporting, with a dense twin to check it by."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from hsrjax import checks, dense, planner
+from hsrjax.activations import Activation, ReLU, Softmax
+from hsrjax.layout import from_tiles, heads_first, query_tiles
+from hsrjax.planner import Implementation
+from hsrjax.prefill import prefill
+from hsrjax.reported import Info, summarize_values
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    activation: Activation,
+    implementation: Implementation = "auto",
+    is_causal: bool = False,
+    scale: jax.typing.ArrayLike | None = None,
+    capacity: int | None = None,
+    return_info: bool = False,
+) -> jax.Array | tuple[jax.Array, Info]:
+    """Attention `sum_j w_ij v_j`, weights from `activation`, only firing keys looked at.
+
+    For ReLU^p, w_ij = relu(scale <q_i, k_j> - bias)^p, divided as the activation says:
+    the same numbers, values and gradients, whichever the implementation.
+
+    Args:
+      query: f[B, T, N, H], float32, bfloat16 or float16.
+      key: f[B, S, K, H], N a multiple of K: query heads n K/N share a key head.
+      value: f[B, S, K, D]; D may differ from H.
+      activation: `hsrjax.ReLU` or `hsrjax.Softmax`.
+      implementation: "dense" scores every key; "hsr" those that half-space reporting
+        finds; "auto" takes the one expected to be faster.
+      is_causal: query i sees keys 0..i, as in `jax.nn.dot_product_attention`.
+      scale: multiplies the scores, None is 1/sqrt(H). May be traced.
+      capacity: slots of one gather, None chooses. It changes speed, never the result.
+      return_info: also return what is known about each row.
+
+    Returns:
+      f[B, T, N, D] in the query's dtype, or (output, `Info` with fields [B, T, N]).
+      A row in which no key fires is zero, and so are its gradients. A NaN key makes
+      exactly the rows that see it NaN; a NaN value spoils its coordinate in all rows
+      but empty ones, as it does in a dense product. Cost and memory: see
+      `hsrjax.prefill` for "hsr"; "dense" takes O(B N T S) memory. First derivatives
+      only for "hsr".
+
+    Raises:
+      ValueError: shapes that do not fit, unknown names, capacity < 1.
+      TypeError: unsupported dtypes, or an activation of another kind.
+
+    Example:
+      >>> import jax.numpy as jnp, hsrjax
+      >>> q = jnp.ones((1, 2, 4, 8)); k = v = jnp.ones((1, 3, 2, 8))
+      >>> hsrjax.attention(q, k, v, activation=hsrjax.ReLU(power=2)).shape
+      (1, 2, 4, 8)
+
+    Source: Chen et al. 2024, Definition 1.2 and Algorithm 2; softmax: Theorem 4.3.
+    """
+    _check(query, key, value, activation)
+    t, n = query.shape[1:3]
+    s, kv_heads = key.shape[1:3]
+    plan = planner.plan(
+        activation,
+        implementation,
+        queries=t,
+        keys=s,
+        group=n // kv_heads,
+        capacity=capacity,
+    )
+    position = jnp.arange(t, dtype=jnp.int32)[None, :]
+    limits = jnp.minimum(position + 1, s) if is_causal else jnp.full_like(position, s)
+    if plan.implementation == "hsr":
+        out, info = prefill(
+            query, key, value, limits, activation=activation, scale=scale, plan=plan
+        )
+    else:
+        tiles = query_tiles(
+            activation, query, limits, scale=scale, kv_heads=kv_heads, tile=t
+        )
+        values = summarize_values(heads_first(value))
+        out, info = dense.attend(activation, heads_first(key), values, tiles)
+        out, info = jax.tree.map(
+            lambda x: from_tiles(x, length=t, heads=n), (out, info)
+        )
+    out = out.astype(query.dtype)
+    return (out, info) if return_info else out
+
+
+def _check(query, key, value, activation) -> None:
+    """Static checks of shapes, dtypes and the activation."""
+    check_query(query, activation)
+    for name, x, layout in (
+        ("key", key, "[B, S, K, H]"),
+        ("value", value, "[B, S, K, D]"),
+    ):
+        checks.check_float(name, x)
+        checks.check_rank(name, x, layout)
+        checks.check_nonempty(name, x)
+    checks.check_equal("key.shape[0]", key.shape[0], query.shape[0], "the batch size")
+    checks.check_equal(
+        "value.shape[:3]", value.shape[:3], key.shape[:3], "the key's B, S, K"
+    )
+    check_heads(query, key.shape[2], key.shape[3])
+
+
+def check_query(query: jax.Array, activation: Activation) -> None:
+    """Static checks of a query f[B, T, N, H] and the activation."""
+    if not isinstance(activation, (ReLU, Softmax)):
+        raise TypeError(
+            "activation must be hsrjax.ReLU(...) or hsrjax.Softmax(...), got "
+            f"{activation!r}."
+        )
+    checks.check_float("query", query)
+    checks.check_rank("query", query, "[B, T, N, H]")
+    checks.check_nonempty("query", query)
+    checks.check_head_dim("query", query)
+
+
+def check_heads(query: jax.Array, kv_heads: int, head_dim: int) -> None:
+    """Raises ValueError unless the query's heads fit the keys'."""
+    checks.check_equal(
+        "query.shape[3]", query.shape[3], head_dim, "the head size of the keys"
+    )
+    if query.shape[2] % kv_heads:
+        raise ValueError(
+            f"query heads must be a multiple of the {kv_heads} key heads, got "
+            f"{query.shape[2]}; use N = G * K heads."
+        )

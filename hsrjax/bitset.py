@@ -1,0 +1,78 @@
+"""Bit sets over key slots: 32 slots a word, so that a set of S keys takes S/8 bytes.
+
+The reported set of a query is passed around in this form because it is small enough
+to keep for the backward pass and because the c-th member is found by counting bits
+(`select`) instead of sorting or scanning the keys again.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+WORD = 32
+"""Slots in a word; also the number of keys that share one block of the sketch."""
+
+_LANES = tuple(range(WORD))
+
+
+def pack(mask: jax.Array) -> jax.Array:
+    """Packs bool[..., S] (S a multiple of 32) into words u32[..., S/32]."""
+    lanes = jnp.array(_LANES, jnp.uint32)
+    bits = mask.reshape(*mask.shape[:-1], -1, WORD).astype(jnp.uint32)
+    lanes = lanes.reshape((1,) * (bits.ndim - 1) + (WORD,))
+    return jnp.sum(bits << lanes, axis=-1, dtype=jnp.uint32)
+
+
+def unpack(words: jax.Array) -> jax.Array:
+    """Unpacks words u32[..., W] into bool[..., 32 W]."""
+    lanes = jnp.array(_LANES, jnp.uint32).reshape((1,) * words.ndim + (WORD,))
+    bits = (words[..., None] >> lanes) & jnp.uint32(1)
+    return (bits != 0).reshape(*words.shape[:-1], -1)
+
+
+def size(words: jax.Array) -> jax.Array:
+    """Number of members, i32[...], of the sets u32[..., W]."""
+    counts = jax.lax.population_count(words).astype(jnp.int32)
+    return jnp.sum(counts, axis=-1, dtype=jnp.int32)
+
+
+def select(words: jax.Array, start: jax.Array, capacity: int) -> jax.Array:
+    """Members number start, start + 1, ..., start + capacity - 1 in ascending order.
+
+    Args:
+      words: u32[..., W], the sets.
+      start: i32 scalar, rank of the first member wanted (0-based).
+      capacity: how many members to return; static.
+
+    Returns:
+      Slots i32[..., capacity], ascending, padded with 32 W (one past the end).
+      Cost O(W + capacity log W) per set.
+    """
+    lead, width = words.shape[:-1], words.shape[-1]
+    flat = words.reshape(-1, width)
+    counts = jax.lax.population_count(flat).astype(jnp.int32)
+    below = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
+    rank = start + jnp.arange(capacity, dtype=jnp.int32)
+
+    def one(word_row, count_row, below_row):
+        at = jnp.searchsorted(below_row, rank, side="right").astype(jnp.int32)
+        inside = jnp.minimum(at, width - 1)
+        left = rank - (below_row[inside] - count_row[inside])
+        slot = inside * WORD + _nth_bit(word_row[inside], left)
+        return jnp.where(at < width, slot, WORD * width)
+
+    return jax.vmap(one)(flat, counts, below).reshape(*lead, capacity)
+
+
+def _nth_bit(word: jax.Array, n: jax.Array) -> jax.Array:
+    """Position of the n-th (0-based) set bit of each word, by halving the word."""
+    position = jnp.zeros_like(n)
+    for width in (16, 8, 4, 2, 1):
+        low_mask = jnp.uint32((1 << width) - 1)
+        low = jax.lax.population_count(word & low_mask).astype(jnp.int32)
+        high = n >= low
+        n = jnp.where(high, n - low, n)
+        position = jnp.where(high, position + width, position)
+        word = jnp.where(high, word >> jnp.uint32(width), word)
+    return position

@@ -1,0 +1,278 @@
+r"""Certified bounds on inner products: the int8 sketch of the keys, and boxes.
+
+**The sketch.** Keys are cut into blocks of 32. With a common centre c, a block's scale
+s and int8 codes k8, every key is k = c + s k8 + e; a query is a = t a8 + f. Then
+
+    <a, k> = <a, c> + s t <a8, k8> + s <f, k8> + <a, e>,
+
+so with `spread` >= |s k8| and `radius` >= |e| over the block, Cauchy-Schwarz gives
+
+    | <a, k> - <a, c> - s t <a8, k8> |  <=  |f| spread + |a| radius.
+
+**Rounding (u = 2^-24, float32, any summation order, subnormals may be flushed).**
+Membership is about the *float32* score S, so the bound must also hold for S and for
+the float32 evaluation of itself. Write K = |c| + spread + radius >= |k|.
+
+1.  |S - <a, k>| <= g |a| K and the computed centre score C has
+    |C - <a, c>| <= g |a| |c|, for g = H u / (1 - H u), each plus at most H 2^-126 from
+    flushed products (Higham 2002, section 3.1).
+2.  The stored radius is a float32 norm of e' = fl(fl(k - c) - fl(s k8)). Coordinatewise
+    |e - e'| <= 2u (|fl(k - c)| + |s k8|) + u |e'| to first order, which `_error_norm`
+    adds, as it adds 2^-122 for flushed coordinates. The query's |f| likewise.
+3.  A float32 norm, computed after division by the largest coordinate (so that neither
+    overflow nor underflow of squares matters), has relative error <= (H/2 + 4) u;
+    products and sums of the handful of terms below add less than 24 u.
+    `_inflate` multiplies by 1 + (2H + 64) u and so covers both.
+4.  The product <a8, k8> is an integer of at most 127^2 H < 2^14 H: exact in int32, and
+    in float32 for H <= 1024.
+
+Hence for every key of the block
+
+    | S - C - s t <a8, k8> | <= slack,
+    slack = inflate(|f| spread + |a| radius + (2H + 32) u |a| (2 K + |c|)) + 2^-110.
+
+**Thresholds.** If S >= b then s t <a8, k8> >= b - C - slack, that is
+<a8, k8> >= z = (b - C - slack) / (s t). The float32 value of b - C - slack is off by at
+most 2u (|b - C| + slack). If |b - C| <= 4 |a| K this is covered by the 32 u |a| (2 K)
+in the slack. Otherwise, b - C > 0 means that no key of the block can reach b and
+b - C < 0 that all do, and a relative error of 2u changes neither. The quotient has
+relative error 3u, an absolute error below 1 + H/256 where |z| <= 2^14 H, so testing
+<a8, k8> >= ceil(z) - 1 - floor(H/256) never drops a key. Wherever something is not
+finite, or s t is not a normal number, the threshold is the smallest integer: the block
+passes whole. NaN never fails the test.
+
+The same slack bounds S from both sides (`intervals`), which is what the softmax
+certificates are computed from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hsrjax.bitset import WORD
+
+_UNIT = 2.0**-24
+_TINY = 2.0**-110
+_FLUSHED = 2.0**-122
+_SMALLEST_RANGE = 1e-35
+_SMALLEST_PRODUCT = 2.0**-125
+_LARGEST = 2.0**126
+_LEVELS = 127
+_PASS = -(2**30)
+_STOP = 2**30
+MAX_HEAD_DIM = 1024
+_MIN_ROWS = 4
+"""int8 products with fewer rows fall off XLA's fast path on CPU."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scale", "spread", "radius", "centre"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """The 8-bit picture of the keys; S is a multiple of 32.
+
+    Attributes:
+      codes: i8[*B, H, S], key coordinates in units of the block's scale.
+      scale: f32[*B, S/32].
+      spread: f32[*B, S/32], at least the norm of scale * codes of each key.
+      radius: f32[*B, S/32], at least the norm of what the codes leave out.
+      centre: f32[*B, H], subtracted before coding; any value is sound.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    spread: jax.Array
+    radius: jax.Array
+    centre: jax.Array
+
+
+class QuerySketch(NamedTuple):
+    """A query tile as the sketch sees it, [*B, Q] queries against S/32 blocks.
+
+    Attributes:
+      codes: i8[*B, Q, H].
+      centre_score: f32[*B, Q, 1].
+      step: f32[*B, Q, S/32], score per unit of the int8 product.
+      slack: f32[*B, Q, S/32], how far the float32 score may be from its estimate.
+      sound: bool[*B, Q, S/32], whether the two numbers above may be relied on.
+    """
+
+    codes: jax.Array
+    centre_score: jax.Array
+    step: jax.Array
+    slack: jax.Array
+    sound: jax.Array
+
+
+def dot(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Exact-stage scores f32[*B, Q, S] of f[*B, Q, H] and f[*B, S, H].
+
+    This one product, float32 at highest precision, defines membership everywhere.
+    """
+    return jnp.einsum(
+        "...qh,...sh->...qs",
+        queries.astype(jnp.float32),
+        keys.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """Euclidean norm over the last axis that neither overflows nor underflows early."""
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    safe = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    scaled = x / safe[..., None]
+    return largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=-1))
+
+
+def sketch_blocks(
+    blocks: jax.Array, valid: jax.Array, centre: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Codes, scale, spread and radius of blocks of 32 keys.
+
+    Args:
+      blocks: f[*B, W, 32, H], keys; may hold NaN and infinities.
+      valid: bool[*B, W, 32]; other slots are ignored.
+      centre: f32[*B, H].
+
+    Returns:
+      codes i8[*B, W, 32, H] and scale, spread, radius f32[*B, W]. Cost O(W 32 H).
+    """
+    rest = blocks.astype(jnp.float32) - centre[..., None, None, :]
+    rest = jnp.where(valid[..., None], rest, 0.0)
+    reach = jnp.max(jnp.abs(rest), axis=(-2, -1))
+    scale = jnp.where(reach > _SMALLEST_RANGE, reach / _LEVELS, 1.0)
+    scale = jnp.where(jnp.isnan(reach), reach, scale)
+    codes, coded, error = _round_to_codes(rest, scale[..., None, None])
+    factor = _inflation(rest.shape[-1])
+    spread = factor * jnp.max(norm(coded), axis=-1)
+    radius = factor * jnp.max(_error_norm(rest, coded, error), axis=-1)
+    return codes, scale, spread, radius
+
+
+def sketch_query(sketch: Sketch, queries: jax.Array) -> QuerySketch:
+    """Codes a tile of queries f[*B, Q, H] and bounds the error against every block."""
+    a = queries.astype(jnp.float32)
+    h = a.shape[-1]
+    reach = jnp.max(jnp.abs(a), axis=-1)
+    scale = jnp.where(reach > _SMALLEST_RANGE, reach / _LEVELS, 1.0)
+    codes, coded, error = _round_to_codes(a, scale[..., None])
+    length = norm(a)[..., None]
+    lost = _error_norm(a, coded, error)[..., None]
+    centre_norm = norm(sketch.centre)[..., None, None]
+    spread, radius = sketch.spread[..., None, :], sketch.radius[..., None, :]
+    key_norm = centre_norm + spread + radius
+    rounding = (2 * h + 32) * _UNIT * length * (2 * key_norm + centre_norm)
+    slack = lost * spread + length * radius + rounding
+    slack = _inflation(h) * slack + _TINY
+    step = scale[..., None] * sketch.scale[..., None, :]
+    sound = (step > _SMALLEST_PRODUCT) & (length * key_norm + slack < _LARGEST)
+    centre_score = dot(a, sketch.centre[..., None, :])
+    return QuerySketch(codes, centre_score, step, slack, sound)
+
+
+def code_products(sketch: Sketch, query: QuerySketch) -> jax.Array:
+    """The int8 matrix product i32[*B, Q, S]: one byte read per key coordinate."""
+    rows = query.codes.shape[-2]
+    codes = query.codes
+    if rows < _MIN_ROWS:
+        padding = [(0, 0)] * (codes.ndim - 2) + [(0, _MIN_ROWS - rows), (0, 0)]
+        codes = jnp.pad(codes, padding)
+    products = jnp.einsum(
+        "...qh,...hs->...qs", codes, sketch.codes, preferred_element_type=jnp.int32
+    )
+    return products[..., :rows, :]
+
+
+def thresholds(query: QuerySketch, offsets: jax.Array) -> jax.Array:
+    """Integers i32[*B, Q, S/32]: a key below its block's integer is not a member.
+
+    Args:
+      query: from `sketch_query`.
+      offsets: f32[*B, Q].
+    """
+    lowest = offsets[..., None] - query.centre_score - query.slack
+    margin = 1.0 + query.codes.shape[-1] // 256
+    level = jnp.ceil(jnp.clip(lowest / query.step, _PASS, _STOP)) - margin
+    usable = query.sound & ~jnp.isnan(level)
+    return jnp.where(usable, level, float(_PASS)).astype(jnp.int32)
+
+
+def intervals(
+    query: QuerySketch, products: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Lower and upper bounds f32[*B, Q, S] of every float32 score."""
+    step, slack = _per_key(query.step), _per_key(query.slack)
+    middle = query.centre_score + step * products.astype(jnp.float32)
+    sound = _per_key(query.sound)
+    lower = jnp.where(sound, middle - slack, -jnp.inf)
+    upper = jnp.where(sound, middle + slack, jnp.inf)
+    return lower, upper
+
+
+def score_rounding(sketch: Sketch, queries: jax.Array) -> jax.Array:
+    """Bound f32[*B, Q] on the rounding error of any float32 score of a query."""
+    key_norm = norm(sketch.centre) + jnp.max(sketch.spread + sketch.radius, axis=-1)
+    h = queries.shape[-1]
+    length = norm(queries.astype(jnp.float32))
+    return (2 * h + 32) * _UNIT * length * key_norm[..., None] + _TINY
+
+
+def box_blocks(blocks: jax.Array, valid: jax.Array) -> jax.Array:
+    """Corners f32[*B, W, 2, H] (low, high) of the boxes around blocks of keys."""
+    keys = blocks.astype(jnp.float32)
+    inside = valid[..., None]
+    low = jnp.min(jnp.where(inside, keys, jnp.inf), axis=-2)
+    high = jnp.max(jnp.where(inside, keys, -jnp.inf), axis=-2)
+    nan = jnp.any(inside & jnp.isnan(keys), axis=-2)
+    corners = jnp.stack([low, high], axis=-2)
+    return jnp.where(nan[..., None, :], jnp.nan, corners)
+
+
+def box_upper(boxes: jax.Array, queries: jax.Array) -> jax.Array:
+    """Upper bound f32[*B, Q, W] of the float32 scores of the keys in each box.
+
+    sum_h max(a_h low_h, a_h high_h) bounds <a, k>; every key has |k_h| at most the
+    larger corner, so float32 rounding of the score and of this sum is at most
+    (2H + 32) u sum_h |a_h| max(|low_h|, |high_h|), which is added. Empty boxes have
+    infinite corners and need no bound: no slot of theirs is in use.
+    """
+    a = queries.astype(jnp.float32)
+    h = a.shape[-1]
+    low, high = boxes[..., None, :, 0, :], boxes[..., None, :, 1, :]
+    a = a[..., :, None, :]
+    best = jnp.sum(jnp.maximum(a * low, a * high), axis=-1)
+    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    size = jnp.sum(jnp.abs(a) * largest, axis=-1)
+    upper = best + (2 * h + 32) * _UNIT * size + _TINY
+    return jnp.where(size < _LARGEST, upper, jnp.inf)
+
+
+def _round_to_codes(x, scale):
+    """Codes i8, their value scale * codes, and the float32 remainder."""
+    ratio = jnp.round(x / scale)
+    ratio = jnp.where(jnp.isfinite(ratio), jnp.clip(ratio, -_LEVELS, _LEVELS), 0.0)
+    coded = scale * ratio
+    return ratio.astype(jnp.int8), coded, x - coded
+
+
+def _error_norm(x, coded, error):
+    rounding = 4 * _UNIT * (norm(x) + norm(coded) + norm(error))
+    return norm(error) + rounding + _FLUSHED
+
+
+def _inflation(h: int) -> float:
+    return 1.0 + (2 * h + 64) * _UNIT
+
+
+def _per_key(block_values: jax.Array) -> jax.Array:
+    return jnp.repeat(block_values, WORD, axis=-1)

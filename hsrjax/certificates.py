@@ -1,0 +1,182 @@
+r"""Offsets and error certificates for softmax attention, from bounds on the scores.
+
+Softmax has no threshold of its own (and the paper gives none), so
+one is computed per query from a lower and an upper bound of every score, which the
+sketch yields in one pass:
+
+* top r: the r-th largest lower bound is at most the r-th largest score, so the
+  half-space at that offset holds the r best keys;
+* epsilon: a key whose lower bound reaches the offset o is certainly reported. The mass
+  of all others that may be left out is at most sum exp(min(upper, o)), over keys with
+  lower < o. The largest o for which this is at most epsilon * sum exp(lower) leaves out
+  at most a fraction epsilon, whatever the data.
+
+Dense attention calls the same functions with lower = upper = score.
+
+Rounding. A float32 sum of S non-negative terms has relative error at most S u, and
+every term exp(x - m) at most 96 u for |x - m| <= 88 (u = 2^-24; smaller terms are
+flushed to zero, at most 2^-126 each, against a term of at least the mean). `_guard`
+multiplies by 1 + 4 (S + 256) u, which covers two such sums and their quotient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hsrjax import theory
+from hsrjax.activations import Softmax
+
+_STEPS = 20
+"""Bits of the offset that are searched: sign, exponent and 11 of the mantissa."""
+
+
+class Selection(NamedTuple):
+    """Which keys a softmax row keeps, and what is known of those it leaves out.
+
+    Attributes:
+      offset: f32[...], keys scoring below it are left out.
+      shift: f32[...], the largest kept score, subtracted before exp.
+      left_out: f32[...], bound on sum exp(score - shift) over keys left out.
+    """
+
+    offset: jax.Array
+    shift: jax.Array
+    left_out: jax.Array
+
+
+def safe_offset(activation: Softmax, lower: jax.Array, upper: jax.Array) -> jax.Array:
+    """An offset f32[*B, Q] whose half-space holds every key the activation keeps.
+
+    Args:
+      activation: with top_r or epsilon.
+      lower: f32[*B, Q, S], lower bounds, -inf where a key is not visible.
+      upper: f32[*B, Q, S], upper bounds, -inf where a key is not visible.
+
+    Returns:
+      The largest such offset to 12 significant bits; -inf where there is none.
+      Cost O(20 S) per query, no sort.
+    """
+    if activation.top_r is not None:
+        wanted = activation.top_r
+
+        def enough(offset):
+            above = lower >= offset[..., None]
+            return jnp.sum(above, axis=-1, dtype=jnp.int32) >= wanted
+
+        return _largest(enough, lower.shape[:-1])
+
+    peak = _finite(jnp.max(lower, axis=-1))
+    heavy = jnp.exp(upper - peak[..., None])
+    total = jnp.sum(jnp.exp(lower - peak[..., None]), axis=-1)
+    epsilon = jnp.asarray(activation.epsilon, jnp.float32)
+    allowed = epsilon * total / _guard(lower.shape[-1])
+
+    def small_enough(offset):
+        tail = _tail(lower, heavy, offset, peak)
+        return tail <= allowed
+
+    found = _largest(small_enough, lower.shape[:-1])
+    # Nothing is known of any score: nothing may be left out.
+    return jnp.where(total > 0, found, -jnp.inf)
+
+
+def select(
+    activation: Softmax,
+    top: jax.Array,
+    offset: jax.Array,
+    lower: jax.Array,
+    upper: jax.Array,
+) -> Selection:
+    """The final offset, given the best exact scores among the survivors.
+
+    Args:
+      activation: with top_r or epsilon, or full.
+      top: f32[*B, Q, r + 1] largest exact scores, descending (one for epsilon),
+        padded with -inf.
+      offset: f32[*B, Q], from `safe_offset`.
+      lower: f32[*B, Q, S], as there.
+      upper: f32[*B, Q, S], as there.
+    """
+    shift = _finite(top[..., 0])
+    if activation.top_r is not None:
+        last, next_best = top[..., -2], top[..., -1]
+        middle = next_best + 0.5 * (last - next_best)
+        # Between the r-th and the next: no rounding of either can change the set.
+        offset = jnp.where(next_best == -jnp.inf, -jnp.inf, middle)
+    heavy = jnp.exp(upper - shift[..., None])
+    left_out = _tail(lower, heavy, offset, shift) * _guard(lower.shape[-1])
+    return Selection(offset, shift, left_out)
+
+
+def error_bound(
+    selection: Selection,
+    total: jax.Array,
+    count: jax.Array,
+    value_bound: jax.Array,
+    score_rounding: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Missed mass and output error bound f32[*B, Q] of a finished softmax row.
+
+    Args:
+      selection: from `select`.
+      total: f32[*B, Q], sum of the kept weights exp(score - shift).
+      count: i32[*B, Q], kept keys.
+      value_bound: f32[*B, 1], at least every |value coordinate|.
+      score_rounding: f32[*B, Q], bound on the rounding error of a score.
+
+    Returns:
+      (missed, bound): the fraction of the full row's mass left out, and a bound on the
+      maximum-norm distance to full softmax in exact arithmetic: Lemma 6.5's
+      2 missed max|v|, and the float32 rounding of this row.
+    """
+    left_out = selection.left_out
+    kept = total > 0
+    missed = left_out / jnp.where(kept | (left_out > 0), total + left_out, 1.0)
+    missed = jnp.minimum(missed * _guard(0), 1.0)
+    weight_error = jnp.expm1(2.0 * score_rounding)
+    terms = 2.0 * (count.astype(jnp.float32) + 64.0) * 2.0**-24
+    rounding = jnp.minimum(2.0 * weight_error + terms, 2.0) * value_bound
+    return missed, theory.softmax_error_bound(missed, value_bound) + rounding
+
+
+def _tail(lower, heavy, offset, shift):
+    """Bound on sum exp(score - shift) over keys that may score below offset."""
+    edge = jnp.exp(jnp.minimum(offset - shift, 88.0))
+    below = lower < offset[..., None]
+    term = jnp.minimum(heavy, edge[..., None])
+    return jnp.sum(jnp.where(below, term, 0.0), axis=-1)
+
+
+def _largest(holds: Callable[[jax.Array], jax.Array], shape) -> jax.Array:
+    """Largest float32, to `_STEPS` leading bits, for which a falling predicate holds.
+
+    Bits are set from the top in the order-preserving integer picture of float32; the
+    patterns beyond the infinities are NaN, for which no comparison holds.
+    """
+
+    def step(i, bits):
+        trial = bits | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
+        return jnp.where(holds(_from_order(trial)), trial, bits)
+
+    bits = jax.lax.fori_loop(0, _STEPS, step, jnp.zeros(shape, jnp.uint32))
+    found = _from_order(bits)
+    return jnp.where(jnp.isnan(found), -jnp.inf, found)
+
+
+def _from_order(bits: jax.Array) -> jax.Array:
+    top = jnp.uint32(1 << 31)
+    raw = jnp.where(bits >= top, bits ^ top, ~bits)
+    return jax.lax.bitcast_convert_type(raw, jnp.float32)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """x with -inf (no key) replaced by 0; NaN stays."""
+    return jnp.where(x == -jnp.inf, 0.0, x)
+
+
+def _guard(terms: int) -> float:
+    return 1.0 + 4 * (terms + 256) * 2.0**-24

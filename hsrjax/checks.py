@@ -1,0 +1,84 @@
+"""Static checks: every mistake in shapes, dtypes and options raises at trace time.
+
+Each message names the argument, what was expected, what was given and the fix. Facts
+about values are never checked here: they are fields of results.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from hsrjax.bounds import MAX_HEAD_DIM
+
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def check_float(name: str, x: jax.Array) -> None:
+    """Raises TypeError unless x is float32, bfloat16 or float16."""
+    if not hasattr(x, "dtype") or x.dtype not in _FLOATS:
+        got = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(
+            f"{name} must be a float32, bfloat16 or float16 array, got {got}; "
+            f"cast it, e.g. {name}.astype(jnp.float32)."
+        )
+
+
+def check_rank(name: str, x: jax.Array, layout: str) -> None:
+    """Raises ValueError unless x has the rank of `layout`, e.g. "[B, T, N, H]"."""
+    rank = layout.count(",") + 1
+    if layout.startswith("[*B"):
+        if x.ndim < rank - 1:
+            raise ValueError(
+                f"{name} must be {layout} (at least {rank - 1} axes), got shape "
+                f"{x.shape}."
+            )
+    elif x.ndim != rank:
+        raise ValueError(
+            f"{name} must have the {rank} axes {layout}, got shape {x.shape}."
+        )
+
+
+def check_nonempty(name: str, x: jax.Array) -> None:
+    """Raises ValueError if any axis of x has size 0."""
+    if 0 in x.shape:
+        raise ValueError(f"{name} must not be empty, got shape {x.shape}.")
+
+
+def check_equal(name: str, got, expected, why: str) -> None:
+    """Raises ValueError unless got == expected."""
+    if got != expected:
+        raise ValueError(f"{name} must be {expected} ({why}), got {got}.")
+
+
+def check_head_dim(name: str, x: jax.Array) -> None:
+    """Raises ValueError if the last axis is longer than the bounds are proved for."""
+    if x.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"{name} must have a last axis (head size H) of at most {MAX_HEAD_DIM}, "
+            f"got {x.shape[-1]}; the int8 bounds are exact only up to there."
+        )
+
+
+def check_positive(name: str, value) -> None:
+    """Raises ValueError unless value is a Python integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a Python integer >= 1, got {value!r}.")
+
+
+def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless value is one of choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+
+
+def check_integer(name: str, x: jax.Array) -> None:
+    """Raises TypeError unless x is an integer array."""
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
+        got = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(f"{name} must be an integer array, got {got}.")
+
+
+def concrete(*arrays) -> bool:
+    """Whether values are at hand (not being traced), so that they can be checked."""
+    return not any(isinstance(x, jax.core.Tracer) for x in arrays)

@@ -1,0 +1,280 @@
+"""Algorithm 1 of the paper, generation decoding: a long-lived index over the KV cache.
+
+Init is `init_cache`; Inference is `decode_attention`. The paper scans new keys by brute
+force; here `extend` inserts them into the index, at a cost that does not depend on the
+length, so a cache that has grown token by token is as fast as one built at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from hsrjax import checks, dense, planner, reported
+from hsrjax import index as index_module
+from hsrjax.activations import Activation
+from hsrjax.attention import check_heads, check_query
+from hsrjax.index import Index
+from hsrjax.layout import from_tiles, heads_first, query_tiles
+from hsrjax.planner import Implementation
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["index", "values"],
+    meta_fields=["max_length"],
+)
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys with their index, and values, of a batch of growing rows; a pytree.
+
+    Attributes:
+      index: over keys f[B, K, P, H].
+      values: rows f[B, K, P, D] and what must be known of those not looked at.
+      max_length: room per row, static.
+    """
+
+    index: Index
+    values: reported.Values
+    max_length: int
+
+    @property
+    def length(self) -> jax.Array:
+        """Tokens stored in each row, i32[B]."""
+        return self.index.size[:, 0]
+
+    @property
+    def dropped(self) -> jax.Array:
+        """Tokens that found no room in each row, i32[B]; not zero: tokens are missing."""
+        return self.index.dropped[:, 0]
+
+
+def init_cache(
+    batch: int,
+    max_length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    value_dim: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> KVCache:
+    """An empty cache (Algorithm 1, Init).
+
+    Args:
+      batch: B rows.
+      max_length: tokens each row has room for.
+      num_kv_heads: K.
+      head_dim: H of the keys.
+      value_dim: D of the values, None is H.
+      dtype: of keys and values.
+
+    Returns:
+      KVCache; per token and head H int8 bytes beside the keys and values.
+
+    Raises:
+      ValueError: a size below 1, or H > 1024.
+      TypeError: dtype is not float32, bfloat16 or float16.
+
+    Example:
+      >>> import hsrjax
+      >>> hsrjax.init_cache(2, 100, 4, 64).length
+      Array([0, 0], dtype=int32)
+
+    Source: Chen et al. 2024, Algorithm 1.
+    """
+    value_dim = head_dim if value_dim is None else value_dim
+    for name, size in (
+        ("batch", batch),
+        ("max_length", max_length),
+        ("num_kv_heads", num_kv_heads),
+        ("head_dim", head_dim),
+        ("value_dim", value_dim),
+    ):
+        checks.check_positive(name, size)
+    probe = jax.ShapeDtypeStruct((1, head_dim), dtype)
+    checks.check_float("dtype", probe)
+    checks.check_head_dim("head_dim", probe)
+    lead = (batch, num_kv_heads)
+    index = index_module.empty(lead, head_dim, max_keys=max_length, dtype=dtype)
+    rows = jnp.zeros((*index.keys.shape[:-1], value_dim), dtype)
+    values = reported.Values(
+        rows, jnp.zeros(lead, jnp.float32), jnp.zeros((*lead, value_dim), jnp.float32)
+    )
+    return KVCache(index, values, max_length)
+
+
+def extend(
+    cache: KVCache,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    lengths: jax.Array | None = None,
+) -> KVCache:
+    """Appends tokens to every row.
+
+    Args:
+      cache: from `init_cache` or `extend`.
+      key: f[B, U, K, H] in the cache's dtype.
+      value: f[B, U, K, D].
+      lengths: i32[B], how many leading tokens of the U are real in each row; None is
+        all of them.
+
+    Returns:
+      KVCache. Tokens beyond `max_length` are not stored and are counted in `dropped`.
+      Cost O((U + 64) (H + D)) per row and head, whatever the length.
+
+    Raises:
+      ValueError: shapes that do not fit, U > max_length, or (outside jit) no room.
+      TypeError: another dtype than the cache's.
+
+    Example:
+      >>> import jax.numpy as jnp, hsrjax
+      >>> cache = hsrjax.init_cache(1, 8, 2, 4)
+      >>> token = jnp.ones((1, 3, 2, 4))
+      >>> hsrjax.extend(cache, token, token, lengths=jnp.array([2])).length
+      Array([2], dtype=int32)
+
+    Source: Chen et al. 2024, Theorem 4.1, where new keys are scanned instead.
+    """
+    _check_extension(cache, key, value, lengths)
+    b, new, kv_heads = key.shape[:3]
+    if lengths is None:
+        lengths = jnp.full((b,), new, jnp.int32)
+    lengths = jnp.clip(lengths.astype(jnp.int32), 0, new)
+    per_head = jnp.broadcast_to(lengths[:, None], (b, kv_heads))
+    index = index_module.append(cache.index, heads_first(key), per_head)
+    step = jnp.arange(new, dtype=jnp.int32)
+    slots = cache.index.size[..., None] + step
+    stored = (step < per_head[..., None]) & (slots < cache.max_length)
+    slots = jnp.where(stored, slots, cache.values.rows.shape[-2])
+    rows = heads_first(value)
+    fresh = reported.summarize_values(jnp.where(stored[..., None], rows, 0))
+    values = reported.Values(
+        rows=index_module.put_rows(cache.values.rows, slots, rows),
+        bound=jnp.maximum(cache.values.bound, fresh.bound),
+        poison=cache.values.poison + fresh.poison,
+    )
+    return KVCache(index, values, cache.max_length)
+
+
+def decode_attention(
+    query: jax.Array,
+    cache: KVCache,
+    *,
+    activation: Activation,
+    implementation: Implementation = "auto",
+    scale: jax.typing.ArrayLike | None = None,
+    positions: jax.Array | None = None,
+    capacity: int | None = None,
+) -> tuple[jax.Array, reported.Info]:
+    """Attention of the newest positions over the cache (Algorithm 1, Inference).
+
+    Args:
+      query: f[B, T, N, H]; query t of a row stands at position length - T + t and sees
+        the keys up to and including that position.
+      cache: holds the keys of these positions already.
+      activation: `hsrjax.ReLU` or `hsrjax.Softmax`.
+      implementation: "dense", "hsr" or "auto".
+      scale: multiplies the scores, None is 1/sqrt(H). May be traced.
+      positions: i32[B, T] to place the queries elsewhere; needed after an `extend` with
+        ragged `lengths`. Negative positions see nothing.
+      capacity: slots of one gather, None chooses. It changes speed, never the result.
+
+    Returns:
+      (f[B, T, N, D] in the query's dtype, `Info` with fields [B, T, N]). Cost of "hsr":
+      one int8 product with the sketch, P H bytes per key head for the P tokens there
+      is room for, then (H + D) multiplications per query and reported key.
+
+    Raises:
+      ValueError: shapes that do not fit, unknown names, capacity < 1.
+      TypeError: unsupported dtypes, or an activation of another kind.
+
+    Example:
+      >>> import jax.numpy as jnp, hsrjax
+      >>> token = jnp.ones((1, 1, 2, 4))
+      >>> cache = hsrjax.extend(hsrjax.init_cache(1, 8, 2, 4), token, token)
+      >>> query = jnp.ones((1, 1, 6, 4))
+      >>> out, info = hsrjax.decode_attention(query, cache, activation=hsrjax.ReLU())
+      >>> out.shape, int(info.count[0, 0, 0])
+      ((1, 1, 6, 4), 1)
+
+    Source: Chen et al. 2024, Algorithm 1, Theorem 4.1.
+    """
+    _check_decode(query, cache, activation, positions)
+    t, n = query.shape[1:3]
+    keys = cache.index.keys
+    kv_heads = keys.shape[1]
+    plan = planner.plan(
+        activation,
+        implementation,
+        queries=t,
+        keys=cache.max_length,
+        group=n // kv_heads,
+        capacity=capacity,
+    )
+    length = cache.length[:, None]
+    if positions is None:
+        positions = length - t + jnp.arange(t, dtype=jnp.int32)[None, :]
+    limits = jnp.clip(positions.astype(jnp.int32) + 1, 0, length)
+    tiles = query_tiles(
+        activation, query, limits, scale=scale, kv_heads=kv_heads, tile=plan.tile
+    )
+    if plan.implementation == "hsr":
+        out, info = reported.attend(
+            activation, cache.index, cache.values, tiles, capacity=plan.capacity
+        )
+    else:
+        out, info = dense.attend(activation, keys, cache.values, tiles)
+    out, info = jax.tree.map(lambda x: from_tiles(x, length=t, heads=n), (out, info))
+    return out.astype(query.dtype), info
+
+
+def _check_extension(cache, key, value, lengths) -> None:
+    _check_cache(cache)
+    b, kv_heads, _, h = cache.index.keys.shape
+    value_dim = cache.values.rows.shape[-1]
+    for name, x, layout, size in (
+        ("key", key, "[B, U, K, H]", h),
+        ("value", value, "[B, U, K, D]", value_dim),
+    ):
+        checks.check_float(name, x)
+        checks.check_rank(name, x, layout)
+        checks.check_nonempty(name, x)
+        expected = (b, key.shape[1], kv_heads, size)
+        checks.check_equal(f"{name}.shape", x.shape, expected, "to fit the cache")
+        index_module.check_dtype_of(name, x, cache.values.rows)
+    new = key.shape[1]
+    needed = jnp.asarray(new, jnp.int32)
+    if lengths is not None:
+        checks.check_integer("lengths", lengths)
+        checks.check_equal("lengths.shape", lengths.shape, (b,), "one per row")
+        needed = lengths
+    if checks.concrete(cache.length, needed):
+        full = int((cache.length + needed).max())
+        if full > cache.max_length:
+            raise ValueError(
+                f"the cache has room for {cache.max_length} tokens per row, got "
+                f"{full}; create it with a larger max_length."
+            )
+
+
+def _check_decode(query, cache, activation, positions) -> None:
+    _check_cache(cache)
+    check_query(query, activation)
+    b, kv_heads, _, h = cache.index.keys.shape
+    checks.check_equal("query.shape[0]", query.shape[0], b, "the cache's batch size")
+    check_heads(query, kv_heads, h)
+    if positions is not None:
+        checks.check_integer("positions", positions)
+        expected = query.shape[:2]
+        checks.check_equal("positions.shape", positions.shape, expected, "[B, T]")
+
+
+def _check_cache(cache) -> None:
+    if not isinstance(cache, KVCache):
+        raise TypeError(
+            f"cache must come from hsrjax.init_cache, got {type(cache).__name__}."
+        )

@@ -1,0 +1,72 @@
+"""From [B, T, N, ...] attention arrays to tiles [M, B, K, Q, ...] and back.
+
+A tile is a run of query positions together with the G = N / K query heads that share a
+key head: Q = positions x G rows that are all scored against the same gathered keys.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from hsrjax.activations import Activation, ReLU
+from hsrjax.reported import Tiles
+
+
+def heads_first(x: jax.Array) -> jax.Array:
+    """[B, S, K, D] to [B, K, S, D]."""
+    return jnp.moveaxis(x, 2, 1)
+
+
+def to_tiles(x: jax.Array, *, kv_heads: int, tile: int) -> jax.Array:
+    """[B, T, N, ...] to [M, B, K, tile * G, ...], padded with zeros."""
+    b, t, n, *rest = x.shape
+    m = -(-t // tile)
+    x = jnp.pad(x, [(0, 0), (0, m * tile - t)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(b, m, tile, kv_heads, n // kv_heads, *rest)
+    x = jnp.moveaxis(x, (1, 3), (0, 2))  # [M, B, K, tile, G, ...]
+    return x.reshape(m, b, kv_heads, tile * (n // kv_heads), *rest)
+
+
+def from_tiles(x: jax.Array, *, length: int, heads: int) -> jax.Array:
+    """[M, B, K, tile * G, ...] to [B, T, N, ...]."""
+    m, b, kv_heads, rows, *rest = x.shape
+    group = heads // kv_heads
+    x = x.reshape(m, b, kv_heads, rows // group, group, *rest)
+    x = jnp.moveaxis(x, (0, 2), (1, 3))  # [B, M, tile, K, G, ...]
+    return x.reshape(b, m * (rows // group), heads, *rest)[:, :length]
+
+
+def query_tiles(
+    activation: Activation,
+    query: jax.Array,
+    limits: jax.Array,
+    *,
+    scale: jax.typing.ArrayLike | None,
+    kv_heads: int,
+    tile: int,
+) -> Tiles:
+    """Scales queries f[B, T, N, H] and cuts them, biases and limits i32[B, T].
+
+    The scale is multiplied into the query, so the half-space of ReLU attention is
+    <scale q, k> >= bias: the paper's Algorithms 1 and 2 ask for <q, k> >= b while
+    applying ReLU to <q, k> / sqrt(d) - b, which reports far too much.
+    """
+    b, t, n, h = query.shape
+    factor = h**-0.5 if scale is None else scale
+    scaled = query.astype(jnp.float32) * jnp.asarray(factor, jnp.float32)
+    bias = activation.bias if isinstance(activation, ReLU) else 0.0
+    bias = jnp.asarray(bias).astype(jnp.float32)
+    try:
+        bias = jnp.broadcast_to(bias, (b, t, n))
+    except ValueError:
+        raise ValueError(
+            f"activation.bias must broadcast to [B, T, N] = {(b, t, n)}, got shape "
+            f"{bias.shape}; one per head is [N], one per row [T, 1]."
+        ) from None
+    limits = jnp.broadcast_to(limits[..., None], (b, t, n)).astype(jnp.int32)
+    return Tiles(
+        to_tiles(scaled, kv_heads=kv_heads, tile=tile),
+        to_tiles(bias, kv_heads=kv_heads, tile=tile),
+        to_tiles(limits, kv_heads=kv_heads, tile=tile),
+    )

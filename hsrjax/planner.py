@@ -1,0 +1,80 @@
+"""Which implementation, how many slots and how large a tile: decided from shapes alone.
+
+The numbers come from measurements on CPU; every choice is exact, only the speed
+depends on it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from hsrjax import checks
+from hsrjax.activations import Activation, Softmax
+
+Implementation = Literal["dense", "hsr", "auto"]
+IMPLEMENTATIONS = ("dense", "hsr", "auto")
+
+_TILE_ROWS = 128
+_DECODE_KEYS = 8192
+_PREFILL_KEYS = 65536
+_LEAST_SLOTS = 256
+_SLOT_SHARE = 32
+
+
+class Plan(NamedTuple):
+    """How a call will be carried out.
+
+    Attributes:
+      implementation: "dense" or "hsr".
+      capacity: slots of one gather.
+      tile: query positions of one tile.
+      reason: one sentence for people.
+    """
+
+    implementation: str
+    capacity: int
+    tile: int
+    reason: str
+
+
+def plan(
+    activation: Activation,
+    implementation: Implementation,
+    *,
+    queries: int,
+    keys: int,
+    group: int,
+    capacity: int | None = None,
+) -> Plan:
+    """Chooses for T query positions against S keys.
+
+    Args:
+      activation: what is asked for.
+      implementation: "dense", "hsr" or "auto".
+      queries: T.
+      keys: S.
+      group: query heads per key head.
+      capacity: slots of one gather, or None to choose.
+
+    Raises:
+      ValueError: unknown implementation, capacity < 1.
+    """
+    checks.check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if capacity is not None:
+        checks.check_positive("capacity", capacity)
+    tile = max(1, min(queries, _TILE_ROWS // group))
+    slots = capacity or min(_round_up(keys), _round_up(max(_LEAST_SLOTS, keys // 32)))
+    if isinstance(activation, Softmax) and activation.is_full:
+        return Plan("dense", slots, queries, "full softmax leaves no key out")
+    if implementation != "auto":
+        size = queries if implementation == "dense" else tile
+        return Plan(implementation, slots, size, "asked for")
+    least = _DECODE_KEYS if queries <= tile else _PREFILL_KEYS
+    if keys < least:
+        reason = f"below {least} keys the sketch costs more than it saves"
+        return Plan("dense", slots, queries, reason)
+    return Plan("hsr", slots, tile, f"from {least} keys on reporting is cheaper")
+
+
+def _round_up(keys: int) -> int:
+    return -(-keys // 32) * 32

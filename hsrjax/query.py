@@ -1,0 +1,242 @@
+"""Half-space reporting: which stored keys k have <a, k> >= b (the paper's Query).
+
+The certified cascade: boxes (head sizes up to 8, where they prune) -> int8 sketch with
+integer thresholds -> the survivors, compacted into a fixed number of slots -> their
+exact float32 scores -> members. Every stage only ever over-reports, so none is missed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hsrjax import bitset, bounds, checks
+from hsrjax.bitset import WORD
+from hsrjax.index import Index, take_rows
+
+_BOX_SHARE = 8
+"""Boxes alone decide when at most one block in this many survives them."""
+
+
+class Report(NamedTuple):
+    """What `query` returns.
+
+    Attributes:
+      indices: i32[*B, T, C], ids of the members, ascending, padded with max_keys (one
+        past the end: gather with mode="fill").
+      scores: f32[*B, T, C], <normal, key>, padded with -inf. Differentiable in the
+        normals and the keys.
+      count: i32[*B, T], true number of members, also above C.
+      overflow: bool[*B, T], count > C: indices hold the first C members.
+    """
+
+    indices: jax.Array
+    scores: jax.Array
+    count: jax.Array
+    overflow: jax.Array
+
+
+def query(
+    index: Index, normals: jax.Array, offsets: jax.Array, *, capacity: int
+) -> Report:
+    """Reports every key in the half-spaces {k : <normal, k> >= offset}.
+
+    Membership is the float32 inner product at highest precision, ties included.
+
+    Args:
+      index: from `build`, `insert`, `delete`; batch axes *B.
+      normals: f[*B, T, H].
+      offsets: f32[*B, T] or anything that broadcasts to it. +inf reports nothing,
+        -inf every key whose score is not NaN.
+      capacity: C >= 1, slots for members of each query; static.
+
+    Returns:
+      Report. Cost: S H bytes read for the sketch, then O(C' H) for the C' survivors,
+      a little more than the members; more survivors than slots cost further passes.
+
+    Raises:
+      ValueError: shapes do not fit, capacity < 1.
+      TypeError: unsupported dtype.
+
+    Example:
+      >>> import jax.numpy as jnp, hsrjax
+      >>> index = hsrjax.build(jnp.eye(4))
+      >>> report = hsrjax.query(index, jnp.ones((1, 4)), 1.0, capacity=3)
+      >>> report.indices, int(report.count[0]), bool(report.overflow[0])
+      (Array([[0, 1, 2]], dtype=int32), 4, True)
+
+    Source: Chen et al. 2024, Algorithm 3 (Query) and Corollary 3.1.
+    """
+    checks.check_positive("capacity", capacity)
+    offsets = _check(index, normals, offsets)
+    a, b = jax.lax.stop_gradient((normals, offsets))
+    frozen = jax.lax.stop_gradient(index)
+    words = survivors(frozen, a, b)
+    slots, count = _members(frozen, a, b, words, capacity=capacity)
+    ids = slots if index.ids is None else _ids(index, slots)
+    found = ids < index.keys.shape[-2]
+    ids = jnp.where(found, ids, index.max_keys)
+    scores = _score_slots(index, normals, slots)
+    scores = jnp.where(found, scores, -jnp.inf)
+    return Report(ids, scores, count, count > capacity)
+
+
+def count(index: Index, normals: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Number of keys in each half-space {k : <normal, k> >= offset}.
+
+    Args:
+      index: from `build`, `insert`, `delete`; batch axes *B.
+      normals: f[*B, T, H].
+      offsets: f32[*B, T] or anything that broadcasts to it.
+
+    Returns:
+      i32[*B, T], exact. Cost as `query`; only survivors are scored in float32.
+
+    Raises:
+      ValueError, TypeError: as `query`.
+
+    Example:
+      >>> import jax.numpy as jnp, hsrjax
+      >>> hsrjax.count(hsrjax.build(jnp.eye(4)), jnp.ones((1, 4)), 1.0)
+      Array([4], dtype=int32)
+
+    Source: Chen et al. 2024, Algorithm 3 (Query).
+    """
+    offsets = _check(index, normals, offsets)
+    index, a, b = jax.lax.stop_gradient((index, normals, offsets))
+    words = survivors(index, a, b)
+    _, total = _members(index, a, b, words, capacity=1)
+    return total
+
+
+def survivors(
+    index: Index,
+    normals: jax.Array,
+    offsets: jax.Array,
+    *,
+    limits: jax.Array | None = None,
+    union: bool = False,
+) -> jax.Array:
+    """The certified superset of the members, before any exact score.
+
+    Args:
+      index: batch axes *B.
+      normals: f[*B, Q, H].
+      offsets: f32[*B, Q].
+      limits: i32[*B, Q]: only slots below the query's limit count (causality); None
+        admits every slot in use. Needs an index that was not reordered.
+      union: give one set for the whole tile of Q queries instead of one each.
+
+    Returns:
+      Bit sets u32[*B, Q, P/32], or u32[*B, 1, P/32] for the union.
+    """
+    sketched = functools.partial(_sketch_survivors, index, normals, offsets, limits)
+    alive = index.alive[..., None, :]
+    if index.boxes is None:
+        return sketched(union=union) & alive
+    upper = bounds.box_upper(index.boxes, normals)
+    blocks = ~(upper < offsets[..., None]) & (alive != 0)
+    boxed = _within(jnp.repeat(blocks, WORD, axis=-1), limits, union=union)
+    share = jnp.sum(blocks, dtype=jnp.int32) * _BOX_SHARE
+    words = jax.lax.cond(
+        share <= blocks.size, lambda: boxed, lambda: boxed & sketched(union=union)
+    )
+    return words & alive
+
+
+def _sketch_survivors(index, normals, offsets, limits, *, union):
+    query_sketch = bounds.sketch_query(index.sketch, normals)
+    products = bounds.code_products(index.sketch, query_sketch)
+    lowest = bounds.thresholds(query_sketch, offsets)
+    blocks = products.reshape(*lowest.shape, WORD)
+    passing = (blocks >= lowest[..., None]).reshape(products.shape)
+    return _within(passing, limits, union=union)
+
+
+def _within(passing: jax.Array, limits: jax.Array | None, *, union: bool) -> jax.Array:
+    """Packs bool[*B, Q, P], cut at the queries' limits, as words."""
+    if limits is not None:
+        slot = jnp.arange(passing.shape[-1], dtype=jnp.int32)
+        slot = slot.reshape((1,) * (passing.ndim - 1) + (-1,))
+        passing = passing & (slot < limits[..., None])
+    if union:
+        passing = jnp.any(passing, axis=-2, keepdims=True)
+    return bitset.pack(passing)
+
+
+def trips(words: jax.Array, capacity: int) -> jax.Array:
+    """Passes of `capacity` slots that the fullest set of the batch needs."""
+    fullest = jnp.max(bitset.size(words))
+    return (fullest + (capacity - 1)) // capacity
+
+
+def _members(index, normals, offsets, words, *, capacity):
+    """First `capacity` members (slots ordered by id) and the true count.
+
+    Survivors are scored in as many passes of fixed size as there are survivors, so
+    the count is exact and no member is lost however many survive.
+    """
+    slots_a_pass = max(WORD, -(-5 * capacity // 4))
+    past = index.keys.shape[-2]
+    lead = words.shape[:-1]
+
+    def one_pass(i, carry):
+        ids, slots, total = carry
+        chunk = bitset.select(words, i * slots_a_pass, slots_a_pass)
+        scores = _score_slots(index, normals, chunk)
+        member = (chunk < past) & (scores >= offsets[..., None])
+        chunk_ids = chunk if index.ids is None else _ids(index, chunk)
+        ids = jnp.concatenate([ids, jnp.where(member, chunk_ids, past)], axis=-1)
+        slots = jnp.concatenate([slots, jnp.where(member, chunk, past)], axis=-1)
+        ids, slots = jax.lax.sort((ids, slots), num_keys=1)
+        total = total + jnp.sum(member, axis=-1, dtype=jnp.int32)
+        return ids[..., :capacity], slots[..., :capacity], total
+
+    nothing = jnp.full((*lead, capacity), past, jnp.int32)
+    start = (nothing, nothing, jnp.zeros(lead, jnp.int32))
+    _, slots, total = jax.lax.fori_loop(0, trips(words, slots_a_pass), one_pass, start)
+    return slots, total
+
+
+def _score_slots(index: Index, normals: jax.Array, slots: jax.Array) -> jax.Array:
+    """Exact scores f32[*B, T, C] of each query's own slots i32[*B, T, C]."""
+    flat = slots.reshape(*slots.shape[:-2], -1)
+    keys = take_rows(index.keys, flat).reshape(*slots.shape, -1)
+    return bounds.dot(normals[..., None, :], keys)[..., 0, :]
+
+
+def _ids(index: Index, slots: jax.Array) -> jax.Array:
+    """Ids of slots i32[*B, T, C]; the slot past the end stays past the end."""
+    flat = slots.reshape(*slots.shape[:-2], -1)
+    past = index.keys.shape[-2]
+    table = jnp.pad(index.ids, [(0, 0)] * (index.ids.ndim - 1) + [(0, 1)])
+    table = table.at[..., past].set(past)
+    return jnp.take_along_axis(table, flat, axis=-1).reshape(slots.shape)
+
+
+def _check(index: Index, normals: jax.Array, offsets: jax.Array) -> jax.Array:
+    if not isinstance(index, Index):
+        raise TypeError(
+            f"index must come from hsrjax.build, got {type(index).__name__}."
+        )
+    checks.check_float("normals", normals)
+    checks.check_rank("normals", normals, "[*B, T, H]")
+    checks.check_nonempty("normals", normals)
+    lead = index.size.shape
+    checks.check_equal(
+        "normals.shape[:-2]", normals.shape[:-2], lead, "the index's batch axes"
+    )
+    checks.check_equal(
+        "normals.shape[-1]", normals.shape[-1], index.keys.shape[-1], "the keys' size"
+    )
+    offsets = jnp.asarray(offsets, jnp.float32)
+    try:
+        return jnp.broadcast_to(offsets, normals.shape[:-1])
+    except ValueError:
+        raise ValueError(
+            f"offsets must broadcast to {normals.shape[:-1]} (one per query), got "
+            f"shape {offsets.shape}."
+        ) from None

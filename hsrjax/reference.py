@@ -1,0 +1,109 @@
+"""Slow, obviously right: dense attention and brute-force reporting, for tests.
+
+Written for reading, in plain loops over formulas, sharing no code with the rest.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hsrjax.activations import Activation, ReLU
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    activation: Activation,
+    is_causal: bool = False,
+    scale: jax.typing.ArrayLike | None = None,
+) -> jax.Array:
+    """Dense attention, head by head: `sum_j w_ij v_j` with every weight computed.
+
+    Args:
+      query: f[B, T, N, H].
+      key: f[B, S, K, H].
+      value: f[B, S, K, D].
+      activation: `hsrjax.ReLU` or `hsrjax.Softmax`; epsilon leaves nothing out.
+      is_causal: query i sees keys 0..i.
+      scale: None is 1/sqrt(H).
+
+    Returns:
+      f32[B, T, N, D]. Differentiable by JAX. Memory O(B N T S).
+
+    Example:
+      >>> import jax.numpy as jnp, hsrjax
+      >>> x = jnp.ones((1, 2, 1, 4))
+      >>> hsrjax.reference.attention(x, x, x, activation=hsrjax.ReLU()).shape
+      (1, 2, 1, 4)
+    """
+    b, t, n, h = query.shape
+    group = n // key.shape[2]
+    k = jnp.repeat(key.astype(jnp.float32), group, axis=2)
+    v = jnp.repeat(value.astype(jnp.float32), group, axis=2)
+    factor = 1.0 / np.sqrt(h) if scale is None else scale
+    scores = factor * jnp.einsum(
+        "btnh,bsnh->btns", query.astype(jnp.float32), k, precision="highest"
+    )
+    visible = jnp.ones((t, k.shape[1]), bool)
+    visible = (jnp.tril(visible) if is_causal else visible)[None, :, None, :]
+    if isinstance(activation, ReLU):
+        bias = jnp.broadcast_to(jnp.asarray(activation.bias, jnp.float32), (b, t, n))
+        weights = jax.nn.relu(scores - bias[..., None]) ** activation.power
+        weights = jnp.where(visible, weights, 0.0)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        if activation.normalize == "none":
+            total = jnp.ones_like(total)
+        if activation.normalize == "length":
+            total = jnp.sum(visible, axis=-1, keepdims=True).astype(jnp.float32)
+        weights = jnp.where(total == 0, 0.0, weights / jnp.where(total == 0, 1, total))
+    else:
+        scores = jnp.where(visible, scores, -jnp.inf)
+        if activation.top_r is not None and activation.top_r < k.shape[1]:
+            kth = jnp.sort(scores, axis=-1)[..., -activation.top_r, None]
+            scores = jnp.where(scores < kth, -jnp.inf, scores)
+        weights = jax.nn.softmax(scores, axis=-1)
+    return jnp.einsum("btns,bsnd->btnd", weights, v, precision="highest")
+
+
+def query(keys: np.ndarray, normal: np.ndarray, offset: float) -> np.ndarray:
+    """Ids of all keys with <normal, key> >= offset, in float64, for one half-space.
+
+    Args:
+      keys: f[S, H].
+      normal: f[H].
+      offset: a number.
+
+    Returns:
+      i64[count], ascending.
+
+    Example:
+      >>> import numpy as np, hsrjax
+      >>> hsrjax.reference.query(np.eye(3), np.array([1.0, 0.0, 2.0]), 1.0)
+      array([0, 2])
+    """
+    scores = np.asarray(keys, np.float64) @ np.asarray(normal, np.float64)
+    return np.nonzero(scores >= np.float64(offset))[0]
+
+
+def rounding(keys: np.ndarray, normal: np.ndarray) -> np.ndarray:
+    """How far a float32 score may be from the exact one: (H + 2) u sum |a_h k_h|.
+
+    Args:
+      keys: f[S, H].
+      normal: f[H].
+
+    Returns:
+      f64[S]; a key within this distance of an offset may fall on either side.
+
+    Example:
+      >>> import numpy as np, hsrjax
+      >>> bool((hsrjax.reference.rounding(np.eye(3), np.ones(3)) < 1e-6).all())
+      True
+    """
+    size = np.abs(np.asarray(keys, np.float64)) @ np.abs(np.asarray(normal, np.float64))
+    h = np.shape(keys)[-1]
+    return (h + 2) * 2.0**-24 * size + (h + 2) * 2.0**-126

@@ -1,0 +1,286 @@
+"""Attention over reported keys: fixed-capacity masked gathers, forward and backward.
+
+The reported set of a tile of queries is the union of what its queries report. It is a
+bit set over key slots; pass number i of a loop gathers its members i C ... (i+1) C - 1
+into C slots, scores them against the whole tile as one matrix product and adds what
+they contribute. The number of passes is computed, not fixed: a small set costs one
+pass, a set larger than C costs more, and no key is ever dropped.
+
+A key outside the half-space has weight zero and gradient zero, so the backward pass
+walks over the same sets.
+
+Shapes here: M tiles of Q queries (positions and the heads that share a key head), with
+batch axes *B (batch, key heads): queries f[M, *B, Q, H].
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hsrjax import bitset, bounds, certificates
+from hsrjax.activations import (
+    Activation,
+    Softmax,
+    fires,
+    normalize_rows,
+    power_of,
+    weigh,
+)
+from hsrjax.index import Index, add_rows, take_rows
+from hsrjax.query import survivors, trips
+
+
+class Info(NamedTuple):
+    """What is known about every row of an attention call, each [B, T, N].
+
+    Attributes:
+      count: i32, keys with a weight other than zero.
+      candidates: i32, keys whose exact score was computed for the row.
+      overflow: bool, more candidates than capacity: further exact passes were made.
+      missed_mass: f32, bound on the fraction of softmax mass left out; 0 for ReLU.
+      error_bound: f32, bound on the maximum-norm distance to full softmax in exact
+        arithmetic, before rounding to the output's dtype; 0 where nothing is left out
+        by definition (ReLU, full softmax).
+    """
+
+    count: jax.Array
+    candidates: jax.Array
+    overflow: jax.Array
+    missed_mass: jax.Array
+    error_bound: jax.Array
+
+
+class Values(NamedTuple):
+    """Values with what must be known of those that are not looked at.
+
+    Attributes:
+      rows: f[*B, P, D].
+      bound: f32[*B], at least every |coordinate|.
+      poison: f32[*B, D], 0 where all are finite, else NaN: in a dense product a
+        non-finite value spoils its coordinate for every query, since 0 * inf is NaN,
+        and the reported product must agree.
+    """
+
+    rows: jax.Array
+    bound: jax.Array
+    poison: jax.Array
+
+
+class Tiles(NamedTuple):
+    """Queries cut into tiles.
+
+    Attributes:
+      queries: f32[M, *B, Q, H], already scaled.
+      offsets: f32[M, *B, Q], ReLU biases; unused by softmax.
+      limits: i32[M, *B, Q], how many leading keys each query may see.
+    """
+
+    queries: jax.Array
+    offsets: jax.Array
+    limits: jax.Array
+
+
+def summarize_values(rows: jax.Array) -> Values:
+    """Values with their bound and poison. Cost O(P D)."""
+    stopped = jax.lax.stop_gradient(rows).astype(jnp.float32)
+    return Values(
+        rows=rows,
+        bound=jnp.max(jnp.abs(stopped), axis=(-2, -1)),
+        poison=jnp.sum(stopped * 0.0, axis=-2),
+    )
+
+
+def attend(
+    activation: Activation, index: Index, values: Values, tiles: Tiles, *, capacity: int
+) -> tuple[jax.Array, Info]:
+    """Attention of tiles of queries over an index, looking only at reported keys.
+
+    Args:
+      activation: ReLU, or Softmax with top_r or epsilon.
+      index: not reordered, batch axes *B. Differentiable in `index.keys`.
+      values: differentiable in `values.rows`.
+      tiles: differentiable in queries and offsets.
+      capacity: slots of a pass.
+
+    Returns:
+      Outputs f32[M, *B, Q, D] and Info, each [M, *B, Q].
+    """
+    frozen_index, frozen_tiles = jax.lax.stop_gradient((index, tiles))
+    choose = functools.partial(_choose, activation, frozen_index, capacity=capacity)
+    words, selection, rounding = jax.lax.map(choose, frozen_tiles)
+    softmax = isinstance(activation, Softmax)
+    weighted, total, count = _weighted_sums(
+        power_of(activation),
+        capacity,
+        tiles.queries,
+        index.keys,
+        values.rows,
+        selection.offset if softmax else tiles.offsets,
+        selection.shift,
+        tiles.limits,
+        words,
+    )
+    weighted = weighted + values.poison[..., None, :][None]
+    out = normalize_rows(activation, weighted, total, tiles.limits)
+    candidates = jnp.broadcast_to(bitset.size(words), count.shape)
+    missed = bound = jnp.zeros_like(total)
+    if softmax:
+        missed, bound = certificates.error_bound(
+            selection, total, count, values.bound[..., None][None], rounding
+        )
+    info = Info(count, candidates, candidates > capacity, missed, bound)
+    return out, jax.lax.stop_gradient(info)
+
+
+def _choose(activation, index, tile, *, capacity):
+    """The reported set of one tile, and for softmax its offsets and certificate."""
+    a, offsets, limits = tile
+    zeros = jnp.zeros_like(offsets)
+    if not isinstance(activation, Softmax):
+        words = survivors(index, a, offsets, limits=limits, union=True)
+        return words, certificates.Selection(zeros, zeros, zeros), zeros
+    query_sketch = bounds.sketch_query(index.sketch, a)
+    products = bounds.code_products(index.sketch, query_sketch)
+    lower, upper = bounds.intervals(query_sketch, products)
+    slot = jnp.arange(lower.shape[-1], dtype=jnp.int32)
+    slot = slot.reshape((1,) * (lower.ndim - 1) + (-1,))
+    visible = (slot < limits[..., None]) & bitset.unpack(index.alive)[..., None, :]
+    lower = jnp.where(visible, lower, -jnp.inf)
+    upper = jnp.where(visible, upper, -jnp.inf)
+    offset = certificates.safe_offset(activation, lower, upper)
+    reported = visible & ~(upper < offset[..., None])
+    words = bitset.pack(jnp.any(reported, axis=-2, keepdims=True))
+    wanted = 1 if activation.top_r is None else activation.top_r + 1
+    top = _top_scores(index.keys, a, limits, words, wanted=wanted, capacity=capacity)
+    selection = certificates.select(activation, top, offset, lower, upper)
+    return words, selection, bounds.score_rounding(index.sketch, a)
+
+
+def _top_scores(keys, a, limits, words, *, wanted, capacity):
+    """The largest exact scores f32[*B, Q, wanted] among the reported keys."""
+
+    def one_pass(i, best):
+        slots = bitset.select(words[..., 0, :], i * capacity, capacity)
+        scores = bounds.dot(a, take_rows(keys, slots))
+        visible = slots[..., None, :] < limits[..., None]
+        scores = jnp.where(visible, scores, -jnp.inf)
+        return jax.lax.top_k(jnp.concatenate([best, scores], axis=-1), wanted)[0]
+
+    start = jnp.full((*a.shape[:-1], wanted), -jnp.inf, jnp.float32)
+    return jax.lax.fori_loop(0, trips(words, capacity), one_pass, start)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weighted_sums(
+    power, capacity, queries, keys, values, offsets, shifts, limits, words
+):
+    """Sums over each tile's reported keys.
+
+    Args:
+      power: p of ReLU^p or None for softmax; static.
+      capacity: slots of a pass; static.
+      queries: f32[M, *B, Q, H].
+      keys: f[*B, P, H].
+      values: f[*B, P, D].
+      offsets: f32[M, *B, Q].
+      shifts: f32[M, *B, Q], no gradient.
+      limits: i32[M, *B, Q].
+      words: u32[M, *B, 1, P/32].
+
+    Returns:
+      Weighted values f32[M, *B, Q, D], weights f32[M, *B, Q], counts i32[M, *B, Q].
+    """
+
+    def one_tile(tile):
+        a, offset, shift, limit, tile_words = tile
+
+        def one_pass(i, sums):
+            slots = bitset.select(tile_words[..., 0, :], i * capacity, capacity)
+            visible = slots[..., None, :] < limit[..., None]
+            rows = take_rows(keys, slots), take_rows(values, slots)
+            new = _pass_sums(power, a, *rows, offset, shift, visible)
+            scores = bounds.dot(a, rows[0])
+            firing = visible & fires(scores, offset[..., None], power=power)
+            counted = jnp.sum(firing, axis=-1, dtype=jnp.int32)
+            return jax.tree.map(jnp.add, sums, (*new, counted))
+
+        lead = a.shape[:-1]
+        start = (
+            jnp.zeros((*lead, values.shape[-1]), jnp.float32),
+            jnp.zeros(lead, jnp.float32),
+            jnp.zeros(lead, jnp.int32),
+        )
+        return jax.lax.fori_loop(0, trips(tile_words, capacity), one_pass, start)
+
+    return jax.lax.map(one_tile, (queries, offsets, shifts, limits, words))
+
+
+def _pass_sums(power, a, keys, values, offset, shift, visible):
+    """What the keys of one pass add: weighted values f32[*B, Q, D] and weights."""
+    scores = jnp.where(visible, bounds.dot(a, keys), -jnp.inf)
+    weights = weigh(scores, offset[..., None], shift[..., None], power=power)
+    weighted = jnp.einsum(
+        "...qc,...cd->...qd",
+        weights,
+        values.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return weighted, jnp.sum(weights, axis=-1)
+
+
+def _weighted_sums_forward(power, capacity, *arrays):
+    return _weighted_sums(power, capacity, *arrays), arrays
+
+
+def _weighted_sums_backward(power, capacity, arrays, cotangents):
+    """Gradients over the forward pass's sets; keys outside them have none."""
+    queries, keys, values, offsets, shifts, limits, words = arrays
+    weighted_bar, total_bar, _ = cotangents
+
+    def one_tile(key_grads, tile):
+        a, offset, shift, limit, tile_words, bars = tile
+
+        def one_pass(i, grads):
+            a_bar, offset_bar, keys_bar, values_bar = grads
+            slots = bitset.select(tile_words[..., 0, :], i * capacity, capacity)
+            visible = slots[..., None, :] < limit[..., None]
+            _, pull = jax.vjp(
+                lambda a, k, v, b: _pass_sums(power, a, k, v, b, shift, visible),
+                a,
+                take_rows(keys, slots).astype(jnp.float32),
+                take_rows(values, slots).astype(jnp.float32),
+                offset,
+            )
+            a_new, keys_new, values_new, offset_new = pull(bars)
+            return (
+                a_bar + a_new,
+                offset_bar + offset_new,
+                add_rows(keys_bar, slots, keys_new),
+                add_rows(values_bar, slots, values_new),
+            )
+
+        start = (jnp.zeros_like(a), jnp.zeros_like(offset), *key_grads)
+        passes = trips(tile_words, capacity)
+        a_bar, offset_bar, *key_grads = jax.lax.fori_loop(0, passes, one_pass, start)
+        return tuple(key_grads), (a_bar, offset_bar)
+
+    start = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    tiles = (queries, offsets, shifts, limits, words, (weighted_bar, total_bar))
+    key_grads, (queries_bar, offsets_bar) = jax.lax.scan(one_tile, start, tiles)
+    keys_bar, values_bar = key_grads
+    return (
+        queries_bar,
+        keys_bar.astype(keys.dtype),
+        values_bar.astype(values.dtype),
+        offsets_bar,
+        None,
+        None,
+        None,
+    )
+
+
+_weighted_sums.defvjp(_weighted_sums_forward, _weighted_sums_backward)
