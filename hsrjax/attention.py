@@ -1,6 +1,8 @@
-"""Attention over keys found by half-space reporting, with a dense twin to check it by."""
+"""Attention over keys found by half-space reporting, and a dense twin to check it."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ def attention(
     capacity: int | None = None,
     return_info: bool = False,
 ) -> jax.Array | tuple[jax.Array, Info]:
-    """Attention `sum_j w_ij v_j`, weights from `activation`, only firing keys looked at.
+    """Attention `sum_j w_ij v_j` that looks only at the keys whose weight is not zero.
 
     For ReLU^p, w_ij = relu(scale <q_i, k_j> - bias)^p, divided as the activation says:
     the same numbers, values and gradients, whichever the implementation.
@@ -63,16 +65,25 @@ def attention(
     Source: Chen et al. 2024, Definition 1.2 and Algorithm 2; softmax: Theorem 4.3.
     """
     _check(query, key, value, activation)
-    t, n = query.shape[1:3]
-    s, kv_heads = key.shape[1:3]
     plan = planner.plan(
         activation,
         implementation,
-        queries=t,
-        keys=s,
-        group=n // kv_heads,
+        queries=query.shape[1],
+        keys=key.shape[1],
+        group=query.shape[2] // key.shape[2],
         capacity=capacity,
     )
+    out, info = _attend(
+        query, key, value, activation, scale, is_causal=is_causal, plan=plan
+    )
+    return (out, info) if return_info else out
+
+
+@functools.partial(jax.jit, static_argnames=("is_causal", "plan"))
+def _attend(query, key, value, activation, scale, *, is_causal, plan):
+    """Carries out the plan; jitted for the sake of callers outside jit."""
+    t, n = query.shape[1:3]
+    s, kv_heads = key.shape[1:3]
     position = jnp.arange(t, dtype=jnp.int32)[None, :]
     limits = jnp.minimum(position + 1, s) if is_causal else jnp.full_like(position, s)
     if plan.implementation == "hsr":
@@ -88,8 +99,7 @@ def attention(
         out, info = jax.tree.map(
             lambda x: from_tiles(x, length=t, heads=n), (out, info)
         )
-    out = out.astype(query.dtype)
-    return (out, info) if return_info else out
+    return out.astype(query.dtype), info
 
 
 def _check(query, key, value, activation) -> None:
@@ -119,7 +129,7 @@ def check_query(query: jax.Array, activation: Activation) -> None:
     checks.check_float("query", query)
     checks.check_rank("query", query, "[B, T, N, H]")
     checks.check_nonempty("query", query)
-    checks.check_head_dim("query", query)
+    checks.check_head_dim("query", query.shape[3])
 
 
 def check_heads(query: jax.Array, kv_heads: int, head_dim: int) -> None:

@@ -13,20 +13,22 @@ import jax.numpy as jnp
 WORD = 32
 """Slots in a word; also the number of keys that share one block of the sketch."""
 
-_LANES = tuple(range(WORD))
+
+def positions(count: int, ndim: int) -> jax.Array:
+    """0, 1, ..., count - 1 as i32[1, ..., 1, count] with ndim axes."""
+    return jnp.arange(count, dtype=jnp.int32).reshape((1,) * (ndim - 1) + (count,))
 
 
 def pack(mask: jax.Array) -> jax.Array:
     """Packs bool[..., S] (S a multiple of 32) into words u32[..., S/32]."""
-    lanes = jnp.array(_LANES, jnp.uint32)
     bits = mask.reshape(*mask.shape[:-1], -1, WORD).astype(jnp.uint32)
-    lanes = lanes.reshape((1,) * (bits.ndim - 1) + (WORD,))
+    lanes = positions(WORD, bits.ndim).astype(jnp.uint32)
     return jnp.sum(bits << lanes, axis=-1, dtype=jnp.uint32)
 
 
 def unpack(words: jax.Array) -> jax.Array:
     """Unpacks words u32[..., W] into bool[..., 32 W]."""
-    lanes = jnp.array(_LANES, jnp.uint32).reshape((1,) * words.ndim + (WORD,))
+    lanes = positions(WORD, words.ndim + 1).astype(jnp.uint32)
     bits = (words[..., None] >> lanes) & jnp.uint32(1)
     return (bits != 0).reshape(*words.shape[:-1], -1)
 

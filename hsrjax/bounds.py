@@ -19,8 +19,8 @@ the float32 evaluation of itself. Write K = |c| + spread + radius >= |k|.
 2.  The stored radius is a float32 norm of e' = fl(fl(k - c) - fl(s k8)). Coordinatewise
     |e - e'| <= 2u (|fl(k - c)| + |s k8|) + u |e'| to first order, which `_error_norm`
     adds, as it adds 2^-122 for flushed coordinates. The query's |f| likewise.
-3.  A float32 norm, computed after division by the largest coordinate (so that neither
-    overflow nor underflow of squares matters), has relative error <= (H/2 + 4) u;
+3.  A float32 norm, computed after division by about the largest coordinate (so that
+    neither overflow nor underflow of squares matters), has relative error <= (H + 4) u;
     products and sums of the handful of terms below add less than 24 u.
     `_inflate` multiplies by 1 + (2H + 64) u and so covers both.
 4.  The product <a8, k8> is an integer of at most 127^2 H < 2^14 H: exact in int32, and
@@ -36,7 +36,7 @@ Hence for every key of the block
 most 2u (|b - C| + slack). If |b - C| <= 4 |a| K this is covered by the 32 u |a| (2 K)
 in the slack. Otherwise, b - C > 0 means that no key of the block can reach b and
 b - C < 0 that all do, and a relative error of 2u changes neither. The quotient has
-relative error 3u, an absolute error below 1 + H/256 where |z| <= 2^14 H, so testing
+relative error 4u, an absolute error below 1 + H/256 where |z| <= 2^14 H, so testing
 <a8, k8> >= ceil(z) - 1 - floor(H/256) never drops a key. Wherever something is not
 finite, or s t is not a normal number, the threshold is the smallest integer: the block
 passes whole. NaN never fails the test.
@@ -127,11 +127,15 @@ def dot(queries: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def norm(x: jax.Array) -> jax.Array:
-    """Euclidean norm over the last axis that neither overflows nor underflows early."""
+    """Euclidean norm over the last axis that neither overflows nor underflows early.
+
+    The divisor stays within 2^+-100: XLA may multiply by its reciprocal instead, which
+    for a divisor above 2^126 would be flushed to zero.
+    """
     largest = jnp.max(jnp.abs(x), axis=-1)
-    safe = jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    scaled = x / safe[..., None]
-    return largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=-1))
+    unit = jnp.clip(largest, 2.0**-100, 2.0**100)
+    scaled = x / unit[..., None]
+    return unit * jnp.sqrt(jnp.sum(scaled * scaled, axis=-1))
 
 
 def sketch_blocks(
@@ -207,9 +211,7 @@ def thresholds(query: QuerySketch, offsets: jax.Array) -> jax.Array:
     return jnp.where(usable, level, float(_PASS)).astype(jnp.int32)
 
 
-def intervals(
-    query: QuerySketch, products: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def intervals(query: QuerySketch, products: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Lower and upper bounds f32[*B, Q, S] of every float32 score."""
     step, slack = _per_key(query.step), _per_key(query.slack)
     middle = query.centre_score + step * products.astype(jnp.float32)

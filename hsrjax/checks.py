@@ -7,20 +7,26 @@ about values are never checked here: they are fields of results.
 from __future__ import annotations
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from hsrjax.bounds import MAX_HEAD_DIM
 
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+_FLOATS = tuple(np.dtype(x) for x in (jnp.float32, jnp.bfloat16, jnp.float16))
 
 
 def check_float(name: str, x: jax.Array) -> None:
     """Raises TypeError unless x is float32, bfloat16 or float16."""
-    if not hasattr(x, "dtype") or x.dtype not in _FLOATS:
-        got = getattr(x, "dtype", type(x).__name__)
+    check_float_dtype(name, getattr(x, "dtype", type(x).__name__))
+
+
+def check_float_dtype(name: str, dtype) -> None:
+    """Raises TypeError unless dtype is float32, bfloat16 or float16."""
+    if dtype not in _FLOATS:
         raise TypeError(
-            f"{name} must be a float32, bfloat16 or float16 array, got {got}; "
-            f"cast it, e.g. {name}.astype(jnp.float32)."
+            f"{name} must be float32, bfloat16 or float16, got {dtype}; cast it, e.g. "
+            "with .astype(jnp.float32)."
         )
 
 
@@ -51,12 +57,12 @@ def check_equal(name: str, got, expected, why: str) -> None:
         raise ValueError(f"{name} must be {expected} ({why}), got {got}.")
 
 
-def check_head_dim(name: str, x: jax.Array) -> None:
-    """Raises ValueError if the last axis is longer than the bounds are proved for."""
-    if x.shape[-1] > MAX_HEAD_DIM:
+def check_head_dim(name: str, head_dim: int) -> None:
+    """Raises ValueError if the head size is larger than the bounds are proved for."""
+    if head_dim > MAX_HEAD_DIM:
         raise ValueError(
-            f"{name} must have a last axis (head size H) of at most {MAX_HEAD_DIM}, "
-            f"got {x.shape[-1]}; the int8 bounds are exact only up to there."
+            f"{name} must have a head size H (last axis) of at most {MAX_HEAD_DIM}, "
+            f"got {head_dim}; the int8 bounds are proved only up to there."
         )
 
 

@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hsrjax import checks, dense, planner, reported
+from hsrjax import bitset, checks, dense, planner, reported
 from hsrjax import index as index_module
 from hsrjax.activations import Activation
 from hsrjax.attention import check_heads, check_query
@@ -48,7 +48,7 @@ class KVCache:
 
     @property
     def dropped(self) -> jax.Array:
-        """Tokens that found no room in each row, i32[B]; not zero: tokens are missing."""
+        """Tokens that found no room in each row, i32[B]: not zero, some are missing."""
         return self.index.dropped[:, 0]
 
 
@@ -94,9 +94,8 @@ def init_cache(
         ("value_dim", value_dim),
     ):
         checks.check_positive(name, size)
-    probe = jax.ShapeDtypeStruct((1, head_dim), dtype)
-    checks.check_float("dtype", probe)
-    checks.check_head_dim("head_dim", probe)
+    checks.check_float_dtype("dtype", jnp.dtype(dtype))
+    checks.check_head_dim("head_dim", head_dim)
     lead = (batch, num_kv_heads)
     index = index_module.empty(lead, head_dim, max_keys=max_length, dtype=dtype)
     rows = jnp.zeros((*index.keys.shape[:-1], value_dim), dtype)
@@ -140,13 +139,18 @@ def extend(
     Source: Chen et al. 2024, Theorem 4.1, where new keys are scanned instead.
     """
     _check_extension(cache, key, value, lengths)
-    b, new, kv_heads = key.shape[:3]
     if lengths is None:
-        lengths = jnp.full((b,), new, jnp.int32)
+        lengths = jnp.full(key.shape[:1], key.shape[1], jnp.int32)
+    return _extend(cache, key, value, lengths)
+
+
+@jax.jit
+def _extend(cache, key, value, lengths):
+    b, new, kv_heads = key.shape[:3]
     lengths = jnp.clip(lengths.astype(jnp.int32), 0, new)
     per_head = jnp.broadcast_to(lengths[:, None], (b, kv_heads))
     index = index_module.append(cache.index, heads_first(key), per_head)
-    step = jnp.arange(new, dtype=jnp.int32)
+    step = bitset.positions(new, 3)
     slots = cache.index.size[..., None] + step
     stored = (step < per_head[..., None]) & (slots < cache.max_length)
     slots = jnp.where(stored, slots, cache.values.rows.shape[-2])
@@ -204,23 +208,27 @@ def decode_attention(
     Source: Chen et al. 2024, Algorithm 1, Theorem 4.1.
     """
     _check_decode(query, cache, activation, positions)
-    t, n = query.shape[1:3]
-    keys = cache.index.keys
-    kv_heads = keys.shape[1]
     plan = planner.plan(
         activation,
         implementation,
-        queries=t,
+        queries=query.shape[1],
         keys=cache.max_length,
-        group=n // kv_heads,
+        group=query.shape[2] // cache.index.keys.shape[1],
         capacity=capacity,
     )
+    return _decode(query, cache, activation, scale, positions, plan=plan)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _decode(query, cache, activation, scale, positions, *, plan):
+    t, n = query.shape[1:3]
+    keys = cache.index.keys
     length = cache.length[:, None]
     if positions is None:
         positions = length - t + jnp.arange(t, dtype=jnp.int32)[None, :]
     limits = jnp.clip(positions.astype(jnp.int32) + 1, 0, length)
     tiles = query_tiles(
-        activation, query, limits, scale=scale, kv_heads=kv_heads, tile=plan.tile
+        activation, query, limits, scale=scale, kv_heads=keys.shape[1], tile=plan.tile
     )
     if plan.implementation == "hsr":
         out, info = reported.attend(

@@ -1,5 +1,6 @@
-"""Dense attention: every visible key is scored. The oracle, and the fast path for short
-rows. Differentiated by JAX itself.
+"""Dense attention: every visible key is scored.
+
+The oracle, and the fast path for short rows. Differentiated by JAX itself.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hsrjax import bounds, certificates
+from hsrjax import bitset, bounds, certificates
 from hsrjax.activations import (
     Activation,
     Softmax,
@@ -35,15 +36,15 @@ def attend(
       memory O(M Q S).
     """
     power = power_of(activation)
-    slot = jnp.arange(keys.shape[-2], dtype=jnp.int32)
-    slot = slot.reshape((1,) * tiles.limits.ndim + (-1,))
+    slot = bitset.positions(keys.shape[-2], tiles.limits.ndim + 1)
     visible = slot < tiles.limits[..., None]
     scores = bounds.dot(tiles.queries, keys[None])
     scores = jnp.where(visible, scores, -jnp.inf)
-    offset, shift, selection = tiles.offsets, jnp.zeros_like(tiles.offsets), None
+    zeros = jnp.zeros_like(tiles.offsets)
+    selection = certificates.Selection(tiles.offsets, zeros, zeros)
     if isinstance(activation, Softmax):
         selection = _select(activation, jax.lax.stop_gradient(scores))
-        offset, shift = selection.offset, selection.shift
+    offset, shift = selection.offset, selection.shift
     weights = weigh(scores, offset[..., None], shift[..., None], power=power)
     weighted = jnp.einsum(
         "...qs,...sd->...qd",
@@ -56,7 +57,7 @@ def attend(
     firing = visible & fires(scores, offset[..., None], power=power)
     count = jnp.sum(firing, axis=-1, dtype=jnp.int32)
     missed = bound = jnp.zeros_like(total)
-    if selection is not None and not activation.is_full:
+    if isinstance(activation, Softmax) and not activation.is_full:
         rounding = _score_rounding(keys, tiles.queries)
         value_bound = values.bound[..., None][None]
         missed, bound = certificates.error_bound(

@@ -95,23 +95,28 @@ def build(
             f"max_keys must be at least the number of keys, {count}, got {max_keys}; "
             "raise it or build over fewer keys."
         )
-    lead, h = keys.shape[:-2], keys.shape[-1]
-    reorder = h <= MAX_BOX_DIM if reorder is None else reorder
+    if reorder is None:
+        reorder = keys.shape[-1] <= MAX_BOX_DIM
+    return _build(keys, max_keys=max_keys, reorder=reorder)
+
+
+@functools.partial(jax.jit, static_argnames=("max_keys", "reorder"))
+def _build(keys, *, max_keys, reorder):
+    lead, (count, h) = keys.shape[:-2], keys.shape[-2:]
+    padded = _padded(max_keys)
     stored, ids = keys, None
     if reorder:
         order = spatial_order(jax.lax.stop_gradient(keys))
         stored = jnp.take_along_axis(keys, order[..., None], axis=-2)
-        tail = jnp.arange(count, _padded(max_keys), dtype=jnp.int32)
+        tail = jnp.arange(count, padded, dtype=jnp.int32)
         tail = jnp.broadcast_to(tail, (*lead, tail.size))
         ids = jnp.concatenate([order, tail], axis=-1)
-    room = [(0, 0)] * len(lead) + [(0, _padded(max_keys) - count), (0, 0)]
-    stored = jnp.pad(stored, room)
-    valid = jnp.arange(_padded(max_keys), dtype=jnp.int32) < count
-    valid = jnp.broadcast_to(valid, stored.shape[:-1])
+    stored = jnp.pad(stored, [(0, 0)] * len(lead) + [(0, padded - count), (0, 0)])
+    slot = jnp.arange(padded, dtype=jnp.int32)
+    valid = jnp.broadcast_to(slot < count, stored.shape[:-1])
     centre = sample_median(jax.lax.stop_gradient(keys))
-    blocks, valid_blocks = _blocks(jax.lax.stop_gradient(stored)), valid.reshape(
-        *lead, -1, WORD
-    )
+    blocks = jax.lax.stop_gradient(stored).reshape(*lead, -1, WORD, h)
+    valid_blocks = valid.reshape(*lead, -1, WORD)
     codes, scale, spread, radius = bounds.sketch_blocks(blocks, valid_blocks, centre)
     codes = jnp.moveaxis(codes.reshape(*lead, -1, h), -1, -2)
     boxes = bounds.box_blocks(blocks, valid_blocks) if h <= MAX_BOX_DIM else None
@@ -132,7 +137,8 @@ def empty(
 ) -> Index:
     """An index without keys, with room for `max_keys` in each of the `lead` rows."""
     blocks = _padded(max_keys) // WORD
-    zeros = jnp.zeros((*lead, blocks), jnp.float32)
+    # Fresh arrays each: a cache is donated whole, and no buffer twice.
+    zeros = functools.partial(jnp.zeros, (*lead, blocks), jnp.float32)
     boxes = None
     if head_dim <= MAX_BOX_DIM:
         low = jnp.full((*lead, blocks, 1, head_dim), jnp.inf, jnp.float32)
@@ -141,9 +147,9 @@ def empty(
         keys=jnp.zeros((*lead, blocks * WORD, head_dim), dtype),
         sketch=bounds.Sketch(
             codes=jnp.zeros((*lead, head_dim, blocks * WORD), jnp.int8),
-            scale=zeros + 1.0,
-            spread=zeros,
-            radius=zeros,
+            scale=jnp.ones((*lead, blocks), jnp.float32),
+            spread=zeros(),
+            radius=zeros(),
             centre=jnp.zeros((*lead, head_dim), jnp.float32),
         ),
         boxes=boxes,
@@ -198,11 +204,12 @@ def insert(index: Index, keys: jax.Array) -> Index:
     return append(index, keys, jnp.full(lead, new, jnp.int32))
 
 
+@jax.jit
 def append(index: Index, keys: jax.Array, lengths: jax.Array) -> Index:
     """`insert` for rows of which only the first lengths i32[*B] keys are real."""
     new, h = keys.shape[-2:]
     lead, padded = index.size.shape, index.keys.shape[-2]
-    step = jnp.arange(new, dtype=jnp.int32)
+    step = bitset.positions(new, len(lead) + 1)
     slots = index.size[..., None] + step
     stored = (step < lengths[..., None]) & (slots < index.max_keys)
     slots = jnp.where(stored, slots, padded)
@@ -211,8 +218,8 @@ def append(index: Index, keys: jax.Array, lengths: jax.Array) -> Index:
 
     touched = min((new + WORD - 2) // WORD + 1, padded // WORD)
     first = index.size // WORD
-    block = first[..., None] + jnp.arange(touched, dtype=jnp.int32)
-    slot = block[..., None] * WORD + jnp.arange(WORD, dtype=jnp.int32)
+    block = first[..., None] + bitset.positions(touched, len(lead) + 1)
+    slot = block[..., None] * WORD + bitset.positions(WORD, len(lead) + 2)
     fresh = (slot >= index.size[..., None, None]) & (slot < size[..., None, None])
     old = take_rows(index.alive[..., None], block)[..., 0]
     words = old | bitset.pack(fresh.reshape(*lead, -1))
@@ -285,9 +292,14 @@ def delete(index: Index, ids: jax.Array) -> Index:
                 f"{int(ids.max())} with size {index.size.tolist()}; pass ids that "
                 "`query` reported."
             )
+    return _delete(index, ids)
+
+
+@jax.jit
+def _delete(index, ids):
     padded = index.keys.shape[-2]
     safe = jnp.where(ids < 0, padded, ids).astype(jnp.int32)
-    gone = jnp.zeros((*lead, padded, 1), jnp.bool_)
+    gone = jnp.zeros((*index.size.shape, padded, 1), jnp.bool_)
     gone = put_rows(gone, safe, jnp.ones((*ids.shape, 1), jnp.bool_))[..., 0]
     if index.ids is not None:
         gone = jnp.take_along_axis(gone, index.ids, axis=-1)
@@ -351,7 +363,7 @@ def put_rows(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def add_rows(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
-    """Adds values[*B, C, D] to table[*B, S, D]; each row at most once or past the end."""
+    """Adds values[*B, C, D] to table[*B, S, D]; rows past the end are dropped."""
     one = lambda t, r, v: t.at[r].add(v, mode="drop")
     return _over_rows(one, table, rows, values)
 
@@ -368,7 +380,7 @@ def check_keys(name: str, keys: jax.Array) -> None:
     checks.check_float(name, keys)
     checks.check_rank(name, keys, "[*B, S, H]")
     checks.check_nonempty(name, keys)
-    checks.check_head_dim(name, keys)
+    checks.check_head_dim(name, keys.shape[-1])
 
 
 def check_dtype_of(name: str, keys: jax.Array, stored: jax.Array) -> None:
@@ -386,10 +398,6 @@ def _first_centre(index: Index, keys: jax.Array, lengths: jax.Array) -> jax.Arra
         return index.sketch.centre
     first = (index.size == 0) & (lengths >= keys.shape[-2] // 2)
     return jnp.where(first[..., None], sample_median(keys), index.sketch.centre)
-
-
-def _blocks(stored: jax.Array) -> jax.Array:
-    return stored.reshape(*stored.shape[:-2], -1, WORD, stored.shape[-1])
 
 
 def _padded(max_keys: int) -> int:

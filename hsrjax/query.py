@@ -72,16 +72,7 @@ def query(
     """
     checks.check_positive("capacity", capacity)
     offsets = _check(index, normals, offsets)
-    a, b = jax.lax.stop_gradient((normals, offsets))
-    frozen = jax.lax.stop_gradient(index)
-    words = survivors(frozen, a, b)
-    slots, count = _members(frozen, a, b, words, capacity=capacity)
-    ids = slots if index.ids is None else _ids(index, slots)
-    found = ids < index.keys.shape[-2]
-    ids = jnp.where(found, ids, index.max_keys)
-    scores = _score_slots(index, normals, slots)
-    scores = jnp.where(found, scores, -jnp.inf)
-    return Report(ids, scores, count, count > capacity)
+    return _report(index, normals, offsets, capacity=capacity)
 
 
 def count(index: Index, normals: jax.Array, offsets: jax.Array) -> jax.Array:
@@ -106,10 +97,27 @@ def count(index: Index, normals: jax.Array, offsets: jax.Array) -> jax.Array:
     Source: Chen et al. 2024, Algorithm 3 (Query).
     """
     offsets = _check(index, normals, offsets)
-    index, a, b = jax.lax.stop_gradient((index, normals, offsets))
-    words = survivors(index, a, b)
-    _, total = _members(index, a, b, words, capacity=1)
-    return total
+    return _count(*jax.lax.stop_gradient((index, normals, offsets)))
+
+
+# Jitted, as is every entry to this package that runs more than a few operations: called
+# outside jit they would otherwise be compiled operation by operation, for seconds.
+@functools.partial(jax.jit, static_argnames="capacity")
+def _report(index, normals, offsets, *, capacity):
+    frozen, a, b = jax.lax.stop_gradient((index, normals, offsets))
+    words = survivors(frozen, a, b)
+    slots, count = _members(frozen, a, b, words, capacity=capacity)
+    ids = _ids(index.ids, slots)
+    found = ids < index.keys.shape[-2]
+    ids = jnp.where(found, ids, index.max_keys)
+    scores = jnp.where(found, _score_slots(index, normals, slots), -jnp.inf)
+    return Report(ids, scores, count, count > capacity)
+
+
+@jax.jit
+def _count(index, normals, offsets):
+    words = survivors(index, normals, offsets)
+    return _members(index, normals, offsets, words, capacity=1)[1]
 
 
 def survivors(
@@ -159,8 +167,7 @@ def _sketch_survivors(index, normals, offsets, limits, *, union):
 def _within(passing: jax.Array, limits: jax.Array | None, *, union: bool) -> jax.Array:
     """Packs bool[*B, Q, P], cut at the queries' limits, as words."""
     if limits is not None:
-        slot = jnp.arange(passing.shape[-1], dtype=jnp.int32)
-        slot = slot.reshape((1,) * (passing.ndim - 1) + (-1,))
+        slot = bitset.positions(passing.shape[-1], passing.ndim)
         passing = passing & (slot < limits[..., None])
     if union:
         passing = jnp.any(passing, axis=-2, keepdims=True)
@@ -188,7 +195,7 @@ def _members(index, normals, offsets, words, *, capacity):
         chunk = bitset.select(words, i * slots_a_pass, slots_a_pass)
         scores = _score_slots(index, normals, chunk)
         member = (chunk < past) & (scores >= offsets[..., None])
-        chunk_ids = chunk if index.ids is None else _ids(index, chunk)
+        chunk_ids = _ids(index.ids, chunk)
         ids = jnp.concatenate([ids, jnp.where(member, chunk_ids, past)], axis=-1)
         slots = jnp.concatenate([slots, jnp.where(member, chunk, past)], axis=-1)
         ids, slots = jax.lax.sort((ids, slots), num_keys=1)
@@ -208,12 +215,13 @@ def _score_slots(index: Index, normals: jax.Array, slots: jax.Array) -> jax.Arra
     return bounds.dot(normals[..., None, :], keys)[..., 0, :]
 
 
-def _ids(index: Index, slots: jax.Array) -> jax.Array:
+def _ids(ids: jax.Array | None, slots: jax.Array) -> jax.Array:
     """Ids of slots i32[*B, T, C]; the slot past the end stays past the end."""
+    if ids is None:
+        return slots
     flat = slots.reshape(*slots.shape[:-2], -1)
-    past = index.keys.shape[-2]
-    table = jnp.pad(index.ids, [(0, 0)] * (index.ids.ndim - 1) + [(0, 1)])
-    table = table.at[..., past].set(past)
+    past = ids.shape[-1]
+    table = jnp.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, 1)], constant_values=past)
     return jnp.take_along_axis(table, flat, axis=-1).reshape(slots.shape)
 
 

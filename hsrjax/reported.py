@@ -110,8 +110,11 @@ def attend(
       Outputs f32[M, *B, Q, D] and Info, each [M, *B, Q].
     """
     frozen_index, frozen_tiles = jax.lax.stop_gradient((index, tiles))
-    choose = functools.partial(_choose, activation, frozen_index, capacity=capacity)
-    words, selection, rounding = jax.lax.map(choose, frozen_tiles)
+
+    def choose(_, tile):
+        return None, _choose(activation, frozen_index, tile, capacity=capacity)
+
+    _, (words, selection, rounding) = jax.lax.scan(choose, None, frozen_tiles)
     softmax = isinstance(activation, Softmax)
     weighted, total, count = _weighted_sums(
         power_of(activation),
@@ -136,7 +139,9 @@ def attend(
     return out, jax.lax.stop_gradient(info)
 
 
-def _choose(activation, index, tile, *, capacity):
+def _choose(
+    activation: Activation, index: Index, tile: Tiles, *, capacity: int
+) -> tuple[jax.Array, certificates.Selection, jax.Array]:
     """The reported set of one tile, and for softmax its offsets and certificate."""
     a, offsets, limits = tile
     zeros = jnp.zeros_like(offsets)
@@ -146,8 +151,7 @@ def _choose(activation, index, tile, *, capacity):
     query_sketch = bounds.sketch_query(index.sketch, a)
     products = bounds.code_products(index.sketch, query_sketch)
     lower, upper = bounds.intervals(query_sketch, products)
-    slot = jnp.arange(lower.shape[-1], dtype=jnp.int32)
-    slot = slot.reshape((1,) * (lower.ndim - 1) + (-1,))
+    slot = bitset.positions(lower.shape[-1], lower.ndim)
     visible = (slot < limits[..., None]) & bitset.unpack(index.alive)[..., None, :]
     lower = jnp.where(visible, lower, -jnp.inf)
     upper = jnp.where(visible, upper, -jnp.inf)

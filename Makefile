@@ -1,0 +1,120 @@
+# Everything runs in a virtual environment, .venv, that is made at first use and
+# brought up to date when pyproject.toml or constraints.txt changes.
+# `make` alone lists the targets. `make PYTHON=python3.12 test` picks a Python.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input -qq
+# `make test ARGS="-k query -x"` hands arguments on; so do demo and notebooks.
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format types wheel-check notebooks notebooks-sync setup \
+        constraints clean clean-venv
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' \
+	  $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.stamp-run ## train a small ReLU-attention LM, generate with dense and hsr
+	$(PY) -m train.demo --out runs/demo $(ARGS)
+
+test: $(VENV)/.stamp-test ## run the tests
+	$(PY) -m pytest -q $(ARGS)
+
+lint: $(VENV)/.stamp-dev ## check style and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/.stamp-dev ## format the code, repair what ruff can repair
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(VENV)/.stamp-dev ## check the types
+	$(PY) -m pyright --pythonpath $(PY)
+
+wheel-check: $(VENV)/.stamp-test ## build the wheel: it holds hsrjax and nothing else
+	$(PY) -m pytest -q tests/test_packaging.py
+
+notebooks: $(VENV)/.stamp-test ## run every notebook; the results go to runs/notebooks
+	$(PY) -m pytest -q -m notebook tests/test_notebooks.py $(ARGS)
+
+notebooks-sync: $(VENV)/.stamp-test ## write notebooks/*.ipynb from the .py beside them
+	$(PY) -m jupytext --quiet --to ipynb --update notebooks/*.py
+
+setup: $(VENV)/.stamp-dev ## only make the environment, with every tool
+
+constraints: $(VENV)/.stamp-dev ## upgrade everything, write constraints.txt (Python 3.11)
+	@$(PY) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "error: constraints.txt is made on Python 3.11: make clean-venv, then" \
+	    "make PYTHON=python3.11 constraints" >&2; exit 1; }
+	$(PIP) install --upgrade --upgrade-strategy eager -e ".[train,notebooks]" --group dev
+	@{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --exclude-editable | \
+	  sed 's/$$/ ; python_version < "3.12"/'; } >constraints.tmp
+	@mv constraints.tmp constraints.txt
+
+clean: ## remove caches and builds (not .venv, not runs)
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find hsrjax models train tests notebooks benchmarks -name __pycache__ \
+	  -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+clean-venv: ## remove the environment
+	rm -rf $(VENV)
+
+# --- the environment ---------------------------------------------------------------
+
+# Three sizes, each adding to the one before: what a demo needs, the tests, the linters.
+$(VENV)/.stamp-run: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
+	@echo "installing hsrjax and what training needs into $(VENV) ..."
+	@$(PIP) install "pip>=25.1"
+	@$(PIP) install -c constraints.txt -e ".[train]"
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-run
+	@echo "installing what the tests and notebooks need into $(VENV) ..."
+	@$(PIP) install -c constraints.txt -e ".[train,notebooks]" --group test
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-test
+	@echo "installing the linters into $(VENV) ..."
+	@$(PIP) install -c constraints.txt --group dev
+	@touch $@
+
+# Says in one line why a Python cannot be used. Any Python must be able to parse it.
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 11):
+    sys.exit("is Python %d.%d" % sys.version_info[:2])
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("lacks the venv module (Debian, Ubuntu: apt install python3-venv)")
+endef
+export CHECK_PYTHON
+
+PYTHONS = $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python)
+
+# An environment that is already there and works is kept.
+$(VENV)/.stamp-venv:
+	@if $(PY) -m pip --version >/dev/null 2>&1; then \
+	  $(PY) -c "$$CHECK_PYTHON" || { \
+	    echo "error: $(VENV) is too old: run make clean-venv, then try again." >&2; \
+	    exit 1; }; \
+	  touch $@; exit 0; \
+	fi; \
+	seen=""; \
+	for python in $(PYTHONS); do \
+	  command -v "$$python" >/dev/null 2>&1 || { \
+	    seen="$$seen; $$python is not there"; continue; }; \
+	  if why=$$("$$python" -c "$$CHECK_PYTHON" 2>&1); then \
+	    echo "making $(VENV) with $$python ..."; \
+	    "$$python" -m venv --clear $(VENV) && touch $@ && exit 0; \
+	    why="could not make $(VENV)"; \
+	  fi; \
+	  seen="$$seen; $$python $$(echo "$$why" | tail -n 1)"; \
+	done; \
+	echo "error: hsrjax needs Python 3.11 or newer with the venv module" \
+	  "(found: $${seen#; }). Install one, or name it: make PYTHON=/path/to/python3" \
+	  "$(MAKECMDGOALS)" >&2; \
+	exit 1

@@ -1,0 +1,106 @@
+"""The parts of the transformer that are not attention: norms, feed-forward, RoPE."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.config import ModelConfig
+
+lecun_normal = nnx.initializers.lecun_normal
+
+
+class RMSNorm(nnx.Module):
+    """`scale * x / sqrt(mean(x^2) + eps)` over the last axis, computed in float32.
+
+    Unlike `nnx.RMSNorm` it also runs in bfloat16 under strict dtype promotion.
+
+    Args:
+      features: size of the last axis.
+      config: gives eps and the compute dtype.
+      rngs: unused, for the signature that layers share.
+    """
+
+    def __init__(self, features: int, config: ModelConfig, *, rngs: nnx.Rngs):
+        del rngs
+        self.eps = config.norm_eps
+        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """f[..., features] -> the same shape and dtype."""
+        wide = inputs.astype(jnp.float32)
+        square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        scale = self.scale[...].reshape((1,) * (inputs.ndim - 1) + (-1,))
+        return (scale * (wide * jax.lax.rsqrt(square + self.eps))).astype(inputs.dtype)
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`.
+
+    Args:
+      config: the model's shape.
+      rngs: `params` stream that draws the weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+
+        def linear(
+            inputs: int, outputs: int, kernel_init: nnx.Initializer
+        ) -> nnx.Linear:
+            return nnx.Linear(
+                inputs,
+                outputs,
+                use_bias=False,
+                kernel_init=kernel_init,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.gate = linear(config.embed_dim, config.mlp_dim, lecun_normal())
+        self.up = linear(config.embed_dim, config.mlp_dim, lecun_normal())
+        self.down = linear(config.mlp_dim, config.embed_dim, residual_init(config))
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """f[B, T, E] -> f[B, T, E]."""
+        return self.down(jax.nn.silu(self.gate(inputs)) * self.up(inputs))
+
+
+def residual_init(config: ModelConfig) -> nnx.Initializer:
+    """Initialiser of layers that add to the residual stream.
+
+    The 2 L additions each start with variance 1 / (2 L), so that their sum starts near
+    one at any depth.
+    """
+    return nnx.initializers.variance_scaling(
+        1.0 / (2 * config.num_layers), "fan_in", "truncated_normal"
+    )
+
+
+def rotate(heads: jax.Array, positions: jax.Array, *, theta: float) -> jax.Array:
+    """Rotary position embedding: turns (x_j, x_{j + H/2}) by position / theta^(2j/H).
+
+    Args:
+      heads: f[B, T, N, H] with H even.
+      positions: i32[B, T]; B may be 1.
+      theta: base of the wavelengths.
+
+    Returns:
+      f[B, T, N, H] of the same dtype; angles are computed in float32.
+    """
+    half = heads.shape[-1] // 2
+    exponent = jnp.arange(half, dtype=jnp.float32) / half
+    frequency = jnp.float32(theta) ** -exponent  # [H/2]
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)  # [B, T, 1, H/2]
+    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(heads.dtype)
+
+
+def unit_norm(heads: jax.Array) -> jax.Array:
+    """Divides f[..., H] by its length; zero stays zero, with finite gradients."""
+    wide = heads.astype(jnp.float32)
+    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(square + 1e-6)).astype(heads.dtype)

@@ -1,0 +1,303 @@
+"""The run folder: what training writes and generation reads.
+
+RUN/config.json    {"format": "hsrjax-run", "version": 1, "model": {...},
+                    "train": {...}}; "model" is ModelConfig.to_dict()
+RUN/checkpoints/   an orbax CheckpointManager folder, one sub-folder per step; each
+                   holds an item "model" (`model_item`, every variable of the model
+                   including ThresholdScale) beside items that only training reads
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from flax import nnx
+
+from models.config import Implementation, ModelConfig
+from models.transformer import Transformer, abstract_model, with_attention
+
+FORMAT = "hsrjax-run"
+VERSION = 1
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+MODEL_ITEM = "model"
+
+
+class ModelFileError(ValueError):
+    """A model's files are missing, damaged or of another program."""
+
+
+def write_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file so that a reader sees the old text or the new, never a part.
+
+    Args:
+      path: the file; its folder must exist.
+      text: written as UTF-8.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_run_config(
+    run: str | os.PathLike[str], config: ModelConfig, *, train: dict[str, Any]
+) -> None:
+    """Writes RUN/config.json, making the folder where it is missing.
+
+    Args:
+      run: the run folder.
+      config: of the model.
+      train: whatever training wants to find again; JSON values.
+    """
+    Path(run).mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": config.to_dict(),
+        "train": train,
+    }
+    write_atomic(Path(run) / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def read_run_config(run: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads RUN/config.json, trusting nothing in it.
+
+    Args:
+      run: the run folder.
+
+    Returns:
+      The model's config and the dictionary that training stored.
+
+    Raises:
+      ModelFileError: the file is missing, unreadable, foreign or impossible.
+    """
+    path = Path(run) / CONFIG_FILE
+    if not Path(run).is_dir():
+        state = "is not a folder" if Path(run).exists() else "does not exist"
+        raise ModelFileError(
+            f"{run} {state}; give the folder that `python -m train --out` wrote."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFileError(
+            f"{run} holds no {CONFIG_FILE}, so it is not a run folder; give the folder "
+            "that `python -m train --out` wrote."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFileError(
+            f"{path} cannot be read as JSON ({_first_line(error)}); restore the file "
+            "or train again into a new folder."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ModelFileError(
+            f'{path} is not of a run: it lacks "format": "{FORMAT}"; give the '
+            "folder that `python -m train --out` wrote."
+        )
+    if content.get("version") != VERSION:
+        raise ModelFileError(
+            f"{path} has version {content.get('version')!r} and this program reads "
+            f"{VERSION}; use the hsrjax release that wrote the run."
+        )
+    train = content.get("train", {})
+    try:
+        config = ModelConfig.from_dict(content.get("model"))
+    except ValueError as error:
+        raise ModelFileError(
+            f"{path} does not describe a model ({error}); restore the file or train "
+            "again into a new folder."
+        ) from error
+    if not isinstance(train, dict):
+        raise ModelFileError(
+            f'{path}: "train" must be an object, got {type(train).__name__}; restore '
+            "the file or train again into a new folder."
+        )
+    return config, train
+
+
+def model_item(model: Transformer) -> dict[str, Any]:
+    """The checkpoint item "model": every variable, as a nested dictionary of arrays."""
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def restore_model(config: ModelConfig, item: dict[str, Any]) -> Transformer:
+    """Builds a model around arrays that `model_item` returned.
+
+    Args:
+      config: the shapes the arrays must have.
+      item: nested dictionary of arrays.
+
+    Returns:
+      The model; its arrays are those of `item`.
+
+    Raises:
+      ValueError: a variable is missing, unknown or of another shape or dtype.
+    """
+    graphdef, state = nnx.split(abstract_model(config))
+    try:
+        _check_same(item, nnx.to_pure_dict(state))
+    except ValueError as error:
+        raise ValueError(
+            f"restore_model: item does not fit the config: {error}; use the config it "
+            "was saved with."
+        ) from error
+    nnx.replace_by_pure_dict(state, item)
+    return nnx.merge(graphdef, state)
+
+
+def checkpoint_steps(run: str | os.PathLike[str]) -> list[int]:
+    """The steps of the finished checkpoints of a run, ascending."""
+    folder = Path(run) / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    # A checkpoint being written has a longer name; orbax renames it when it is whole.
+    names = (path.name for path in folder.iterdir() if path.is_dir())
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def save_run(
+    run: str | os.PathLike[str],
+    model: Transformer,
+    *,
+    step: int = 0,
+    train: dict[str, Any] | None = None,
+) -> None:
+    """Writes a run folder with one checkpoint that holds the model alone.
+
+    Training writes its own checkpoints, with the optimizer beside the model.
+
+    Args:
+      run: the run folder; made where it is missing.
+      model: to be saved.
+      step: the checkpoint's number.
+      train: stored in config.json.
+    """
+    write_run_config(run, model.config, train=train or {})
+    folder = (Path(run) / CHECKPOINTS).resolve()
+    items = ocp.args.Composite(model=ocp.args.StandardSave(model_item(model)))
+    with ocp.CheckpointManager(folder) as manager:
+        manager.save(step, args=items, force=True)
+
+
+def load_run(
+    run: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    attention: Implementation | None = None,
+) -> Transformer:
+    """Loads a model from a run folder.
+
+    Args:
+      run: the folder that `python -m train --out` wrote.
+      step: which checkpoint; None is the newest.
+      attention: "dense", "hsr" or "auto"; None keeps what the run was trained with.
+
+    Returns:
+      The model, every value checked finite.
+
+    Raises:
+      ModelFileError: files are missing, damaged or foreign; the message names them.
+    """
+    config, _ = read_run_config(run)
+    steps = checkpoint_steps(run)
+    if not steps or (step is not None and step not in steps):
+        wanted = "no finished checkpoint" if step is None else f"no checkpoint {step}"
+        raise ModelFileError(
+            f"{Path(run) / CHECKPOINTS} holds {wanted} (it has {steps}); train until "
+            "the first checkpoint is written or choose another run."
+        )
+    path = Path(run) / CHECKPOINTS / str(steps[-1] if step is None else step)
+    model = restore_model(config, _read_item(path / MODEL_ITEM, config))
+    for name, leaf in _by_name(model_item(model)).items():
+        if not bool(jnp.isfinite(leaf).all()):
+            raise ModelFileError(
+                f"{path / MODEL_ITEM} holds values that are not finite in {name}; load "
+                f"an earlier checkpoint (the run has {steps})."
+            )
+    return model if attention is None else with_attention(model, attention)
+
+
+def _read_item(path: Path, config: ModelConfig) -> dict[str, Any]:
+    """Reads a model item; every check comes first, so that orbax finds no fault.
+
+    Orbax reads all arrays at once, and what a fault leaves behind in its threads is
+    reported on stderr later, beside the one sentence that users are to see.
+    """
+    # On one device, wherever and on however many devices it was saved.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        model_item(abstract_model(config)),
+    )
+    folder = epath.Path(path.resolve())
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        if not path.is_dir():
+            raise ValueError("it does not exist")
+        _read_every_byte(path.resolve())
+        _check_same(handler.metadata(folder).tree, shapes)
+        return handler.restore(folder, args=ocp.args.StandardRestore(shapes))
+    except Exception as error:  # orbax and tensorstore raise almost any type here
+        raise ModelFileError(
+            f"{path} cannot be loaded as the model of {CONFIG_FILE} "
+            f"({_first_line(error)}); it is damaged or of another model: load another "
+            "checkpoint or train again."
+        ) from error
+    finally:
+        handler.close()
+
+
+def _read_every_byte(path: Path) -> None:
+    """Raises ValueError where the key-value store of the arrays has a hole."""
+    if (path / "manifest.ocdbt").exists():
+        base = {"driver": "file", "path": f"{path}/"}
+        store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        for key in store.list().result():
+            store.read(key).result()
+
+
+def _check_same(item: Any, shapes: dict[str, Any]) -> None:
+    got, expected = _by_name(item), _by_name(shapes)
+    if got.keys() != expected.keys():
+        raise ValueError(
+            f"missing variables {sorted(expected.keys() - got.keys())}, unknown "
+            f"variables {sorted(got.keys() - expected.keys())}"
+        )
+    for name, want in expected.items():
+        leaf = got[name]
+        if tuple(leaf.shape) != want.shape or leaf.dtype != want.dtype:
+            raise ValueError(
+                f"{name} must be {want.dtype}{list(want.shape)}, got "
+                f"{leaf.dtype}{list(leaf.shape)}"
+            )
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """The leaves under names like "blocks.0.mlp.up.kernel"."""
+    return {
+        ".".join(str(getattr(key, "key", key)) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

@@ -1,0 +1,273 @@
+"""A decoder-only transformer whose attention is hsrjax."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import hsrjax
+from models.attention import Attention
+from models.config import Implementation, ModelConfig
+from models.layers import FeedForward, RMSNorm
+
+Caches = tuple[hsrjax.KVCache, ...]  # one per layer
+
+
+class ThresholdScale(nnx.Variable):
+    """The schedule value that multiplies every threshold of "threshold_relu".
+
+    Training sets it, no gradient reaches it, and it is saved with the model, so that
+    generation uses the value the model was trained to.
+    """
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream.
+
+    Args:
+      config: the model's shape.
+      rngs: `params` stream that draws the weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.embed_dim, config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.embed_dim, config, rngs=rngs)
+        self.mlp = FeedForward(config, rngs=rngs)
+
+    def __call__(
+        self,
+        stream: jax.Array,
+        positions: jax.Array,
+        threshold_scale: jax.Array,
+        *,
+        return_info: bool = False,
+    ) -> tuple[jax.Array, hsrjax.Info | None]:
+        """f[B, T, E] -> f[B, T, E] and the info of its attention."""
+        attended, info = self.attention(
+            self.attention_norm(stream),
+            positions,
+            threshold_scale,
+            return_info=return_info,
+        )
+        return self._feed_forward(stream + attended), info
+
+    def step(
+        self,
+        stream: jax.Array,
+        cache: hsrjax.KVCache,
+        positions: jax.Array,
+        threshold_scale: jax.Array,
+        *,
+        lengths: jax.Array,
+    ) -> tuple[jax.Array, hsrjax.KVCache, hsrjax.Info]:
+        """A call on new positions only: f[B, T, E], the longer cache, the info."""
+        attended, cache, info = self.attention.step(
+            self.attention_norm(stream),
+            cache,
+            positions,
+            threshold_scale,
+            lengths=lengths,
+        )
+        return self._feed_forward(stream + attended), cache, info
+
+    def _feed_forward(self, stream: jax.Array) -> jax.Array:
+        return stream + self.mlp(self.mlp_norm(stream))
+
+
+class Transformer(nnx.Module):
+    """A language model: embedding, pre-norm blocks, final norm, tied or free head.
+
+    No method jits: split the model with `nnx.split` and jit the function around it.
+
+    Args:
+      config: the model's shape.
+      rngs: `params` stream that draws all parameters.
+
+    Example:
+      >>> config = ModelConfig(num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=1,
+      ...                      head_dim=16, mlp_dim=64)
+      >>> model = Transformer(config, rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((1, 8), jnp.int32)).shape
+      (1, 8, 256)
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.embed_dim,
+            embedding_init=nnx.initializers.normal(0.02),
+            dtype=jnp.dtype(config.dtype),
+            rngs=rngs,
+        )
+        self.blocks = nnx.List(
+            [Block(config, rngs=rngs) for _ in range(config.num_layers)]
+        )
+        self.final_norm = RMSNorm(config.embed_dim, config, rngs=rngs)
+        if not config.tie_embeddings:
+            self.head = nnx.Linear(
+                config.embed_dim,
+                config.vocab_size,
+                use_bias=False,
+                kernel_init=nnx.initializers.normal(0.02),
+                dtype=jnp.dtype(config.dtype),
+                rngs=rngs,
+            )
+        self.threshold_scale = ThresholdScale(jnp.ones((), jnp.float32))
+
+    def __call__(self, tokens: jax.Array, *, return_info: bool = False) -> Any:
+        """Scores the next token at every position.
+
+        Args:
+          tokens: i32[B, T].
+          return_info: whether to measure which keys fired.
+
+        Returns:
+          Logits f32[B, T, V]; with `return_info`, logits and a tuple of hsrjax's info
+          per layer, each with fields [B, T, N].
+        """
+        _check_tokens(tokens)
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        stream, infos = self.embed(tokens), []
+        for block in self.blocks:
+            stream, info = block(
+                stream, positions, self.threshold_scale[...], return_info=return_info
+            )
+            infos.append(info)
+        logits = self.unembed(stream)
+        return (logits, tuple(infos)) if return_info else logits
+
+    def step(
+        self,
+        tokens: jax.Array,
+        caches: Caches,
+        *,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, Caches, tuple[hsrjax.Info, ...]]:
+        """Reads new tokens behind those in the caches: prefill (T > 1) and decode.
+
+        Args:
+          tokens: i32[B, T], padded on the right.
+          caches: one hsrjax cache per layer, from `init_caches` or an earlier step.
+          lengths: i32[B], real tokens per row; None means all T.
+
+        Returns:
+          Logits f32[B, T, V], the longer caches and hsrjax's info per layer. Token t
+          of row b has position `old length + t`; what stands at padding means nothing.
+        """
+        stream, caches, infos = self.advance(tokens, caches, lengths=lengths)
+        return self.unembed(stream), caches, infos
+
+    def advance(
+        self,
+        tokens: jax.Array,
+        caches: Caches,
+        *,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, Caches, tuple[hsrjax.Info, ...]]:
+        """`step` without the output layer, for callers that need few of the logits.
+
+        Args:
+          tokens: i32[B, T], padded on the right.
+          caches: one hsrjax cache per layer.
+          lengths: i32[B], real tokens per row; None means all T.
+
+        Returns:
+          The residual stream f[B, T, E] (see `unembed`), the longer caches, the infos.
+        """
+        _check_tokens(tokens)
+        if len(caches) != self.config.num_layers:
+            raise ValueError(
+                f"Transformer: caches must hold one cache for each of the "
+                f"{self.config.num_layers} layers, got {len(caches)}; make them with "
+                "init_caches."
+            )
+        batch, new = tokens.shape
+        if lengths is None:
+            lengths = jnp.full(batch, new, jnp.int32)
+        offsets = jnp.arange(new, dtype=jnp.int32)[None, :]
+        positions = caches[0].length[:, None] + offsets  # [B, T]
+        stream, grown, infos = self.embed(tokens), [], []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            stream, cache, info = block.step(
+                stream, cache, positions, self.threshold_scale[...], lengths=lengths
+            )
+            grown.append(cache)
+            infos.append(info)
+        return stream, tuple(grown), tuple(infos)
+
+    def unembed(self, stream: jax.Array) -> jax.Array:
+        """Final norm and output layer: f[..., E] -> logits f32[..., V]."""
+        stream = self.final_norm(stream)
+        if self.config.tie_embeddings:
+            return self.embed.attend(stream).astype(jnp.float32)
+        return self.head(stream).astype(jnp.float32)
+
+    def init_caches(self, batch: int, max_length: int) -> Caches:
+        """Empty caches for `step`.
+
+        Args:
+          batch: B, the number of rows.
+          max_length: the most tokens a row may reach.
+
+        Returns:
+          One hsrjax cache per layer.
+        """
+        config = self.config
+        return tuple(
+            hsrjax.init_cache(
+                batch,
+                max_length,
+                config.num_kv_heads,
+                config.head_dim,
+                value_dim=config.value_size,
+                dtype=jnp.dtype(config.dtype),
+            )
+            for _ in range(config.num_layers)
+        )
+
+
+def with_attention(
+    model: Transformer,
+    attention: Implementation,
+    *,
+    top_r: int | None = None,
+    epsilon: float | None = None,
+) -> Transformer:
+    """The same parameters computed by another implementation.
+
+    Args:
+      model: any transformer; it is left as it is.
+      attention: "dense", "hsr" or "auto".
+      top_r: for softmax models, keep the r best keys of every query.
+      epsilon: for softmax models, leave out at most this share of the mass.
+
+    Returns:
+      A model that shares the arrays of `model`.
+
+    Raises:
+      ValueError: top_r or epsilon on a model whose attention is not softmax.
+    """
+    config = dataclasses.replace(
+        model.config, attention=attention, top_r=top_r, epsilon=epsilon
+    )
+    return nnx.merge(nnx.graphdef(abstract_model(config)), nnx.state(model))
+
+
+def abstract_model(config: ModelConfig) -> Transformer:
+    """A model of shapes only: nothing is drawn and no memory is taken."""
+    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+
+
+def _check_tokens(tokens: jax.Array) -> None:
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            "Transformer: tokens must be integers of shape [B, T], got "
+            f"{tokens.dtype}{list(tokens.shape)}; add a batch axis with tokens[None] "
+            "and convert with tokens.astype('int32')."
+        )

@@ -1,0 +1,114 @@
+"""What every test gets: 8 virtual CPU devices, strict promotion, compile counters.
+
+The tests run stricter than users do. Code that mixes dtypes or ranks by accident
+raises here, and every warning is an error (pyproject.toml).
+"""
+
+import os
+
+# Read by jax when it makes its first backend, so set before anything imports jax.
+# Most of the time goes into compiling programs that run once on a few numbers:
+# level 0 compiles them three times as fast.
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda tests a GPU
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import collections
+import contextlib
+import functools
+import pathlib
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A run of the tests never fails by luck: the examples are the same each time.
+# HYPOTHESIS_PROFILE=explore draws new ones, and more.
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    database=None,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,  # the first example compiles
+        hypothesis.HealthCheck.data_too_large,
+    ],
+)
+hypothesis.settings.register_profile(
+    "explore",
+    hypothesis.settings.get_profile("default"),
+    derandomize=False,
+    max_examples=300,
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> pathlib.Path:
+    """The checkout: what pyproject.toml, models/ and train/ lie in."""
+    return pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def lenient_promotion():
+    """jax's usual promotion, for tests that run flax or optax code."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def count_traces():
+    """Wraps a function so that it counts its traces: put it inside `jax.jit`.
+
+    >>> counted = count_traces(lambda x: x + 1)
+    >>> f = jax.jit(counted)
+    >>> f(1.0), f(2.0)
+    >>> assert counted.traces == 1
+    """
+
+    def wrap(function):
+        @functools.wraps(function)
+        def counted(*args, **kwargs):
+            counted.traces += 1
+            return function(*args, **kwargs)
+
+        counted.traces = 0
+        return counted
+
+    return wrap
+
+
+@pytest.fixture
+def count_compiles():
+    """A context that counts XLA compilations by the jitted function's name.
+
+    For functions that are jitted already, where `count_traces` cannot reach:
+
+    >>> with count_compiles() as compiles:
+    ...     step(x)
+    ...     step(y)
+    >>> assert compiles["step"] == 1
+    """
+
+    @contextlib.contextmanager
+    def counting():
+        compiles = collections.Counter()
+
+        def listen(event, duration, **info):
+            del duration
+            if event == "/jax/core/compile/backend_compile_duration":
+                name = info.get("fun_name", "")
+                compiles[name.removeprefix("jit(").removesuffix(")")] += 1
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield compiles
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return counting

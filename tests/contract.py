@@ -1,0 +1,250 @@
+"""The contract that every implementation of attention must keep, as one test class.
+
+A subclass says how to `attend`; everything else is the same for all. The oracle is
+`hsrjax.reference`, which shares no code with any implementation.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hsrjax
+from hsrjax import reference
+
+SHAPE = (2, 37, 37, 4, 2, 16, 16)
+# (B, T, S, N, K, H, D), is_causal, activation: sizes that divide nothing, GQA, one key,
+# heads of 1 to 256. Every case compiles, so each activation meets a few shapes only;
+# tests/test_attention.py draws more.
+CASES = [
+    (SHAPE, True, "relu"),
+    (SHAPE, True, "top_r"),
+    (SHAPE, True, "softmax"),
+    ((1, 1, 1, 1, 1, 1, 1), True, "relu2"),
+    ((2, 5, 77, 6, 2, 7, 9), False, "relu3"),
+    ((1, 130, 130, 3, 3, 64, 8), True, "relu2"),
+    ((1, 3, 40, 8, 1, 256, 4), False, "relu"),
+    ((3, 9, 33, 2, 2, 1, 5), False, "top_r"),
+]
+ACTIVATIONS = {
+    "relu": hsrjax.ReLU(power=1, bias=0.5),
+    "relu2": hsrjax.ReLU(power=2, bias=0.5, normalize="none"),
+    "relu3": hsrjax.ReLU(power=3, bias=-0.2, normalize="length"),
+    "softmax": hsrjax.Softmax(),
+    "top_r": hsrjax.Softmax(top_r=5),
+}
+
+
+def inputs(shape, *, dtype=jnp.float32, seed=0):
+    """Gaussian query, key, value and a cotangent."""
+    b, t, s, n, k, h, d = shape
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = (b, t, n, h), (b, s, k, h), (b, s, k, d), (b, t, n, d)
+    return [
+        jax.random.normal(key, size, jnp.float32).astype(dtype)
+        for key, size in zip(keys, shapes, strict=True)
+    ]
+
+
+def relative_error(got, expected):
+    """Largest difference in units of the largest expected entry."""
+    got, expected = (np.asarray(x, np.float64) for x in (got, expected))
+    return np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-30)
+
+
+def lenient(function):
+    """The reference is written for reading: it may promote ranks."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+reference_attention = lenient(reference.attention)
+
+
+class AttentionContract:
+    """Subclass and define `attend`."""
+
+    differentiable = True
+
+    def attend(self, query, key, value, *, activation, is_causal):
+        """Returns (output, info)."""
+        raise NotImplementedError
+
+    def compiled(self, *arrays, **options):
+        """`attend` under jit: compiling one program is faster than forty small ones."""
+        activation = options.pop("activation")
+        attend = jax.jit(functools.partial(self.attend, **options))
+        return attend(*arrays, activation=activation)
+
+    def gradients(self, attend, arrays, cotangent):
+        def loss(query, key, value, bias):
+            activation = hsrjax.ReLU(power=2, bias=bias)
+            out = attend(query, key, value, activation=activation, is_causal=True)
+            return jnp.vdot(out, cotangent)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*arrays)
+
+    @pytest.mark.parametrize(("shape", "is_causal", "name"), CASES)
+    def test_values(self, shape, is_causal, name):
+        query, key, value, _ = inputs(shape)
+        kwargs = {"activation": ACTIVATIONS[name], "is_causal": is_causal}
+        out, _ = self.compiled(query, key, value, **kwargs)
+        expected = reference_attention(query, key, value, **kwargs)
+        assert out.shape == expected.shape and out.dtype == query.dtype
+        assert relative_error(out, expected) <= 1e-5
+
+    def test_count_is_the_number_of_firing_keys(self):
+        query, key, value, _ = inputs(SHAPE)
+        activation = hsrjax.ReLU(bias=0.5)
+        _, info = self.compiled(
+            query, key, value, activation=activation, is_causal=True
+        )
+        scores = np.einsum("btnh,bsnh->btns", query, np.repeat(key, 2, axis=2)) / 4
+        firing = (scores > 0.5) & np.tri(37, dtype=bool)[None, :, None]
+        np.testing.assert_array_equal(info.count, firing.sum(-1))
+        assert (info.candidates >= info.count).all()
+        assert (np.asarray(info.error_bound) == 0).all()
+
+    def test_vjp(self):
+        if not self.differentiable:
+            pytest.skip("caches are for inference")
+        shape = (2, 45, 45, 4, 2, 16, 8)
+        *arrays, cotangent = inputs(shape)
+        arrays.append(jnp.array([0.2, 0.4, -0.3, 0.1]))
+        got = self.gradients(lambda *a, **k: self.attend(*a, **k)[0], arrays, cotangent)
+        expected = self.gradients(reference_attention, arrays, cotangent)
+        for one, other in zip(got, expected, strict=True):
+            assert relative_error(one, other) <= 1e-5
+
+    @pytest.mark.parametrize("normalize", ["row_sum", "none"])
+    def test_empty_rows_are_zero_with_zero_gradients(self, normalize):
+        query, key, value, cotangent = inputs((1, 6, 6, 2, 1, 8, 8))
+        bias = jnp.array([0.0, 1e4])  # nothing fires in the second head
+        activation = hsrjax.ReLU(power=1, bias=bias, normalize=normalize)
+
+        def loss(query):
+            out, info = self.attend(
+                query, key, value, activation=activation, is_causal=False
+            )
+            return jnp.vdot(out, cotangent), (out, info)
+
+        if not self.differentiable:
+            _, (out, info) = jax.jit(loss)(query)
+            gradient = jnp.zeros_like(query)
+        else:
+            gradient, (out, info) = jax.jit(jax.grad(loss, has_aux=True))(query)
+        assert (out[:, :, 1] == 0).all() and (info.count[:, :, 1] == 0).all()
+        assert (gradient[:, :, 1] == 0).all()
+        assert (out[:, :, 0] != 0).any()
+
+    def test_nan_reaches_exactly_the_rows_that_dense_attention_gives_it(self):
+        query, key, value, _ = inputs((1, 40, 40, 2, 1, 8, 8))
+        key = key.at[0, 25, 0, 3].set(jnp.nan)
+        query = query.at[0, 7, 1, 0].set(jnp.nan)
+        activation = hsrjax.ReLU(power=2, bias=0.1)
+        out, _ = self.compiled(query, key, value, activation=activation, is_causal=True)
+        rows = np.isnan(np.asarray(out)).all(-1)[0]
+        expected = np.zeros((40, 2), bool)
+        expected[25:] = True
+        expected[7, 1] = True
+        np.testing.assert_array_equal(rows, expected)
+        assert not np.isnan(np.asarray(out)[0][~expected]).any()
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_a_bad_value_spoils_its_coordinate(self, bad):
+        query, key, value, _ = inputs((1, 6, 6, 1, 1, 8, 4))
+        value = value.at[0, 2, 0, 1].set(bad)
+        activation = hsrjax.ReLU(bias=jnp.array([0.3]), normalize="none")
+        out, _ = self.compiled(
+            query, key, value, activation=activation, is_causal=False
+        )
+        assert (~np.isfinite(np.asarray(out)[..., 1])).all()
+        assert np.isfinite(np.asarray(out)[..., [0, 2, 3]]).all()
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    def test_low_precision_inputs(self, dtype):
+        query, key, value, _ = inputs(SHAPE, dtype=dtype)
+        kwargs = {"activation": ACTIVATIONS["relu"], "is_causal": True}
+        out, _ = self.compiled(query, key, value, **kwargs)
+        assert out.dtype == dtype
+        expected = reference_attention(query, key, value, **kwargs)
+        assert relative_error(out.astype(jnp.float32), expected) <= 8e-3
+
+    def test_vmap_equals_a_loop(self):
+        arrays = [
+            jnp.stack(pair)
+            for pair in zip(
+                *(inputs((1, 7, 7, 2, 1, 8, 8), seed=s)[:3] for s in (1, 2)),
+                strict=True,
+            )
+        ]
+        attend = functools.partial(
+            self.attend, activation=ACTIVATIONS["relu"], is_causal=True
+        )
+        together, _ = jax.jit(jax.vmap(attend))(*arrays)
+        alone_jitted = jax.jit(attend)
+        for row in range(2):
+            alone, _ = alone_jitted(*(x[row] for x in arrays))
+            assert relative_error(together[row], alone) <= 1e-6
+
+    def test_compiles_once(self, count_traces):
+        counted = count_traces(self.attend)
+        attend = jax.jit(functools.partial(counted, is_causal=True))
+        for seed in range(3):
+            arrays = inputs((1, 8, 8, 2, 2, 8, 8), seed=seed)[:3]
+            bias = jnp.asarray(0.1 * seed)
+            attend(*arrays, activation=hsrjax.ReLU(power=2, bias=bias))
+        assert counted.traces == 1
+
+    def test_zero_inputs(self):
+        arrays = [jnp.zeros_like(x) for x in inputs((1, 5, 5, 1, 1, 4, 4))[:3]]
+        for activation in (hsrjax.ReLU(), hsrjax.Softmax(top_r=2)):
+            out, _ = self.compiled(*arrays, activation=activation, is_causal=True)
+            assert (out == 0).all()
+
+    def test_epsilon_keeps_its_promises(self):
+        query, key, value, _ = inputs((1, 50, 200, 2, 1, 16, 8))
+
+        @jax.jit
+        def attend(query, epsilon):
+            activation = hsrjax.Softmax(epsilon=epsilon)
+            return self.attend(
+                query, key, value, activation=activation, is_causal=False
+            )
+
+        for spread in (0.1, 3.0, 30.0):
+            for epsilon in (0.3, 1e-3):
+                out, info = attend(query * spread, jnp.float32(epsilon))
+                check_certificate(
+                    query * spread, key, value, out, info, epsilon=epsilon
+                )
+
+
+def check_certificate(query, key, value, out, info, *, epsilon=None, visible=None):
+    """Compares error bound and missed mass with exact softmax in float64."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    group = query.shape[2] // key.shape[2]
+    key, value = (np.repeat(x, group, axis=2) for x in (key, value))
+    scores = np.einsum("btnh,bsnh->btns", query, key) / np.sqrt(query.shape[-1])
+    if visible is not None:
+        scores = np.where(visible, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    exact = np.einsum("btns,bsnd->btnd", weights, value)
+    error = np.abs(np.asarray(out, np.float64) - exact).max(-1)
+    assert (error <= np.asarray(info.error_bound)).all()
+    if epsilon is not None:
+        assert (np.asarray(info.missed_mass) <= epsilon * (1 + 1e-6)).all()
+        # The kept keys are the best `count`, up to ties.
+        best = -np.sort(-weights, axis=-1)
+        rank = np.arange(weights.shape[-1])
+        kept = np.where(rank < np.asarray(info.count)[..., None], best, 0.0).sum(-1)
+        assert (1 - kept <= epsilon).all()
+    return error

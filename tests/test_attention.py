@@ -1,0 +1,264 @@
+"""`hsrjax.attention`: the shared contract, and what only this function promises."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hsrjax
+from tests.contract import (
+    AttentionContract,
+    check_certificate,
+    inputs,
+    relative_error,
+)
+
+
+class TestDense(AttentionContract):
+    def attend(self, *arrays, **options):
+        return hsrjax.attention(
+            *arrays, **options, implementation="dense", return_info=True
+        )
+
+
+class TestHsr(AttentionContract):
+    def attend(self, *arrays, **options):
+        return hsrjax.attention(
+            *arrays, **options, implementation="hsr", return_info=True
+        )
+
+
+class TestHsrOverflowing(AttentionContract):
+    """Seven slots: nearly every tile needs several passes, nothing may change."""
+
+    def attend(self, *arrays, **options):
+        return hsrjax.attention(
+            *arrays, **options, implementation="hsr", capacity=7, return_info=True
+        )
+
+    def test_overflow_is_reported(self):
+        query, key, value, _ = inputs((1, 4, 64, 1, 1, 8, 8))
+        activation = hsrjax.ReLU(bias=-100.0)
+        _, info = self.attend(query, key, value, activation=activation)
+        assert info.overflow.all() and (info.count == 64).all()
+
+
+def test_auto_is_one_of_the_two():
+    query, key, value, _ = inputs((1, 9, 9, 2, 1, 8, 8))
+    auto, dense = (
+        hsrjax.attention(
+            query, key, value, activation=hsrjax.ReLU(), implementation=name
+        )
+        for name in ("auto", "dense")
+    )
+    np.testing.assert_array_equal(auto, dense)
+
+
+# Few examples: each compiles four programs. HYPOTHESIS_PROFILE=explore draws more.
+@settings(max_examples=max(6, settings().max_examples // 4))
+@given(
+    t=st.integers(1, 70),
+    s=st.integers(1, 70),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    h=st.integers(1, 40),
+    d=st.integers(1, 9),
+    power=st.integers(1, 3),
+    bias=st.floats(-1, 3, width=32),
+    capacity=st.integers(1, 80),
+    is_causal=st.booleans(),
+)
+def test_hsr_equals_dense_whatever_the_shape(
+    t, s, kv_heads, group, h, d, power, bias, capacity, is_causal
+):
+    query, key, value, cotangent = inputs((1, t, s, kv_heads * group, kv_heads, h, d))
+    activation = hsrjax.ReLU(power=power, bias=bias, normalize="none")
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def run(query, key, value, bias, implementation):
+        def loss(query, key, value, bias):
+            out, info = hsrjax.attention(
+                query,
+                key,
+                value,
+                activation=hsrjax.ReLU(power, bias, "none"),
+                implementation=implementation,
+                is_causal=is_causal,
+                capacity=capacity,
+                return_info=True,
+            )
+            return jnp.vdot(out, cotangent), (out, info.count)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(
+            query, key, value, bias
+        )
+
+    arrays = query, key, value, jnp.float32(activation.bias)
+    (_, (dense, count)), expected = run(*arrays, "dense")
+    (_, (out, hsr_count)), got = run(*arrays, "hsr")
+    np.testing.assert_array_equal(hsr_count, count)
+    scale = max(1e-3, float(jnp.abs(dense).max()))
+    assert float(jnp.abs(out - dense).max()) <= 1e-5 * scale
+    for one, other in zip(got, expected, strict=True):
+        assert relative_error(one, other) <= 1e-5 or jnp.abs(one - other).max() < 1e-6
+
+
+def test_top_r_gradients_equal_dense():
+    *arrays, cotangent = inputs((1, 30, 50, 2, 1, 8, 8))
+
+    def gradients(implementation):
+        def loss(*arrays):
+            out = hsrjax.attention(
+                *arrays,
+                activation=hsrjax.Softmax(top_r=6),
+                implementation=implementation,
+                capacity=16,
+            )
+            return jnp.vdot(out, cotangent)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
+
+    for one, other in zip(gradients("hsr"), gradients("dense"), strict=True):
+        assert relative_error(one, other) <= 1e-5
+
+
+def test_only_reported_keys_are_looked_at():
+    query, key, value, _ = inputs((1, 1, 4096, 1, 1, 64, 8))
+    activation = hsrjax.ReLU(bias=2.5)
+    _, info = hsrjax.attention(
+        query,
+        key,
+        value,
+        activation=activation,
+        implementation="hsr",
+        return_info=True,
+    )
+    assert 0 < int(info.count[0, 0, 0]) <= int(info.candidates[0, 0, 0]) < 100
+
+
+CERTIFIED = {
+    implementation: jax.jit(
+        functools.partial(
+            hsrjax.attention,
+            activation=hsrjax.Softmax(epsilon=0.05),
+            implementation=implementation,
+            return_info=True,
+        )
+    )
+    for implementation in ("dense", "hsr")
+}
+
+
+@pytest.mark.parametrize("implementation", ["dense", "hsr"])
+@pytest.mark.parametrize("kind", ["outlier", "equal", "huge", "tiny", "cluster", "nan"])
+def test_certificate_on_adversarial_scores(kind, implementation):
+    query, key, value, _ = inputs((1, 20, 300, 2, 2, 16, 8), seed=3)
+    if kind == "outlier":
+        key = key.at[0, 17].multiply(1e4)
+    elif kind == "equal":
+        key = jnp.broadcast_to(key[:, :1], key.shape)
+    elif kind == "huge":
+        query = query * 200.0
+    elif kind == "tiny":
+        query = query * 1e-20
+    elif kind == "cluster":
+        key = jnp.round(key[:, :7].repeat(43, axis=1)[:, :300], 1)
+    else:
+        key = key.at[0, 5, 0, 0].set(jnp.nan)
+    out, info = CERTIFIED[implementation](query, key, value)
+    if kind == "nan":  # the head that sees it is NaN, and so is its bound
+        assert np.isnan(np.asarray(out[:, :, 0])).all()
+        query, key, value, out = (x[:, :, 1:] for x in (query, key, value, out))
+        info = jax.tree.map(lambda x: x[:, :, 1:], info)
+    check_certificate(query, key, value, out, info, epsilon=0.05)
+
+
+def test_top_r_certificate():
+    query, key, value, _ = inputs((1, 20, 300, 2, 1, 32, 8), seed=5)
+    out, info = hsrjax.attention(
+        query * 4,
+        key,
+        value,
+        activation=hsrjax.Softmax(top_r=20),
+        implementation="hsr",
+        return_info=True,
+    )
+    assert (info.count == 20).all()
+    error = check_certificate(query * 4, key, value, out, info)
+    assert error.max() > 0 and float(info.error_bound.min()) < 1.0
+
+
+def test_every_shape_of_bias():
+    query, key, value, _ = inputs((2, 5, 9, 4, 2, 8, 8))
+    per_row = jnp.linspace(0.0, 1.0, 5)[:, None]
+    for bias in (0.3, jnp.full((4,), 0.3), per_row, jnp.full((2, 5, 4), 0.3)):
+        dense, hsr = (
+            hsrjax.attention(
+                query,
+                key,
+                value,
+                activation=hsrjax.ReLU(bias=bias),
+                implementation=implementation,
+            )
+            for implementation in ("dense", "hsr")
+        )
+        assert relative_error(hsr, dense) <= 1e-5
+
+
+def arrays_for_errors():
+    x = jnp.ones((1, 3, 4, 8))
+    return {"query": x, "key": x[:, :, :2], "value": x[:, :, :2]}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": jnp.ones((3, 4, 8))}, ValueError, "query must have the 4 axes"),
+        ({"key": jnp.ones((1, 3, 3, 8))}, ValueError, "value.shape"),
+        (
+            {"key": jnp.ones((1, 3, 3, 8)), "value": jnp.ones((1, 3, 3, 8))},
+            ValueError,
+            "multiple of the 3 key heads, got 4",
+        ),
+        ({"key": jnp.ones((1, 3, 2, 9))}, ValueError, "head size of the keys"),
+        ({"key": jnp.ones((2, 3, 2, 8))}, ValueError, "batch size"),
+        ({"value": jnp.ones((1, 2, 2, 8))}, ValueError, "value.shape"),
+        ({"query": jnp.ones((1, 3, 4, 8), int)}, TypeError, "got int32"),
+        ({"query": jnp.ones((1, 0, 4, 8))}, ValueError, "not be empty"),
+        ({"capacity": 0}, ValueError, "capacity must be a Python integer >= 1"),
+        ({"implementation": "fast"}, ValueError, "implementation must be one of"),
+        ({"activation": "relu"}, TypeError, "activation must be"),
+        (
+            {"activation": hsrjax.ReLU(bias=jnp.ones(3))},
+            ValueError,
+            "activation.bias must broadcast",
+        ),
+    ],
+)
+def test_static_mistakes_are_named(change, error, message):
+    arguments = arrays_for_errors() | {"activation": hsrjax.ReLU()} | change
+    query, key, value = (arguments.pop(name) for name in ("query", "key", "value"))
+    with pytest.raises(error, match=message):
+        jax.eval_shape(
+            functools.partial(hsrjax.attention, **arguments), query, key, value
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: hsrjax.ReLU(power=0), "power must be an integer >= 1, got 0"),
+        (lambda: hsrjax.ReLU(power=1.5), "power"),
+        (lambda: hsrjax.ReLU(normalize="sum"), "normalize must be one of"),
+        (lambda: hsrjax.Softmax(top_r=0), "top_r"),
+        (lambda: hsrjax.Softmax(epsilon=1.0), "strictly between 0 and 1"),
+        (lambda: hsrjax.Softmax(top_r=1, epsilon=0.1), "exclude each other"),
+    ],
+)
+def test_activations_check_their_options(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

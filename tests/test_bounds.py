@@ -1,0 +1,139 @@
+"""The bounds hold for every float32 score, in any summation order, for any input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import hsrjax
+from hsrjax import bounds
+
+KEYS, QUERIES = 64, 5
+
+
+def sketched(keys, queries):
+    index = hsrjax.build(keys, reorder=False)
+    query = bounds.sketch_query(index.sketch, queries)
+    products = bounds.code_products(index.sketch, query)
+    lower, upper = bounds.intervals(query, products)
+    blocks = jax.lax.map(lambda b: bounds.thresholds(query, b), _offsets(keys, queries))
+    boxes = bounds.box_blocks(
+        keys.reshape(-1, 32, keys.shape[-1]), jnp.ones((KEYS // 32, 32), bool)
+    )
+    return lower, upper, products, blocks, bounds.box_upper(boxes, queries)
+
+
+def _offsets(keys, queries):
+    """Every query with every one of its own scores as the offset: all ties."""
+    return bounds.dot(queries, keys).T
+
+
+run = jax.jit(sketched)
+
+
+def float32_scores(keys, queries):
+    """The same products summed forwards, backwards and pairwise, all in float32."""
+    with np.errstate(all="ignore"):
+        terms = queries[:, None, :] * keys[None, :, :]
+        forwards = np.zeros(terms.shape[:2], np.float32)
+        for h in range(terms.shape[-1]):
+            forwards = forwards + terms[..., h]
+        backwards = np.zeros(terms.shape[:2], np.float32)
+        for h in reversed(range(terms.shape[-1])):
+            backwards = backwards + terms[..., h]
+        return [forwards, backwards, terms.sum(-1, dtype=np.float32)]
+
+
+def check(keys, queries):
+    keys, queries = keys.astype(np.float32), queries.astype(np.float32)
+    lower, upper, products, levels, box = (np.asarray(x) for x in run(keys, queries))
+    own = np.asarray(bounds.dot(queries, keys))
+    for scores in [*float32_scores(keys, queries), own]:
+        usable = ~np.isnan(scores)
+        assert (lower <= scores)[usable].all() and (scores <= upper)[usable].all()
+        per_key = np.repeat(box, 32, axis=-1)
+        assert (scores <= per_key)[usable].all()
+    # With its own score as the offset, no key is below its block's integer.
+    for key, score in enumerate(own.T):
+        passing = products[:, key] >= levels[key][:, key // 32]
+        assert passing[~np.isnan(score)].all()
+
+
+floats = st.floats(-1e4, 1e4, width=32) | st.sampled_from([0.0, 1.0, 1e-30, -1e30])
+
+
+@given(
+    keys=hnp.arrays(np.float32, (KEYS, 6), elements=floats),
+    queries=hnp.arrays(np.float32, (QUERIES, 6), elements=floats),
+)
+def test_any_numbers(keys, queries):
+    check(keys, queries)
+
+
+@pytest.mark.parametrize("h", [1, 8, 64, 256])
+@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-3, 1.0, 1e18, 1e30, 1e37])
+def test_sizes(h, size):
+    rng = np.random.default_rng(h)
+    keys = rng.standard_normal((KEYS, h)) * size
+    check(keys, rng.standard_normal((QUERIES, h)))
+    check(rng.standard_normal((KEYS, h)), rng.standard_normal((QUERIES, h)) * size)
+
+
+@pytest.mark.parametrize("h", [3, 64])
+def test_wide_range_outlier_and_worst_signs(h):
+    rng = np.random.default_rng(0)
+    exponent = rng.uniform(-30, 8, (KEYS, 1))
+    check(
+        rng.standard_normal((KEYS, h)) * 10.0**exponent, rng.normal(size=(QUERIES, h))
+    )
+    keys = rng.standard_normal((KEYS, h))
+    keys[7] *= 1e30
+    check(keys, rng.standard_normal((QUERIES, h)))
+    # Coordinates half way between codes, all errors of one sign.
+    step = np.ones((KEYS, h)) / 127
+    halves = step * (rng.integers(-100, 100, (KEYS, h)) + 0.499)
+    halves[:, 0] = 1.0
+    check(halves, np.ones((QUERIES, h)) * (1 + np.arange(QUERIES)[:, None]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+def test_bad_keys_and_queries_are_never_ruled_out(bad):
+    rng = np.random.default_rng(1)
+    keys = rng.standard_normal((KEYS, 6)).astype(np.float32)
+    queries = rng.standard_normal((QUERIES, 6)).astype(np.float32)
+    keys[40, 2], queries[3, 0] = bad, bad
+    _, upper, products, levels, box = run(keys, queries)
+    assert (np.asarray(upper)[:, 32:] == np.inf).all()
+    if not np.isfinite(bad):
+        assert (np.asarray(box)[:, 1] == np.inf).all()
+    passing = np.asarray(products)[:, 40] >= np.asarray(levels)[40][:, 1]
+    assert passing.all()
+    assert (np.asarray(upper)[3] == np.inf).all()
+    check(keys, queries)
+
+
+@pytest.mark.parametrize("h", [16, 64, 128])
+def test_the_sketch_is_tight(h):
+    """On Gaussian keys it passes few more than are members: a bound that is only
+    sound could pass everything."""
+    rng = np.random.default_rng(2)
+    keys = rng.standard_normal((4096, h)).astype(np.float32)
+    queries = rng.standard_normal((8, h)).astype(np.float32)
+    index = hsrjax.build(keys)
+    query = bounds.sketch_query(index.sketch, queries)
+    products = np.asarray(bounds.code_products(index.sketch, query))
+    scores = queries @ keys.T
+    offsets = np.sort(scores, axis=-1)[:, -41].astype(np.float32)
+    levels = np.repeat(np.asarray(bounds.thresholds(query, offsets)), 32, axis=-1)
+    passed = (products >= levels).mean()
+    assert 0.01 <= passed <= 0.02
+
+
+def test_norm_neither_overflows_nor_underflows():
+    for size in (1e-37, 1e-20, 1.0, 1e20, 3e37):
+        x = jnp.full((3, 16), size, jnp.float32)
+        np.testing.assert_allclose(bounds.norm(x), 4 * size, rtol=1e-6)
+    assert (bounds.norm(jnp.zeros((2, 3))) == 0).all()

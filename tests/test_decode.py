@@ -1,0 +1,210 @@
+"""Growing caches: the shared contract through `decode_attention`, and Algorithm 1."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hsrjax
+from tests.contract import AttentionContract, inputs, relative_error
+
+
+def fill(key, value, *, room=0, chunk=None):
+    """A cache that holds key and value, appended in chunks."""
+    b, s, kv_heads, h = key.shape
+    cache = hsrjax.init_cache(
+        b, s + room, kv_heads, h, value_dim=value.shape[-1], dtype=key.dtype
+    )
+    for start in range(0, s, chunk or s):
+        part = slice(start, start + (chunk or s))
+        cache = hsrjax.extend(cache, key[:, part], value[:, part])
+    return cache
+
+
+class CacheContract(AttentionContract):
+    differentiable = False
+    implementation = "dense"
+    chunk = None
+
+    def attend(self, query, key, value, *, activation, is_causal):
+        cache = fill(key, value, room=3, chunk=self.chunk)
+        positions = jnp.arange(query.shape[1], dtype=jnp.int32)
+        if not is_causal:
+            positions = jnp.full_like(positions, key.shape[1] - 1)
+        return hsrjax.decode_attention(
+            query,
+            cache,
+            activation=activation,
+            implementation=self.implementation,
+            positions=jnp.broadcast_to(positions, query.shape[:2]),
+        )
+
+
+class TestDenseCache(CacheContract):
+    pass
+
+
+class TestHsrCache(CacheContract):
+    implementation = "hsr"
+
+
+class TestHsrCacheGrownInPieces(CacheContract):
+    implementation = "hsr"
+    chunk = 13
+
+    # Three appends are slow to compile: the rest is covered by one append, above.
+    test_vmap_equals_a_loop = None
+    test_compiles_once = None
+    test_zero_inputs = None
+    test_low_precision_inputs = None
+
+
+def test_generation_equals_causal_attention():
+    """Token by token, from an empty cache, under one scan and one compilation."""
+    query, key, value, _ = inputs((2, 70, 70, 4, 2, 16, 8))
+    activation = hsrjax.ReLU(power=2, bias=0.4)
+
+    def step(cache, token):
+        q, k, v = (x[:, None] for x in token)
+        cache = hsrjax.extend(cache, k, v)
+        out, info = hsrjax.decode_attention(
+            q, cache, activation=activation, implementation="hsr"
+        )
+        return cache, (out[:, 0], info.count[:, 0])
+
+    cache = hsrjax.init_cache(2, 70, 2, 16, value_dim=8)
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (query, key, value))
+    cache, (out, count) = jax.jit(functools.partial(jax.lax.scan, step))(cache, tokens)
+    expected, info = hsrjax.attention(
+        query,
+        key,
+        value,
+        activation=activation,
+        implementation="dense",
+        is_causal=True,
+        return_info=True,
+    )
+    assert relative_error(jnp.moveaxis(out, 0, 1), expected) <= 1e-5
+    np.testing.assert_array_equal(jnp.moveaxis(count, 0, 1), info.count)
+    assert cache.length.tolist() == [70, 70]
+
+
+def test_a_grown_cache_has_the_sketch_of_one_built_at_once():
+    _, key, value, _ = inputs((1, 1, 100, 1, 2, 16, 8))
+    at_once = fill(key, value)
+    grown = fill(key, value, chunk=64)
+    for one, other in zip(
+        jax.tree.leaves(grown.index), jax.tree.leaves(at_once.index), strict=True
+    ):
+        if one.dtype != jnp.float32:
+            continue
+        np.testing.assert_allclose(one, other, atol=0.5)
+    np.testing.assert_array_equal(grown.index.alive, at_once.index.alive)
+    np.testing.assert_array_equal(grown.index.keys, at_once.index.keys)
+
+
+def test_the_newest_positions_by_default():
+    query, key, value, _ = inputs((1, 3, 20, 2, 1, 8, 8))
+    cache = fill(key, value, room=10)
+    out, _ = hsrjax.decode_attention(query, cache, activation=hsrjax.ReLU())
+    wide = jnp.zeros((1, 20, 2, 8)).at[:, 17:].set(query)
+    expected = hsrjax.attention(
+        wide, key, value, activation=hsrjax.ReLU(), is_causal=True
+    )
+    assert relative_error(out, expected[:, 17:]) <= 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["dense", "hsr"])
+def test_ragged_rows(implementation):
+    query, key, value, _ = inputs((3, 1, 40, 2, 1, 8, 8))
+    lengths = jnp.array([40, 1, 17])
+    cache = hsrjax.extend(hsrjax.init_cache(3, 50, 1, 8), key, value, lengths=lengths)
+    assert cache.length.tolist() == [40, 1, 17]
+    options = {"activation": hsrjax.ReLU(), "implementation": implementation}
+    out, info = hsrjax.decode_attention(query, cache, **options)
+    for row, length in enumerate([40, 1, 17]):
+        alone = hsrjax.attention(
+            query[row : row + 1],
+            key[row : row + 1, :length],
+            value[row : row + 1, :length],
+            **options,
+        )
+        assert relative_error(out[row : row + 1], alone) <= 1e-5
+    # Positions before the start of a row see nothing.
+    out, info = hsrjax.decode_attention(jnp.ones((3, 2, 2, 8)), cache, **options)
+    assert (out[1, 0] == 0).all() and (info.count[1, 0] == 0).all()
+
+
+def test_tokens_without_room_are_counted_not_stored():
+    _, key, value, _ = inputs((1, 1, 10, 1, 1, 8, 8))
+    cache = jax.jit(hsrjax.extend)(hsrjax.init_cache(1, 12, 1, 8), key, value)
+    cache = jax.jit(hsrjax.extend)(cache, key, value)
+    assert int(cache.length[0]) == 12 and int(cache.dropped[0]) == 8
+    np.testing.assert_array_equal(cache.index.keys[0, 0, 10:12], key[0, :2, 0])
+    with pytest.raises(ValueError, match="room for 12 tokens per row, got 22"):
+        hsrjax.extend(cache, key, value)
+
+
+def test_one_compilation_serves_every_length(count_traces):
+    counted = count_traces(hsrjax.decode_attention)
+    decode = jax.jit(
+        functools.partial(counted, activation=hsrjax.ReLU(), implementation="hsr")
+    )
+    query, key, value, _ = inputs((1, 1, 64, 1, 1, 8, 8))
+    cache = hsrjax.init_cache(1, 64, 1, 8)
+    for start in range(0, 64, 16):
+        part = slice(start, start + 16)
+        cache = hsrjax.extend(cache, key[:, part], value[:, part])
+        decode(query, cache)
+    assert counted.traces == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda c, x: hsrjax.init_cache(1, 0, 1, 8), ValueError, "max_length"),
+        (
+            lambda c, x: hsrjax.init_cache(1, 4, 1, 8, dtype=jnp.int8),
+            TypeError,
+            "dtype",
+        ),
+        (lambda c, x: hsrjax.extend(c, x[..., :4], x), ValueError, "key.shape"),
+        (lambda c, x: hsrjax.extend(c, x, x[:, :1]), ValueError, "value.shape"),
+        (
+            lambda c, x: hsrjax.extend(c, x.astype(jnp.bfloat16), x),
+            TypeError,
+            "stored dtype float32",
+        ),
+        (
+            lambda c, x: hsrjax.extend(c, x, x, lengths=jnp.ones(2, int)),
+            ValueError,
+            "lengths.shape",
+        ),
+        (lambda c, x: hsrjax.extend(x, x, x), TypeError, "init_cache"),
+        (
+            lambda c, x: hsrjax.decode_attention(x[:, :, :1], c, activation=None),
+            TypeError,
+            "activation",
+        ),
+        (
+            lambda c, x: hsrjax.decode_attention(
+                jnp.ones((1, 1, 3, 8)), c, activation=hsrjax.ReLU()
+            ),
+            ValueError,
+            "multiple of the 2 key heads",
+        ),
+        (
+            lambda c, x: hsrjax.decode_attention(
+                x, c, activation=hsrjax.ReLU(), positions=jnp.zeros((1, 9), int)
+            ),
+            ValueError,
+            "positions.shape",
+        ),
+    ],
+)
+def test_static_mistakes_are_named(call, error, message):
+    cache, x = hsrjax.init_cache(1, 4, 2, 8), jnp.ones((1, 2, 2, 8))
+    with pytest.raises(error, match=message):
+        call(cache, x)

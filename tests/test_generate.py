@@ -1,0 +1,336 @@
+"""Sampling, generation and its command."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models import generate as command
+from models import load
+from models.config import ModelConfig
+from models.decoding import Counts, Session, bucket
+from models.generate import generate, main
+from models.sampling import sample
+from models.transformer import Transformer, with_attention
+
+PROMPTS = [b"def attention(query, key):", b"x"]
+
+
+def make_model(kind="threshold_relu", **changes):
+    shape = {
+        "num_layers": 1,
+        "embed_dim": 32,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "mlp_dim": 48,
+        "attention": "dense",
+        "tie_embeddings": False,  # a tied model starts by repeating the last token
+    }
+    config = ModelConfig(attention_kind=kind, **(shape | changes))
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    model.threshold_scale[...] = jnp.float32(0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate") / "run"
+    load.save_run(folder, model)
+    return str(folder)
+
+
+# --- sampling ---
+
+
+def draw(logits, count, **options):
+    """Tokens drawn `count` times from the same logits."""
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
+    return np.asarray(sample(rows, jax.random.key(0), **options))
+
+
+def test_temperature_zero_is_argmax_with_ties_to_the_smaller():
+    assert draw([0.0, 3.0, 3.0, 1.0], 8, temperature=0.0).tolist() == [1] * 8
+
+
+def test_draws_follow_the_softmax_of_the_tempered_logits():
+    logits, count = np.array([0.0, 1.0, 2.0, -1.0]), 20_000
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = draw(logits, count, temperature=temperature)
+        expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+        observed = np.bincount(drawn, minlength=4) / count
+        np.testing.assert_allclose(observed, expected, atol=5 / np.sqrt(count))
+
+
+def test_top_k_keeps_exactly_k_also_among_ties():
+    drawn = draw([1.0, 5.0, 1.0, 1.0, 4.0], 2000, top_k=3, temperature=5.0)
+    assert set(drawn.tolist()) == {0, 1, 4}
+    assert draw([1.0, 5.0, 1.0], 8, top_k=1).tolist() == [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("top_p", "support"),
+    [(0.05, {2}), (0.55, {2, 0}), (0.85, {2, 0, 3}), (1.0, {0, 1, 2, 3})],
+)
+def test_top_p_keeps_the_shortest_list_that_holds_the_mass(top_p, support):
+    drawn = draw(np.log([0.3, 0.05, 0.5, 0.15]), 2000, top_p=top_p)
+    assert set(drawn.tolist()) == support
+
+
+def test_top_p_counts_what_top_k_left():
+    drawn = draw(np.log([0.4, 0.3, 0.2, 0.1]), 2000, top_k=2, top_p=0.56)
+    assert set(drawn.tolist()) == {0}  # of 0.7, the first token holds 0.57
+
+
+def test_rows_are_drawn_independently_and_the_seed_decides():
+    logits = jnp.zeros((64, 100))
+    first = sample(logits, jax.random.key(1))
+    assert len(set(first.tolist())) > 20
+    np.testing.assert_array_equal(first, sample(logits, jax.random.key(1)))
+    assert (first != sample(logits, jax.random.key(2))).any()
+
+
+# --- generation ---
+
+
+def test_greedy_tokens_are_those_of_the_whole_sequence(model):
+    result = generate(model, PROMPTS, max_tokens=6)
+    whole = jax.jit(lambda tokens: model(tokens))
+    for prompt, tokens in zip(PROMPTS, result.tokens, strict=True):
+        text = list(prompt) + tokens
+        padded = jnp.asarray([text + [0] * (40 - len(text))], jnp.int32)
+        best = np.asarray(whole(padded).argmax(-1))[0]
+        assert best[len(prompt) - 1 : len(text) - 1].tolist() == tokens
+    assert len(set(result.tokens[0])) > 1
+
+
+def test_hsr_draws_the_tokens_of_dense(model):
+    dense = generate(model, PROMPTS, max_tokens=24)
+    hsr = generate(model, PROMPTS, max_tokens=24, attention="hsr")
+    assert hsr.tokens == dense.tokens
+    assert dense.decode.keys_looked_at == pytest.approx(1.0)
+    assert hsr.decode.keys_fired == pytest.approx(dense.decode.keys_fired)
+    assert 0 < hsr.decode.keys_fired <= hsr.decode.keys_looked_at
+
+
+def test_prompt_read_in_pieces_gives_the_same(model, monkeypatch):
+    prompts = [bytes(range(60, 130)), b"short"]
+    whole = generate(model, prompts, max_tokens=4)
+    monkeypatch.setattr("models.decoding._LONGEST_PIECE", 32)
+    pieces = generate(model, prompts, max_tokens=4)
+    assert pieces.tokens == whole.tokens
+    assert pieces.prefill.keys_fired == pytest.approx(whole.prefill.keys_fired)
+
+
+def test_one_compile_per_shape_bucket(monkeypatch):
+    model, traced = make_model(mlp_dim=40), []
+    advance = Transformer.advance
+
+    def counted(self, tokens, caches, **options):
+        traced.append((tokens.shape, caches[0].max_length))
+        return advance(self, tokens, caches, **options)
+
+    monkeypatch.setattr(Transformer, "advance", counted)
+    first = generate(model, [b"abc"], max_tokens=20)
+    again = generate(model, [b"another prompt"], max_tokens=17)
+    assert traced == [((1, 32), 32), ((1, 1), 32)]
+    assert first.compile_seconds > 0 == again.compile_seconds
+
+
+def test_callback_sees_every_token_in_order(model):
+    seen = []
+    result = generate(
+        model, PROMPTS, max_tokens=3, on_token=lambda *pair: seen.append(pair)
+    )
+    assert seen == [(row, result.tokens[row][i]) for i in range(3) for row in range(2)]
+
+
+def test_counts_by_hand():
+    """Softmax fires everywhere, top_r at r keys: padding must not be counted."""
+    full = generate(make_model("softmax"), PROMPTS, max_tokens=2)
+    assert full.prefill.keys_fired == full.decode.keys_fired == 1.0
+    assert (full.prefill.tokens, full.decode.tokens) == (27, 2)
+    limited = with_attention(make_model("softmax"), "dense", top_r=4)
+    result = generate(limited, PROMPTS, max_tokens=2)
+    # decode queries see 27 and 2 keys and keep 4 and 2 of them
+    assert result.decode.keys_fired == pytest.approx(6 / 29)
+    kept = sum(min(4, i) for i in range(1, 27)) + 1
+    assert result.prefill.keys_fired == pytest.approx(kept / (26 * 27 / 2 + 1))
+
+
+def test_single_token_needs_no_decode(model):
+    result = generate(model, [b"abc"], max_tokens=1)
+    assert len(result.tokens[0]) == 1
+    assert result.decode.keys_looked_at is None
+    assert result.decode.tokens_per_second is None
+
+
+def test_buckets_are_powers_of_two():
+    sizes = [bucket(n, at_least=32) for n in (1, 32, 33, 64, 65, 1000)]
+    assert sizes == [32, 32, 64, 64, 128, 1024]
+    assert bucket(5000, at_least=32, at_most=1024) == 1024
+
+
+def test_logits_that_are_not_finite_stop_generation(model, monkeypatch):
+    nan = Counts(*[jnp.zeros(())] * 3, finite=jnp.array(False))
+    drawn = jnp.zeros(1, jnp.int32)
+    monkeypatch.setattr(Session, "prefill", lambda self: (drawn, [nan]))
+    with pytest.raises(FloatingPointError, match="not finite at token 0"):
+        generate(model, [b"abc"], max_tokens=2)
+
+
+def test_spoiled_parameters_are_noticed():
+    model = make_model()
+    model.final_norm.scale[...] = jnp.full(32, jnp.nan)
+    with pytest.raises(FloatingPointError, match="not finite at token 0"):
+        generate(model, [b"abc"], max_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "at least one prompt"),
+        (b"abc", {}, r"use \[prompt\]"),
+        ([b"ok", b""], {}, "prompt 1 is empty"),
+        ([[3, 256]], {}, "prompt 0 holds token 256, outside .* vocabulary of 256"),
+        ([[-1]], {}, "holds token -1"),
+        ([b"abc"], {"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ([b"abc"], {"max_length": 10}, "3 tokens .* 128, together above max_length=10"),
+        ([b"abc"], {"seed": -1}, "seed must be from 0"),
+        ([b"abc"], {"temperature": -0.1}, "temperature must be .* got -0.1"),
+        ([b"abc"], {"temperature": float("nan")}, "temperature must be"),
+        ([b"abc"], {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ([b"abc"], {"top_k": 0}, "top_k must be at least 1, got 0"),
+        ([b"abc"], {"attention": "fast"}, "attention must be one of dense, hsr, auto"),
+    ],
+)
+def test_impossible_requests_are_refused(model, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, **options)
+
+
+# --- the command ---
+
+
+def run_command(repo_root, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "models.generate", *arguments],
+        cwd=repo_root,
+        env=os.environ | {"PYTHONPATH": str(repo_root)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_command_as_users_run_it(run, repo_root):
+    prompts = ["--prompt", "ab", "--prompt", "é", "--max-tokens", "5"]
+    done = run_command(repo_root, "--model", run, *prompts, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [len(row) for row in result["tokens"]] == [5, 5]
+    assert result["text"][0] == bytes(result["tokens"][0]).decode("utf-8", "replace")
+    assert result["prompt_tokens"] == [2, 2]
+    assert result["tokens_per_second"] > 0
+    assert result["prefill_seconds"] > 0
+    assert 0 < result["keys_fired"] <= result["keys_looked_at"] <= 1
+    assert (result["attention"], result["model"]) == ("auto", run)
+    assert "--- prompt 1\né" in done.stdout
+
+
+def test_damaged_checkpoint_is_one_line_on_stderr(model, tmp_path, repo_root):
+    """Also nothing that threads of orbax print when the process ends."""
+    load.save_run(tmp_path / "run", model)
+    for folder in (tmp_path / "run" / "checkpoints").rglob("d"):
+        for file in folder.iterdir():
+            file.write_bytes(file.read_bytes()[:50])
+    done = run_command(repo_root, "--model", str(tmp_path / "run"), "--prompt", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "load another checkpoint or train again" in done.stderr
+
+
+def test_command_streams_one_prompt(run, capsys):
+    assert main(["--model", run, "--prompt", "hi", "--max-tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("hi")
+    assert "decode: 3 tokens" in out
+    assert "keys looked at" in out
+
+
+def test_control_codes_do_not_reach_the_terminal(capsys):
+    printer = command._Printer([b"a"])
+    for byte in b"\x1b[2J\tb\n\xc3":
+        printer(0, byte)
+    printer(0, 0xA9)
+    printer.finish()
+    assert capsys.readouterr().out == "a\ufffd[2J\tb\né\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompt was given"),
+        (["--prompt", ""], "prompt 0 is empty"),
+        (["--prompt", "x", "--max-tokens", "-3"], "max_tokens must be at least 1"),
+        (["--prompt", "x", "--top-p", "1.5"], "top_p must be above 0"),
+        (["--prompt", "x", "--max-length", "9"], "together above max_length=9"),
+        (["--prompt", "x", "--attention", "top_r"], "use --attention hsr"),
+        (["--prompt", "x", "--attention", "epsilon"], "approximates softmax"),
+        (["--prompt", "x", "--model", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_command_refuses_in_one_sentence(run, capsys, arguments, message):
+    assert main(["--model", run, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--attention", "top_r", "--r", "0"], "top_r must be an integer from 1"),
+        (["--attention", "epsilon", "--epsilon", "2"], "epsilon must lie between"),
+    ],
+)
+def test_command_checks_the_softmax_options(tmp_path, capsys, options, message):
+    load.save_run(tmp_path / "run", make_model("softmax"))
+    arguments = ["--model", str(tmp_path / "run"), "--prompt", "x", *options]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("device is out of memory\ndetails"), 1, "out of memory"),
+        (FloatingPointError("not finite"), 1, "generation failed: not finite"),
+    ],
+)
+def test_command_ends_without_traceback(
+    run, capsys, monkeypatch, error, status, message
+):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(command, "generate", fail)
+    assert main(["--model", run, "--prompt", "x"]) == status
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert "details" not in err

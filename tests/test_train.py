@@ -1,0 +1,538 @@
+"""train: the loop, resume bit for bit, refusals, the command line."""
+
+import csv
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.generate import Generation, Phase
+from models.load import load_run
+from models.transformer import ThresholdScale, Transformer
+from train import checkpoints, data, demo, plots, step
+from train.__main__ import main
+from train.config import PRESETS, TrainConfig, differences
+from train.loop import DivergedError, TrainingInterrupted, train
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Keeps what XLA compiled: most runs here share one train step.
+
+    Promotion is jax's usual one, because optax mixes dtypes.
+    """
+    folder = str(tmp_path_factory.mktemp("xla"))
+    names = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_numpy_dtype_promotion": "standard",
+        "jax_numpy_rank_promotion": "allow",
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in names.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A corpus of 50 KB."""
+    file = tmp_path_factory.mktemp("corpus") / "text.py"
+    shutil.copy(dataclasses.__file__, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def config(text) -> TrainConfig:
+    """A run of two seconds."""
+    return dataclasses.replace(
+        PRESETS["micro"],
+        data=str(text),
+        steps=STEPS,
+        eval_every=30,
+        eval_rows=12,  # not a multiple of the batch
+        checkpoint_every=10,
+        keep=10,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """Folder and results of a run that was never interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return out, train(config, out, progress=False)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run, to be damaged."""
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def saved_arrays(run, *, at: int, config: TrainConfig) -> dict[str, np.ndarray]:
+    """Parameters, optimizer state and keys of a checkpoint, by path."""
+    _, template = step.init_state(config)
+    with checkpoints.Checkpoints(run, keep=10) as store:
+        state, progress = store.restore(at, config=config, template=template)
+    assert progress["data"] == {"next_index": at}
+    state = dataclasses.replace(state, key=jax.random.key_data(state.key))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_run(run, other, *, config: TrainConfig) -> None:
+    """Bitwise the same last checkpoint, and the same lines of metrics."""
+    first = saved_arrays(run, at=STEPS, config=config)
+    second = saved_arrays(other, at=STEPS, config=config)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.tobytes() == second[name].tobytes(), name
+    assert metric_lines(run) == metric_lines(other)
+    assert (run / "sparsity.csv").read_text() == (other / "sparsity.csv").read_text()
+
+
+def metric_lines(run) -> list[dict[str, str]]:
+    """metrics.csv without what depends on the clock."""
+    with (run / "metrics.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    return [{k: v for k, v in x.items() if k != "tokens_per_second"} for x in lines]
+
+
+def test_loss_falls_and_the_run_folder_is_complete(finished):
+    out, results = finished
+    lines = metric_lines(out)
+    assert [int(line["step"]) for line in lines] == list(range(1, STEPS + 1))
+    assert float(lines[0]["loss"]) > 5
+    assert results["validation_loss"] < 3.6
+    assert results["train_loss"] == pytest.approx(float(lines[-1]["loss"]), rel=1e-6)
+    assert [line["step"] for line in lines if line["validation_loss"]] == ["30", "60"]
+    assert float(lines[0]["threshold_scale"]) == 0
+    assert float(lines[-1]["threshold_scale"]) == pytest.approx(0.7)
+    assert 0 < results["nonzero_fraction"] < 1
+    assert np.shape(results["sparsity"]) == (1, 2)
+    assert np.mean(results["sparsity"]) == pytest.approx(results["nonzero_fraction"])
+    assert len((out / "sparsity.csv").read_text().splitlines()) == 1 + 2 * 2
+    assert list((out / "tensorboard").iterdir())
+    model = load_run(out)
+    assert float(model.threshold_scale[...]) == pytest.approx(0.7)
+    assert results["tokens_per_second"] > 0
+    json.dumps(results)
+
+
+def test_loss_and_sparsity_of_a_row_by_definition(config):
+    _, held_out = data.split(data.load_corpus(config.data), row_length=32)
+    batch = jnp.asarray(data.spread(held_out, limit=3))
+    model = Transformer(config.model, rngs=nnx.Rngs(1))
+    losses, fired = jax.jit(step.row_losses)(model, batch)
+    assert losses.shape == (3,)
+    assert fired.shape == (3, 1, 2)
+    inputs = batch[:, :-1].astype(jnp.int32)
+    logits, infos = jax.jit(lambda m, x: m(x, return_info=True))(model, inputs)
+    logits = np.asarray(logits, np.float64)
+    log_sum = np.log(np.exp(logits).sum(-1))
+    rows, columns = np.indices(log_sum.shape)
+    expected = log_sum - logits[rows, columns, np.asarray(batch[:, 1:], int)]
+    np.testing.assert_allclose(losses, expected.mean(1), rtol=1e-5)
+    count = np.asarray(infos[0].count).sum(1)
+    np.testing.assert_allclose(fired[:, 0], count / (32 * 33 / 2), rtol=1e-6)
+
+
+def test_softmax_reports_that_every_score_is_non_zero(config):
+    model = dataclasses.replace(config.model, attention_kind="softmax")
+    batch = jnp.zeros((1, 33), jnp.uint8)
+    model = Transformer(model, rngs=nnx.Rngs(0))
+    _, fired = jax.jit(step.row_losses)(model, batch)
+    np.testing.assert_array_equal(fired, 1)
+
+
+def test_schedules_follow_the_number_of_steps(config):
+    longer = dataclasses.replace(config, steps=600)
+    assert (longer.threshold_steps, longer.warmup_steps) == (400, 30)
+    schedule = step.threshold_schedule(longer)
+    values = [float(schedule(i)) for i in (0, 200, 400, 599)]
+    np.testing.assert_allclose(values, [0, 0.35, 0.7, 0.7], rtol=1e-6)
+    rate = step.learning_rate_schedule(longer)
+    assert float(rate(0)) < float(rate(29)) < float(rate(30)) == pytest.approx(1e-2)
+    assert float(rate(600)) == pytest.approx(1e-3)
+
+
+def test_threshold_scale_is_set_and_nothing_else(config):
+    _, state = step.init_state(config)
+    changed = step.set_threshold_scale(state.rest, 0.25)
+    values = [
+        float(variable[...])
+        for _, variable in nnx.to_flat_state(changed)
+        if isinstance(variable, ThresholdScale)
+    ]
+    assert values == [0.25]
+    assert jax.tree.structure(changed) == jax.tree.structure(state.rest)
+
+
+def test_train_and_eval_step_compile_once(config, tmp_path, count_compiles):
+    short = dataclasses.replace(config, eval_every=7, checkpoint_every=9)
+    with count_compiles() as compiles:
+        train(short, tmp_path / "run", progress=False)
+    assert compiles["train_step"] == 1
+    assert compiles["eval_step"] == 1
+
+
+def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(
+    config, finished, tmp_path, monkeypatch
+):
+    out, drawn = tmp_path / "run", data.Batches.__next__
+
+    def press_ctrl_c(self):
+        if self.get_state()["next_index"] == 17:
+            signal.raise_signal(signal.SIGINT)
+        return drawn(self)
+
+    monkeypatch.setattr(data.Batches, "__next__", press_ctrl_c)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted, match=f"--resume --out {out}"):
+        train(config, out, progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.undo()
+    assert sorted(os.listdir(out / "checkpoints")) == ["10", "18"]
+    # As a kill would leave it: lines after the checkpoint, and half a line.
+    with (out / "metrics.csv").open("a") as file:
+        file.write("19,9.9,1,1,1,1,1,,\n2")
+    results = train(config, out, resume=True, progress=False)
+    assert_same_run(out, finished[0], config=config)
+    assert results["validation_loss"] == finished[1]["validation_loss"]
+
+
+def test_sigkill_then_resume_is_bitwise_the_uninterrupted_run(
+    config, finished, tmp_path, repo_root, compile_cache
+):
+    out = tmp_path / "run"
+    command = [sys.executable, "-W", "error", "-m", "train", "--preset", "micro"]
+    command += ["--out", str(out), "--data", config.data, "--steps", str(STEPS)]
+    command += ["--eval-every", "30", "--eval-rows", "12", "--checkpoint-every", "10"]
+    command += ["--keep", "10", "--json"]
+    environment = os.environ | compile_cache
+    target = random.randrange(2, STEPS - 5)
+    with subprocess.Popen(
+        command, cwd=repo_root, env=environment, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            metrics = out / "metrics.csv"
+            if metrics.exists() and metrics.read_bytes().count(b"\n") > target:
+                break
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, f"target was step {target}"
+    done = subprocess.run(
+        [*command, "--resume"],
+        cwd=repo_root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert results["steps"] == STEPS
+    assert results["validation_loss"] == finished[1]["validation_loss"]
+    assert_same_run(out, finished[0], config=config)
+
+
+def test_resume_of_a_finished_run_reports_the_same(config, copy, finished):
+    results = train(config, copy, resume=True, progress=False)
+    for name in ("steps", "train_loss", "validation_loss", "sparsity"):
+        assert results[name] == finished[1][name]
+
+
+def test_training_runs_outside_the_main_thread(config, copy):
+    thread = threading.Thread(
+        target=train, args=(config, copy), kwargs={"resume": True, "progress": False}
+    )
+    thread.start()
+    thread.join()  # pytest turns an exception in the thread into a failure
+
+
+def test_divergence_stops_and_leaves_the_last_good_checkpoint(
+    config, tmp_path, monkeypatch
+):
+    original, out = step.make_train_step, tmp_path / "run"
+
+    def poisoned(*arguments, **options):
+        real = original(*arguments, **options)
+
+        def train_step(state, batch):
+            done = int(state.step) + 1
+            state, measured = real(state, batch)
+            if done == 25:
+                params = jax.tree.map(lambda leaf: leaf * jnp.nan, state.params)
+                state = dataclasses.replace(state, params=params)
+            return state, measured
+
+        return train_step
+
+    monkeypatch.setattr(step, "make_train_step", poisoned)
+    with pytest.raises(DivergedError, match="diverged at step 26: loss nan") as error:
+        train(config, out, progress=False)
+    good = f"the last good checkpoint is {out / 'checkpoints' / '20'};"
+    assert good in str(error.value)
+    assert sorted(os.listdir(out / "checkpoints")) == ["10", "20"]
+    load_run(out)  # refuses values that are not finite
+
+
+def test_a_state_that_is_not_finite_is_never_saved(config, tmp_path):
+    _, state = step.init_state(config)
+    bad = jax.tree.map(lambda leaf: leaf * jnp.nan, state.params)
+    with checkpoints.Checkpoints(tmp_path, keep=1) as store:
+        with pytest.raises(checkpoints.CheckpointError, match="not finite: not saved"):
+            store.save(dataclasses.replace(state, params=bad), data={})
+        assert store.latest() is None
+
+
+def test_data_parallel_equals_one_device(config, finished, tmp_path, monkeypatch):
+    original, used = step.make_train_step, set()
+
+    def recording(*arguments, **options):
+        real = original(*arguments, **options)
+
+        def train_step(state, batch):
+            used.add(
+                (
+                    len(batch.sharding.device_set),
+                    batch.sharding.shard_shape(batch.shape),
+                )
+            )
+            return real(state, batch)
+
+        return train_step
+
+    monkeypatch.setattr(step, "make_train_step", recording)
+    split = dataclasses.replace(config, data_parallel=True)
+    results = train(split, tmp_path / "run", progress=False)
+    assert used == {(8, (1, 33))}
+    expected = [float(line["loss"]) for line in metric_lines(finished[0])]
+    losses = [float(line["loss"]) for line in metric_lines(tmp_path / "run")]
+    # Rounding differs, and later grows: a threshold turns it into other keys.
+    np.testing.assert_allclose(losses[:8], expected[:8], rtol=1e-5)
+    assert results["validation_loss"] == pytest.approx(
+        finished[1]["validation_loss"], rel=0.05
+    )
+
+
+def test_data_parallel_needs_a_batch_that_divides(config, tmp_path):
+    odd = dataclasses.replace(config, data_parallel=True, batch=12)
+    with pytest.raises(ValueError, match="8 devices, got 12: use --batch 16"):
+        train(odd, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_keep_bounds_the_checkpoints(config, copy):
+    with checkpoints.Checkpoints(copy, keep=2) as store:
+        _, state = step.init_state(config)
+        store.save(dataclasses.replace(state, step=jnp.int32(70)), data={})
+        assert sorted(os.listdir(store.folder)) == ["60", "70"]
+
+
+def test_a_folder_with_a_run_is_not_overwritten(config, finished):
+    with pytest.raises(checkpoints.CheckpointError, match="continue it with --resume"):
+        train(config, finished[0], progress=False)
+
+
+def test_folders_that_hold_no_run_are_refused(config, tmp_path):
+    with pytest.raises(checkpoints.CheckpointError, match="nothing to resume"):
+        train(config, tmp_path / "missing", resume=True, progress=False)
+    (tmp_path / "thesis.tex").write_text("text")
+    for resume in (False, True):
+        with pytest.raises(checkpoints.CheckpointError, match="but no run of hsrjax"):
+            train(config, tmp_path, resume=resume, progress=False)
+    with pytest.raises(checkpoints.CheckpointError, match="is a file, not a folder"):
+        train(config, tmp_path / "thesis.tex", progress=False)
+    with pytest.raises(checkpoints.CheckpointError, match="cannot write in the folder"):
+        train(config, tmp_path / "thesis.tex" / "run", progress=False)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "is not of a run"),
+        ('{"model_type": "llama"}', "is not of a run"),
+        ('{"format": "hsrjax-run", "version": 9}', "has version 9"),
+        ('{"format": "hsrjax-run", "version": 1}', "does not describe a model"),
+    ],
+)
+def test_damaged_and_foreign_configs_are_refused(config, copy, content, message):
+    (copy / "config.json").write_text(content)
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        train(config, copy, resume=True, progress=False)
+
+
+def test_a_config_without_training_options_is_refused(config, copy):
+    content = json.loads((copy / "config.json").read_text())
+    content["train"] = {}
+    (copy / "config.json").write_text(json.dumps(content))
+    with pytest.raises(checkpoints.CheckpointError, match="not describe a training"):
+        train(config, copy, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("item", ["model", "optimizer", "progress"])
+def test_a_damaged_checkpoint_names_the_one_before(config, copy, item):
+    for folder, _, names in os.walk(copy / "checkpoints" / "60" / item):
+        for name in names:
+            os.truncate(os.path.join(folder, name), 5)
+    with pytest.raises(checkpoints.CheckpointError, match="resume from step 50") as e:
+        train(config, copy, resume=True, progress=False)
+    assert str(copy / "checkpoints" / "60") in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_resume_refuses_other_options_and_another_corpus(config, copy, tmp_path):
+    other = dataclasses.replace(config, learning_rate=1.0, steps=70)
+    with pytest.raises(checkpoints.CheckpointError, match=r"\(steps, learning_rate\)"):
+        train(other, copy, resume=True, progress=False)
+    file = tmp_path / "other.txt"
+    file.write_text("other text " * 1000)
+    other = dataclasses.replace(config, data=str(file))
+    with pytest.raises(checkpoints.CheckpointError, match="another corpus"):
+        train(other, copy, resume=True, progress=False)
+
+
+def test_options_that_do_not_matter_may_change_on_resume(config):
+    model = dataclasses.replace(config.model, attention="hsr")
+    assert not differences(config, dataclasses.replace(config, keep=1, model=model))
+    model = dataclasses.replace(config.model, relu_power=1)
+    assert differences(config, dataclasses.replace(config, model=model, seed=1)) == [
+        "seed",
+        "relu_power",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("batch", -1),
+        ("learning_rate", float("nan")),
+        ("threshold_fraction", 1.5),
+        ("beta2", 1.0),
+        ("seed", -1),
+    ],
+)
+def test_impossible_options_are_refused(config, name, value):
+    with pytest.raises(ValueError, match=name):
+        dataclasses.replace(config, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "no preset 'huge': choose one of micro, tiny, small"),
+        (["--preset=huge"], "no preset 'huge'"),
+        (["--data", "/no/such/text"], "no file or folder at /no/such/text"),
+        (["--steps", "0"], "steps must be 1 or more, got 0"),
+        (["--num-kv-heads", "3"], "num_heads must be a multiple of num_kv_heads"),
+        (["--resume"], "nothing to resume"),
+    ],
+)
+def test_command_line_refuses_in_one_sentence(tmp_path, capsys, arguments, message):
+    out = tmp_path / "run"
+    assert main([*arguments, "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_command_line_resumes_with_the_options_of_the_run(copy, capsys, finished):
+    assert main(["--out", str(copy), "--resume", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["validation_loss"] == finished[1]["validation_loss"]
+    assert main(["--out", str(copy), "--resume", "--preset", "tiny"]) == 2
+    assert "(preset)" in capsys.readouterr().err
+
+
+def test_command_line_reaches_the_options_of_the_model(monkeypatch, tmp_path):
+    seen = []
+
+    def record(config, out, *, resume):
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.__main__.train", record)
+    arguments = ["--out", str(tmp_path / "run"), "--steps", "7", "--data-parallel"]
+    arguments += ["--attention-kind", "softmax", "--attention", "hsr"]
+    assert main(arguments) == 130
+    assert seen[0].steps == 7
+    assert seen[0].data_parallel
+    assert seen[0].model.attention_kind == "softmax"
+    assert seen[0].model.attention == "hsr"
+    assert seen[0].model.num_layers == PRESETS["tiny"].model.num_layers
+
+
+def test_pictures(finished, tmp_path):
+    out, _ = finished
+    plots.plot_loss(out, tmp_path / "loss.png")
+    plots.plot_sparsity(out, tmp_path / "sparsity.png")
+    model = load_run(out)
+    tokens = jnp.asarray(np.frombuffer(b"def picture(self):\n    return", np.uint8))
+    fired = plots.fired_keys(model, tokens.astype(jnp.int32))
+    forward = jax.jit(lambda model, x: model(x, return_info=True)[1])
+    infos = forward(model, tokens.astype(jnp.int32)[None])
+    counts = np.stack([np.asarray(info.count[0]).T for info in infos])  # [L, N, T]
+    np.testing.assert_array_equal(fired.sum(-1), counts)
+    plots.plot_fires(fired, tmp_path / "fires.png")
+    for name in ("loss.png", "sparsity.png", "fires.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_demo_fails_when_tokens_differ(config, copy, capsys, monkeypatch, equal):
+    phase = Phase(tokens=3, seconds=1.0, keys_looked_at=0.1, keys_fired=0.05)
+
+    def generate(model, prompts, *, max_tokens, attention):
+        tokens = [104, 105, 10 if equal or attention == "hsr" else 32]
+        return Generation([tokens], phase, phase, 0.0)
+
+    monkeypatch.setitem(PRESETS, "micro", config)
+    monkeypatch.setattr(demo, "generate", generate)
+    arguments = ["--preset", "micro", "--steps", str(STEPS), "--batch", "8", "--json"]
+    assert demo.main([*arguments, "--out", str(copy)]) == (0 if equal else 1)
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert json.loads(lines[-1])["tokens_equal"] is equal
+    assert "to start afresh" in " ".join(captured.out.split())
+    assert ("different tokens" in captured.err) is not equal
+    assert {"loss.png", "sparsity.png", "fires.png"} <= set(os.listdir(copy))
+
+
+def test_command_line_has_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "--attention-kind" in capsys.readouterr().out
+
+
+def test_presets_name_themselves():
+    assert {name: config.preset for name, config in PRESETS.items()} == {
+        name: name for name in PRESETS
+    }

@@ -1,0 +1,81 @@
+"""`python -m train`: read the options, train, print the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import tyro
+
+from train import checkpoints
+from train.command import early_value, parse
+from train.config import PRESETS, TrainConfig
+from train.loop import train
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """Trains a ReLU-attention language model on text, byte by byte."""
+
+    out: Path
+    """Folder of the run: config, checkpoints, metrics."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint, with its own options."""
+    json: bool = False
+    """End with one line on stdout that holds the results as JSON."""
+    train: TrainConfig
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: instead of those of the process.
+
+    Returns:
+        Exit status: 0 done, 2 refused or diverged, 130 stopped by Ctrl-C.
+    """
+    try:
+        command = _parse(sys.argv[1:] if arguments is None else arguments)
+        results = train(command.train, command.out, resume=command.resume)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        message = str(error) or "stopped before the first step: nothing was saved"
+        print(message, file=sys.stderr)
+        return 130
+    if command.json:
+        print(json.dumps(results))
+    else:
+        print(
+            f"{results['steps']} steps in {results['seconds']:.0f} s, validation loss "
+            f"{results['validation_loss']:.3f} nats/byte, non-zero scores "
+            f"{100 * results['nonzero_fraction']:.1f} %, saved in {results['out']}"
+        )
+    return 0
+
+
+def _parse(arguments: list[str]) -> Command:
+    """Reads the options; the preset, or the run to resume, supplies the defaults."""
+    early = {name: early_value(arguments, f"--{name}") for name in ("preset", "out")}
+    name = early["preset"] or "tiny"
+    if name not in PRESETS:
+        raise ValueError(
+            f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}"
+        )
+    defaults, out = PRESETS[name], early["out"]
+    if (
+        "--resume" in arguments
+        and out
+        and checkpoints.check_folder(Path(out), resume=True)
+    ):
+        defaults, _ = checkpoints.read_config(Path(out))
+    default = Command(out=tyro.MISSING, train=defaults)
+    return parse(Command, arguments, prog="python -m train", default=default)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""The run folder: config.json and orbax checkpoints, written atomically.
+
+    RUN/config.json        format, version, model options, training options, corpus
+    RUN/checkpoints/STEP/  items: model (what models/ loads), optimizer, progress
+
+A checkpoint appears under its number by a rename once it is complete, so a killed run
+leaves no half-written one. `models/load.py` owns the format and reads it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from models import load
+from train.config import TrainConfig
+from train.data import Corpus
+from train.step import TrainState
+
+# What orbax, tensorstore and json raise when files are damaged or cannot be written.
+_ORBAX_ERRORS = (ValueError, OSError, KeyError, TypeError, RuntimeError)
+
+
+class CheckpointError(ValueError):
+    """A run folder cannot be used; the message says why and what to do."""
+
+
+def check_folder(out: Path, *, resume: bool) -> bool:
+    """Decides whether a run may be started or resumed in a folder; writes nothing.
+
+    Args:
+        out: the run folder.
+        resume: whether the caller wants to continue a run.
+
+    Returns:
+        Whether the folder already holds a run.
+
+    Raises:
+        CheckpointError: a run is there and `resume` is not set, no folder is there and
+            `resume` is set, or the folder holds something else.
+    """
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file, not a folder: give another --out")
+    if (out / load.CONFIG_FILE).exists():
+        if not resume:
+            raise CheckpointError(
+                f"{out} already holds a run: continue it with --resume, or give "
+                "another --out"
+            )
+        return True
+    if resume and not out.exists():
+        raise CheckpointError(
+            f"nothing to resume: there is no folder {out}; leave --resume out to start "
+            "a run there"
+        )
+    if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise CheckpointError(
+            f"{out} holds files but no run of hsrjax (no config.json): give an empty "
+            "or new folder as --out"
+        )
+    return False
+
+
+def create_folder(out: Path, *, config: TrainConfig, corpus: Corpus) -> None:
+    """Makes the run folder and writes config.json.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    options = config.to_dict() | {"corpus": _describe(corpus)}
+    try:
+        load.write_run_config(out, config.model, train=options)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write in the folder {out} ({error.strerror}): give another --out"
+        ) from error
+
+
+def check_writable(out: Path) -> None:
+    """Raises CheckpointError when no file can be made in an existing folder."""
+    try:
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write in the folder {out} ({error.strerror}): make it writable or "
+            "copy the run to another folder"
+        ) from error
+
+
+def read_config(out: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """Reads config.json.
+
+    Returns:
+        The options of the run, and name, bytes and sha256 of its corpus.
+
+    Raises:
+        CheckpointError: damaged, or not the config of a run.
+    """
+    try:
+        model, options = load.read_run_config(out)
+        corpus = dict(options.pop("corpus"))
+        return TrainConfig.from_dict(options, model=model), corpus
+    except load.ModelFileError as error:
+        raise CheckpointError(str(error)) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{out / load.CONFIG_FILE} does not describe a training run ({error}): "
+            "restore it from a copy, or start a new run in another --out"
+        ) from error
+
+
+def check_corpus(corpus: Corpus, saved: dict[str, Any]) -> None:
+    """Raises CheckpointError unless the run was started on this text."""
+    if saved.get("sha256") != corpus.sha256:
+        raise CheckpointError(
+            f"the run was started on another corpus ({saved.get('name')}, "
+            f"{saved.get('bytes')} bytes) than {corpus.name} ({corpus.size} bytes): "
+            "give the same text with --data, or start a new run in another --out"
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, out: Path, *, keep: int) -> None:
+        """Opens RUN/checkpoints, which is made when needed.
+
+        Args:
+            out: run folder.
+            keep: newest checkpoints to keep.
+        """
+        self.folder = out.resolve() / load.CHECKPOINTS
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=False
+            ),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, None when there is none."""
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> Path:
+        """Folder of one checkpoint."""
+        return self.folder / str(step)
+
+    def save(self, state: TrainState, *, data: dict[str, Any], **progress: Any) -> None:
+        """Writes a checkpoint and drops the oldest beyond those to keep.
+
+        Args:
+            state: what to save; its step names the checkpoint.
+            data: position in the data.
+            **progress: JSON values to keep with it.
+
+        Raises:
+            CheckpointError: it could not be written, or holds NaN or infinity.
+        """
+        host = jax.device_get((state.params, state.rest, state.opt_state, state.step))
+        params, rest, opt_state, step = host
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+            raise CheckpointError(
+                f"the parameters after step {int(step)} are not finite: not saved"
+            )
+        model = nnx.to_pure_dict(nnx.merge_state(params, rest))
+        key_data = np.asarray(jax.random.key_data(state.key)).tolist()
+        content = {"step": int(step), "data": data, "key": key_data, **progress}
+        try:
+            self._manager.save(
+                int(step),
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(model),
+                    optimizer=ocp.args.StandardSave(_by_path(opt_state)),
+                    progress=ocp.args.JsonSave(content),
+                ),
+            )
+        except _ORBAX_ERRORS as error:
+            raise CheckpointError(
+                f"cannot write the checkpoint {self.path(int(step))} "
+                f"({_first_line(error)}): is the disk full?"
+            ) from error
+
+    def restore(
+        self, step: int, *, config: TrainConfig, template: TrainState
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Reads a checkpoint.
+
+        Args:
+            step: which one.
+            config: of the run.
+            template: a state of the same run, for the structure of its optimizer.
+
+        Returns:
+            The state on the host, and the JSON values, among them `data`.
+
+        Raises:
+            CheckpointError: damaged, or of another model.
+        """
+        shapes = nnx.to_pure_dict(nnx.merge_state(template.params, template.rest))
+        optimizer = _by_path(template.opt_state)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardRestore(_empty(shapes)),
+                    optimizer=ocp.args.StandardRestore(_empty(optimizer)),
+                    progress=ocp.args.JsonRestore(),
+                ),
+            )
+            progress = dict(restored["progress"])
+            if progress["step"] != step:
+                raise ValueError(f"it says that it is of step {progress['step']}")
+            model = load.restore_model(config.model, restored["model"])
+            _, params, rest = nnx.split(model, nnx.Param, ...)
+            key = jax.random.wrap_key_data(jnp.asarray(progress["key"], jnp.uint32))
+            opt_state = _from_path(template.opt_state, restored["optimizer"])
+        except _ORBAX_ERRORS as error:
+            raise CheckpointError(self._damaged(step, error)) from error
+        return TrainState(params, rest, opt_state, jnp.int32(step), key), progress
+
+    def _damaged(self, step: int, error: BaseException) -> str:
+        """What to do about a checkpoint that cannot be read."""
+        others = [other for other in self._manager.all_steps() if other != step]
+        remedy = (
+            f"delete that folder to resume from step {max(others)}"
+            if others
+            else "start a new run in another --out"
+        )
+        return (
+            f"the checkpoint {self.path(step)} is damaged or of another model "
+            f"({_first_line(error)}): {remedy}"
+        )
+
+
+def _describe(corpus: Corpus) -> dict[str, Any]:
+    """What config.json keeps of the corpus."""
+    return {"name": corpus.name, "bytes": corpus.size, "sha256": corpus.sha256}
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of any pytree under their paths, as orbax can store them."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _from_path(template: Any, values: dict[str, Any]) -> Any:
+    """Inverse of `_by_path`; ValueError unless shapes and dtypes are as expected."""
+    leaves = []
+    for path, leaf in _by_path(template).items():
+        value = values[path]
+        if (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
+            raise ValueError(f"{path} is {value.shape}, not {leaf.shape}")
+        leaves.append(value)
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _empty(tree: Any) -> Any:
+    """Host arrays of the same shapes and dtypes: orbax then restores to the host."""
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 200 characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

@@ -1,0 +1,108 @@
+"""Files of numbers that a run writes: metrics.csv, sparsity.csv, TensorBoard events.
+
+metrics.csv has one line per logged step; the validation columns are filled where the
+run was evaluated. sparsity.csv has one line per evaluation, layer and head: the share
+of scores that are not zero on held-out text.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+COLUMNS = (
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "threshold_scale",
+    "nonzero_fraction",
+    "tokens_per_second",
+    "validation_loss",
+    "validation_nonzero_fraction",
+)
+SPARSITY_COLUMNS = ("step", "layer", "head", "nonzero_fraction")
+
+
+class MetricsWriter:
+    """Appends to the files of a run; what was written is on disk line by line."""
+
+    def __init__(self, out: Path, *, step: int) -> None:
+        """Opens the files and drops what they hold beyond `step`.
+
+        Args:
+            out: run folder.
+            step: steps done, 0 for a new run.
+        """
+        self._metrics = _open(out / "metrics.csv", COLUMNS, step=step)
+        self._sparsity = _open(out / "sparsity.csv", SPARSITY_COLUMNS, step=step)
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._metrics.close()
+        self._sparsity.close()
+        self._board.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes one line of metrics.csv; `row` maps some of COLUMNS to numbers."""
+        step = row["step"]
+        line = [_text(row[name]) if name in row else "" for name in COLUMNS]
+        _write(self._metrics, [line])
+        for name in COLUMNS[1:]:
+            if name in row:
+                self._board.add_scalar(name, row[name], step)
+
+    def write_sparsity(self, step: int, fired: np.ndarray) -> None:
+        """Writes the share of non-zero scores f[L, N] by layer and head."""
+        lines = [
+            [str(step), str(layer), str(head), _text(value)]
+            for (layer, head), value in np.ndenumerate(fired)
+        ]
+        _write(self._sparsity, lines)
+        for layer, head_values in enumerate(fired):
+            for head, value in enumerate(head_values):
+                name = f"nonzero_fraction/layer_{layer}/head_{head}"
+                self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    """Reads a CSV file of a run; empty cells are left out of their line."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {name: float(cell) for name, cell in line.items() if cell}
+            for line in csv.DictReader(file)
+        ]
+
+
+def _text(value: Any) -> str:
+    """A number with all the digits that float32 has."""
+    return str(value) if isinstance(value, int) else f"{float(value):.9g}"
+
+
+def _open(path: Path, columns: tuple[str, ...], *, step: int) -> io.TextIOWrapper:
+    """Opens a CSV file for appending, after its whole lines up to `step`."""
+    kept = [",".join(columns)]
+    if path.exists() and step > 0:
+        # A killed run may leave half a line at the end: it has no newline.
+        whole = path.read_text(encoding="utf-8").split("\n")[1:-1]
+        kept += [line for line in whole if int(line.split(",")[0]) <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path.open("a", encoding="utf-8", newline="")
+
+
+def _write(file: io.TextIOWrapper, lines: list[list[str]]) -> None:
+    """Appends lines in one write, so that a kill leaves whole lines behind."""
+    file.write("".join(",".join(line) + "\n" for line in lines))
+    file.flush()

@@ -1,0 +1,160 @@
+"""Pictures of a run: loss, sparsity by layer and head, which keys fire for which query.
+
+Figures are drawn without pyplot, so no global state and no window is touched.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from models.transformer import Transformer
+from train.metrics import read_csv
+
+_SMOOTH = 25  # steps in the running mean of the training loss
+
+
+def plot_loss(run: Path, target: Path) -> None:
+    """Draws the losses, and the threshold with the share of non-zero scores.
+
+    Args:
+        run: run folder; its metrics.csv is read.
+        target: PNG file to write.
+    """
+    lines = read_csv(run / "metrics.csv")
+    evaluated = [line for line in lines if "validation_loss" in line]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(*_columns(lines, "loss"), color="tab:blue", alpha=0.25, linewidth=0.8)
+    steps, losses = _columns(lines, "loss")
+    width = min(_SMOOTH, len(losses))
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    left.plot(steps[width - 1 :], smooth, color="tab:blue", label="training")
+    held_out = _columns(evaluated, "validation_loss")
+    left.plot(*held_out, "o-", color="tab:orange", label="held out")
+    left.set(xlabel="step", ylabel="loss, nats per byte", title="Loss")
+    left.legend()
+    fired = _columns(lines, "nonzero_fraction")
+    right.plot(fired[0], 100 * fired[1], color="tab:green", label="non-zero scores")
+    right.set(xlabel="step", ylabel="non-zero scores, %", title="Sparsity appears")
+    right.set_ylim(bottom=0)
+    scale = right.twinx()
+    scale.plot(*_columns(lines, "threshold_scale"), color="tab:gray", linestyle="--")
+    scale.set_ylabel("threshold multiplier (dashed)")
+    _save(figure, target)
+
+
+def plot_sparsity(run: Path, target: Path) -> None:
+    """Draws the share of non-zero scores by layer and head at the last evaluation.
+
+    Args:
+        run: run folder; its sparsity.csv is read.
+        target: PNG file to write.
+    """
+    lines = read_csv(run / "sparsity.csv")
+    last = [line for line in lines if line["step"] == lines[-1]["step"]]
+    layers = 1 + max(int(line["layer"]) for line in last)
+    heads = 1 + max(int(line["head"]) for line in last)
+    percent = np.zeros((layers, heads))
+    for line in last:
+        percent[int(line["layer"]), int(line["head"])] = 100 * line["nonzero_fraction"]
+    size = (2.5 + 0.8 * heads, 1.6 + 0.6 * layers)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(percent, cmap="viridis", vmin=0, aspect="auto")
+    for (layer, head), value in np.ndenumerate(percent):
+        color = "white" if value < percent.max() / 2 else "black"
+        axes.text(head, layer, f"{value:.1f}", ha="center", va="center", color=color)
+    axes.set(xlabel="head", ylabel="layer", title="Non-zero scores, % (held-out text)")
+    axes.set_xticks(range(heads))
+    axes.set_yticks(range(layers))
+    figure.colorbar(image, ax=axes)
+    _save(figure, target)
+
+
+def fired_keys(model: Transformer, tokens: jax.Array) -> np.ndarray:
+    """Which keys have a non-zero weight for which query.
+
+    Key s fires for query t when s <= t and scale <q_t, k_s> > bias_t.
+
+    Args:
+        model: with one of the ReLU kinds of attention.
+        tokens: i32[T].
+
+    Returns:
+        bool[L, N, T, T]: layer, head, query, key.
+
+    Raises:
+        ValueError: the model's attention is softmax, where every key fires.
+    """
+    if model.config.attention_kind == "softmax":
+        raise ValueError(
+            "every key fires in softmax attention: give a model with attention_kind "
+            "relu or threshold_relu"
+        )
+    return np.asarray(jax.jit(_fired)(model, tokens))
+
+
+def _fired(model: Transformer, tokens: jax.Array) -> jax.Array:
+    """`fired_keys`, to be jitted."""
+    length = tokens.shape[0]
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    scale = model.threshold_scale[...]
+    visible = jnp.tril(jnp.ones((length, length), bool))[None]
+    stream, fired = model.embed(tokens[None]), []
+    for block in model.blocks:
+        attention = block.attention
+        normed = block.attention_norm(stream)
+        query, key, _ = attention._project(normed, positions)
+        activation: Any = attention._activation(positions, scale)
+        group = query.shape[2] // key.shape[2]
+        key = jnp.repeat(key, group, axis=2)
+        scores = jnp.einsum("tnh,snh->nts", query[0], key[0], precision="highest")
+        factor = attention._scale
+        scores = scores * (query.shape[-1] ** -0.5 if factor is None else factor)
+        shape = (1, length, query.shape[2])
+        bias = jnp.broadcast_to(activation.bias, shape)[0].T[:, :, None]  # [N, T, 1]
+        fired.append((scores > bias) & visible)
+        stream, _ = block(stream, positions, scale)
+    return jnp.stack(fired)
+
+
+def plot_fires(fired: np.ndarray, target: Path, *, heads: int = 4) -> None:
+    """Draws one causal picture per layer and head: a dot where a key fires.
+
+    Args:
+        fired: bool[L, N, T, T] of `fired_keys`.
+        target: PNG file to write.
+        heads: heads to draw, at most.
+    """
+    layers, columns = fired.shape[0], min(heads, fired.shape[1])
+    visible = np.tril(np.ones(fired.shape[2:], bool))
+    size = (2.6 * columns, 2.8 * layers)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(layers, columns, squeeze=False)
+    for (layer, head), axes in np.ndenumerate(grid):
+        # 0 hidden (grey), 1 visible and zero (white), 2 fires (black)
+        picture = np.where(fired[layer, head], 0.0, np.where(visible, 1.0, 0.85))
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
+        share = 100 * fired[layer, head].sum() / visible.sum()
+        axes.set_title(f"layer {layer}, head {head}: {share:.1f} %", fontsize=9)
+        axes.tick_params(labelsize=7)
+    figure.supxlabel("key")
+    figure.supylabel("query")
+    _save(figure, target)
+
+
+def _columns(lines: list[dict[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Step and one column of metrics.csv."""
+    return np.array([x["step"] for x in lines]), np.array([x[name] for x in lines])
+
+
+def _save(figure: Figure, target: Path) -> None:
+    """Writes a PNG file."""
+    FigureCanvasAgg(figure).print_png(str(target))
