@@ -21,7 +21,7 @@ demo: $(VENV)/.stamp-run ## train a small ReLU-attention LM, generate with dense
 	$(PY) -m train.demo --out runs/demo $(ARGS)
 
 test: $(VENV)/.stamp-test ## run the tests
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## check style and formatting
 	$(PY) -m ruff check .

@@ -15,7 +15,6 @@ batch axes *B (batch, key heads): queries f[M, *B, Q, H].
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -39,8 +38,10 @@ class Info(NamedTuple):
 
     Attributes:
       count: i32, keys with a weight other than zero.
-      candidates: i32, keys whose exact score was computed for the row.
-      overflow: bool, more candidates than capacity: further exact passes were made.
+      candidates: i32, visible keys whose exact score was computed for the row: those
+        that its whole tile of queries reports.
+      overflow: bool, the tile reports more keys than capacity: further exact passes
+        were made.
       missed_mass: f32, bound on the fraction of softmax mass left out; 0 for ReLU.
       error_bound: f32, bound on the maximum-norm distance to full softmax in exact
         arithmetic, before rounding to the output's dtype; 0 where nothing is left out
@@ -116,7 +117,7 @@ def attend(
 
     _, (words, selection, rounding) = jax.lax.scan(choose, None, frozen_tiles)
     softmax = isinstance(activation, Softmax)
-    weighted, total, count = _weighted_sums(
+    weighted, total, count, candidates = _weighted_sums(
         power_of(activation),
         capacity,
         tiles.queries,
@@ -129,13 +130,13 @@ def attend(
     )
     weighted = weighted + values.poison[..., None, :][None]
     out = normalize_rows(activation, weighted, total, tiles.limits)
-    candidates = jnp.broadcast_to(bitset.size(words), count.shape)
+    overflow = jnp.broadcast_to(bitset.size(words) > capacity, count.shape)
     missed = bound = jnp.zeros_like(total)
     if softmax:
         missed, bound = certificates.error_bound(
             selection, total, count, values.bound[..., None][None], rounding
         )
-    info = Info(count, candidates, candidates > capacity, missed, bound)
+    info = Info(count, candidates, overflow, missed, bound)
     return out, jax.lax.stop_gradient(info)
 
 
@@ -178,10 +179,7 @@ def _top_scores(keys, a, limits, words, *, wanted, capacity):
     return jax.lax.fori_loop(0, trips(words, capacity), one_pass, start)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _weighted_sums(
-    power, capacity, queries, keys, values, offsets, shifts, limits, words
-):
+def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, limits, words):
     """Sums over each tile's reported keys.
 
     Args:
@@ -196,7 +194,8 @@ def _weighted_sums(
       words: u32[M, *B, 1, P/32].
 
     Returns:
-      Weighted values f32[M, *B, Q, D], weights f32[M, *B, Q], counts i32[M, *B, Q].
+      Weighted values f32[M, *B, Q, D], weights f32[M, *B, Q], and how many keys fired
+      and how many were looked at, i32[M, *B, Q] each.
     """
 
     def one_tile(tile):
@@ -209,13 +208,16 @@ def _weighted_sums(
             new = _pass_sums(power, a, *rows, offset, shift, visible)
             scores = bounds.dot(a, rows[0])
             firing = visible & fires(scores, offset[..., None], power=power)
-            counted = jnp.sum(firing, axis=-1, dtype=jnp.int32)
-            return jax.tree.map(jnp.add, sums, (*new, counted))
+            looked_at, counted = (
+                jnp.sum(x, axis=-1, dtype=jnp.int32) for x in (visible, firing)
+            )
+            return jax.tree.map(jnp.add, sums, (*new, counted, looked_at))
 
         lead = a.shape[:-1]
         start = (
             jnp.zeros((*lead, values.shape[-1]), jnp.float32),
             jnp.zeros(lead, jnp.float32),
+            jnp.zeros(lead, jnp.int32),
             jnp.zeros(lead, jnp.int32),
         )
         return jax.lax.fori_loop(0, trips(tile_words, capacity), one_pass, start)
@@ -237,13 +239,13 @@ def _pass_sums(power, a, keys, values, offset, shift, visible):
 
 
 def _weighted_sums_forward(power, capacity, *arrays):
-    return _weighted_sums(power, capacity, *arrays), arrays
+    return _sum_tiles(power, capacity, *arrays), arrays
 
 
 def _weighted_sums_backward(power, capacity, arrays, cotangents):
     """Gradients over the forward pass's sets; keys outside them have none."""
     queries, keys, values, offsets, shifts, limits, words = arrays
-    weighted_bar, total_bar, _ = cotangents
+    weighted_bar, total_bar, _, _ = cotangents
 
     def one_tile(key_grads, tile):
         a, offset, shift, limit, tile_words, bars = tile
@@ -287,4 +289,5 @@ def _weighted_sums_backward(power, capacity, arrays, cotangents):
     )
 
 
+_weighted_sums = jax.custom_vjp(_sum_tiles, nondiff_argnums=(0, 1))
 _weighted_sums.defvjp(_weighted_sums_forward, _weighted_sums_backward)

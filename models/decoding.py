@@ -74,10 +74,7 @@ class Session:
         piece = bucket(longest, at_least=_SHORTEST_PIECE, at_most=_LONGEST_PIECE)
         cache_length = bucket(longest + max_tokens, at_least=piece)
         graphdef, self._state = nnx.split(model)
-        # Copied: an empty cache may hold one buffer twice, and donation forbids that.
-        self._caches = jax.tree.map(
-            jnp.copy, model.init_caches(len(rows), cache_length)
-        )
+        self._caches = model.init_caches(len(rows), cache_length)
         self._key = jax.random.key(seed)
         self._token = jnp.zeros(len(rows), jnp.int32)
         self._draws = jnp.zeros((), jnp.int32)

@@ -33,8 +33,9 @@ class Phase(NamedTuple):
     Attributes:
       tokens: read (prefill) or drawn (decode), over all rows.
       seconds: wall-clock time.
-      keys_looked_at: share of the visible keys whose exact score was computed; None
-        when there was no query.
+      keys_looked_at: exact scores computed, as a share of the visible keys; None when
+        there was no query. In prefill a tile of queries scores the union of what they
+        report.
       keys_fired: share of the visible keys with a weight that is not zero; likewise.
     """
 

@@ -91,11 +91,11 @@ def check_report(report, keys, alive, normals, offsets):
 
 @pytest.mark.slow
 def test_a_million_nasty_half_spaces():
-    """52 sets of keys x 20,000 (query, offset) pairs, each against every key."""
+    """60 sets of keys x 20,000 (query, offset) pairs, each against every key."""
     pairs = 0
     kinds = ["gaussian", "duplicates", "zeros", "norms", "outlier", "integers"]
-    for h in (1, 3, 8, 16, 64, 256):
-        for number, kind in enumerate(kinds * 2 if h in (8, 16) else kinds):
+    for h in (1, 8, 64, 256):
+        for number, kind in enumerate(kinds * (1 if h == 256 else 3)):
             rng = np.random.default_rng((h, number))
             keys, normals = nasty_keys(kind, h, rng), nasty_normals(kind, h, rng)
             half = KEYS // 2
@@ -109,7 +109,7 @@ def test_a_million_nasty_half_spaces():
             offsets = nasty_offsets(own, rng)
             report = reported_set(index, normals, offsets, KEYS)
             pairs += check_report(report, keys, alive, normals, offsets)
-    assert pairs >= 900_000
+    assert pairs >= 1_000_000
     for number in range(8):  # large sets: several blocks, PCA-like spectra, unit norm
         rng = np.random.default_rng(number)
         keys = rng.standard_normal((3000, 32)) * 0.9 ** np.arange(32)
@@ -125,9 +125,9 @@ def test_a_million_nasty_half_spaces():
 
 
 @given(
-    count=st.integers(1, 200),
-    h=st.sampled_from([1, 4, 9, 40]),
-    capacity=st.integers(1, 50),
+    count=st.sampled_from([1, 33, 200]),
+    h=st.sampled_from([4, 40]),
+    capacity=st.sampled_from([1, 7, 50]),
     seed=st.integers(0, 99),
 )
 def test_overflow_keeps_the_first_members(count, h, capacity, seed):

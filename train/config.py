@@ -174,6 +174,8 @@ PRESETS: dict[str, TrainConfig] = {
             mlp_dim=384,
             attention_kind="threshold_relu",
         ),
+        steps=400,
+        row_length=256,
     ),
     "small": TrainConfig(
         preset="small",

@@ -1,0 +1,98 @@
+"""The repaired formulas against simulation, and the printed ones against their flaw."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hsrjax import theory
+
+
+def test_expected_count_by_simulation():
+    """Gaussian keys, per-query sigma: what paper.md calls the usable rule."""
+    n, d = 32768, 64
+    k1, k2 = jax.random.split(jax.random.key(0))
+    keys, queries = jax.random.normal(k1, (n, d)), jax.random.normal(k2, (64, d))
+    sigma = theory.score_sigma(jnp.linalg.norm(queries, axis=-1), d)
+    bias = theory.threshold(n, sigma=sigma)
+    scores = queries @ keys.T / jnp.sqrt(float(d))
+    fired = jnp.sum(scores > bias[:, None], axis=-1)
+    expected = theory.expected_count(n, bias, sigma=sigma)
+    np.testing.assert_allclose(expected, 680, atol=5)
+    assert abs(float(fired.mean()) / float(expected[0]) - 1) < 0.02
+    assert (fired <= theory.count_bound(n, bias, sigma=sigma)).all()
+
+
+def test_the_bound_is_the_papers_table():
+    """Table 1 is n^(4/5): the bound without its factor 2, never a measurement."""
+    for n, printed in ((1000, 251), (32000, 4019), (1024000, 64304)):
+        bound = theory.count_bound(n, theory.threshold(n)) / 2
+        assert abs(float(bound) - printed) < 1 + 1e-3 * printed
+
+
+def test_the_printed_threshold_leaves_every_row_empty():
+    n, d, m, delta = 32768, 64, 1, 0.1
+    printed_sigma = 4 * np.sqrt(1 + np.log(m / delta) / d)
+    bias = theory.threshold(n, sigma=printed_sigma)
+    assert float(theory.expected_count(n, bias)) < 1e-3
+    assert float(bias) > np.sqrt(2 * np.log(n))
+
+
+def test_gamma_interpolates():
+    assert float(theory.threshold(1000, gamma=1.0)) == 0
+    full = theory.threshold(1000, gamma=0.0)
+    np.testing.assert_allclose(full, np.sqrt(2 * np.log(1000)), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\]"):
+        theory.threshold(10, gamma=1.5)
+
+
+@pytest.mark.parametrize("r", [1, 8, 64])
+def test_lemma_6_5_holds_for_top_r_softmax(r):
+    rng = np.random.default_rng(r)
+    scores, values = rng.standard_normal((50, 200)) * 3, rng.standard_normal((200, 4))
+    weights = np.exp(scores)
+    keep = scores >= np.sort(scores, axis=-1)[:, -r, None]
+    full = weights @ values / weights.sum(-1, keepdims=True)
+    kept = (weights * keep) @ values / (weights * keep).sum(-1, keepdims=True)
+    missed = (weights * ~keep).sum(-1) / weights.sum(-1)
+    bound = theory.softmax_error_bound(missed, np.abs(values).max())
+    error = np.abs(full - kept).max(-1)
+    assert (error <= np.asarray(bound) * (1 + 1e-6)).all()
+    assert (error >= 0.005 * np.asarray(bound)).any()  # it says something
+
+
+def test_theorem_4_3_holds_where_its_assumption_is_measured():
+    """gamma, beta1, beta2 measured on the row itself, with d in its right place."""
+    rng = np.random.default_rng(0)
+    n, d, r = 1024, 16, 64
+    gamma = np.log(r) / np.log(n)
+    keys, values = rng.standard_normal((n, d)), rng.standard_normal((n, 4))
+    for _ in range(20):
+        query = rng.standard_normal(d) * 6
+        direct = keys @ query
+        order = np.argsort(-direct)
+        scale = np.linalg.norm(query) * np.log(n)
+        top, rest = direct[order[:r]].mean() / scale, direct[order[r]] / scale
+        weights = np.exp((direct - direct.max()) / np.sqrt(d))
+        full = weights @ values / weights.sum()
+        kept = weights[order[:r]] @ values[order[:r]] / weights[order[:r]].sum()
+        bound = theory.massive_activation_bound(
+            n,
+            gamma,
+            top,
+            rest,
+            np.linalg.norm(query),
+            np.abs(values).max(),
+            head_dim=d,
+        )
+        assert np.abs(full - kept).max() <= float(bound)
+
+
+def test_relu_threshold_grows_with_length():
+    tau = theory.relu_threshold(jnp.array([1, 2, 512]), 32, scale=0.7)
+    np.testing.assert_allclose(tau, 0.7 * np.sqrt(2 * np.log([1, 2, 512]) / 32), 1e-6)
+
+
+def test_count_failure_is_a_probability():
+    failure = theory.count_failure(jnp.array([10, 1000]), jnp.array([3.0, 1.0]))
+    assert (failure > 0).all() and (failure < 1).all()
