@@ -19,8 +19,8 @@ the float32 evaluation of itself. Write K = |c| + spread + radius >= |k|.
 2.  The stored radius is a float32 norm of e' = fl(fl(k - c) - fl(s k8)). Coordinatewise
     |e - e'| <= 2u (|fl(k - c)| + |s k8|) + u |e'| to first order, which `_error_norm`
     adds, as it adds 2^-122 for flushed coordinates. The query's |f| likewise.
-3.  A float32 norm, computed after division by about the largest coordinate (so that
-    neither overflow nor underflow of squares matters), has relative error <= (H + 4) u;
+3.  A float32 norm, computed after scaling by a power of two (so that neither overflow
+    nor underflow of squares matters), has relative error <= (H + 4) u;
     products and sums of the handful of terms below add less than 24 u.
     `_inflate` multiplies by 1 + (2H + 64) u and so covers both.
 4.  The product <a8, k8> is an integer of at most 127^2 H < 2^14 H: exact in int32, and
@@ -127,15 +127,17 @@ def dot(queries: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def norm(x: jax.Array) -> jax.Array:
-    """Euclidean norm over the last axis that neither overflows nor underflows early.
+    """Euclidean norm over the last axis whose squares neither overflow nor underflow.
 
-    The divisor stays within 2^+-100: XLA may multiply by its reciprocal instead, which
-    for a divisor above 2^126 would be flushed to zero.
+    Scaled by powers of two, behind a barrier: XLA is free to turn sum (c x)^2 into
+    c^2 sum x^2, and does so, which is what must not happen here.
     """
     largest = jnp.max(jnp.abs(x), axis=-1)
-    unit = jnp.clip(largest, 2.0**-100, 2.0**100)
-    scaled = x / unit[..., None]
-    return unit * jnp.sqrt(jnp.sum(scaled * scaled, axis=-1))
+    large, small = largest > 2.0**40, largest < 2.0**-40
+    down = jnp.where(large, 2.0**-80, jnp.where(small, 2.0**80, 1.0))
+    up = jnp.where(large, 2.0**80, jnp.where(small, 2.0**-80, 1.0))
+    scaled = jax.lax.optimization_barrier(x * down[..., None])
+    return up * jnp.sqrt(jnp.sum(scaled * scaled, axis=-1))
 
 
 def sketch_blocks(

@@ -41,11 +41,13 @@ class Selection(NamedTuple):
       offset: f32[...], keys scoring below it are left out.
       shift: f32[...], the largest kept score, subtracted before exp.
       left_out: f32[...], bound on sum exp(score - shift) over keys left out.
+      share: f32[...], what is known of the share of the mass left out beforehand.
     """
 
     offset: jax.Array
     shift: jax.Array
     left_out: jax.Array
+    share: jax.Array
 
 
 def safe_offset(activation: Softmax, lower: jax.Array, upper: jax.Array) -> jax.Array:
@@ -109,7 +111,9 @@ def select(
         offset = jnp.where(next_best == -jnp.inf, -jnp.inf, middle)
     heavy = jnp.exp(upper - shift[..., None])
     left_out = _tail(lower, heavy, offset, shift) * _guard(lower.shape[-1])
-    return Selection(offset, shift, left_out)
+    share = 1.0 if activation.epsilon is None else activation.epsilon
+    share = jnp.broadcast_to(jnp.asarray(share, jnp.float32), shift.shape)
+    return Selection(offset, shift, left_out, share)
 
 
 def error_bound(
@@ -136,8 +140,9 @@ def error_bound(
     left_out = selection.left_out
     kept = total > 0
     missed = left_out / jnp.where(kept | (left_out > 0), total + left_out, 1.0)
-    missed = jnp.minimum(missed * _guard(0), 1.0)
-    weight_error = jnp.expm1(2.0 * score_rounding)
+    missed = jnp.minimum(missed * _guard(0), selection.share)
+    # A score off by r changes its weight by a factor within e^r - 1 <= r e^r of one.
+    weight_error = 2.0 * score_rounding * jnp.exp(2.0 * score_rounding)
     terms = 2.0 * (count.astype(jnp.float32) + 64.0) * 2.0**-24
     rounding = jnp.minimum(2.0 * weight_error + terms, 2.0) * value_bound
     return missed, theory.softmax_error_bound(missed, value_bound) + rounding

@@ -41,7 +41,7 @@ def attend(
     scores = bounds.dot(tiles.queries, keys[None])
     scores = jnp.where(visible, scores, -jnp.inf)
     zeros = jnp.zeros_like(tiles.offsets)
-    selection = certificates.Selection(tiles.offsets, zeros, zeros)
+    selection = certificates.Selection(tiles.offsets, zeros, zeros, zeros)
     if isinstance(activation, Softmax):
         selection = _select(activation, jax.lax.stop_gradient(scores))
     offset, shift = selection.offset, selection.shift
@@ -73,9 +73,8 @@ def _select(activation: Softmax, scores: jax.Array) -> certificates.Selection:
     if activation.is_full:
         top = jnp.max(scores, axis=-1)
         shift = jnp.where(top == -jnp.inf, 0.0, top)
-        return certificates.Selection(
-            jnp.full_like(top, -jnp.inf), shift, jnp.zeros_like(top)
-        )
+        zeros = jnp.zeros_like(top)
+        return certificates.Selection(zeros - jnp.inf, shift, zeros, zeros)
     if activation.top_r is None:
         offset = certificates.safe_offset(activation, scores, scores)
         top = jnp.max(scores, axis=-1, keepdims=True)

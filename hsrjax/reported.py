@@ -148,7 +148,7 @@ def _choose(
     zeros = jnp.zeros_like(offsets)
     if not isinstance(activation, Softmax):
         words = survivors(index, a, offsets, limits=limits, union=True)
-        return words, certificates.Selection(zeros, zeros, zeros), zeros
+        return words, certificates.Selection(*[zeros] * 4), zeros
     query_sketch = bounds.sketch_query(index.sketch, a)
     products = bounds.code_products(index.sketch, query_sketch)
     lower, upper = bounds.intervals(query_sketch, products)

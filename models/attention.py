@@ -74,15 +74,15 @@ class Attention(nnx.Module):
         Returns:
           f[B, T, E], and hsrjax's info (None unless asked for).
         """
-        query, key, value = self._project(inputs, positions)
+        query, key, value = self.project(inputs, positions)
         result: Any = hsrjax.attention(
             query,
             key,
             value,
-            activation=self._activation(positions, threshold_scale),
+            activation=self.activation(positions, threshold_scale),
             implementation=self.config.attention,
             is_causal=True,
-            scale=self._scale,
+            scale=self.scale,
             capacity=self.config.capacity,
             return_info=return_info,
         )
@@ -111,45 +111,47 @@ class Attention(nnx.Module):
           f[B, T, E], the extended cache and hsrjax's info. Positions past `lengths`
           attend to nothing.
         """
-        query, key, value = self._project(inputs, positions)
+        query, key, value = self.project(inputs, positions)
         cache = hsrjax.extend(cache, key, value, lengths=lengths)
         offsets = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None, :]
         seen_from = jnp.where(offsets < lengths[:, None], positions, -1)
         attended, info = hsrjax.decode_attention(
             query,
             cache,
-            activation=self._activation(positions, threshold_scale),
+            activation=self.activation(positions, threshold_scale),
             implementation=self.config.attention,
-            scale=self._scale,
+            scale=self.scale,
             positions=seen_from,
             capacity=self.config.capacity,
         )
         return self._finish(attended), cache, info
 
     @property
-    def _scale(self) -> float | None:
+    def scale(self) -> float | None:
+        """Of the scores: 1 between unit vectors, else None for 1/sqrt(H)."""
         return 1.0 if self.config.attention_kind == "threshold_relu" else None
 
-    def _project(
+    def project(
         self, inputs: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries f[B, T, N, H], keys f[B, T, K, H] and values f[B, T, K, D]."""
         query = rotate(self.query(inputs), positions, theta=self.config.rope_theta)
         key = rotate(self.key(inputs), positions, theta=self.config.rope_theta)
         if self.config.attention_kind == "threshold_relu":
             query, key = unit_norm(query), unit_norm(key)
         return query, key, self.value(inputs)
 
-    def _activation(
+    def activation(
         self, positions: jax.Array, threshold_scale: jax.Array
     ) -> hsrjax.ReLU | hsrjax.Softmax:
+        """The weight function at positions i32[B, T], with its biases [B, T, N]."""
         config = self.config
         if config.attention_kind == "softmax":
             return hsrjax.Softmax(top_r=config.top_r, epsilon=config.epsilon)
         if config.attention_kind == "relu":
             bias = self.bias[...][None, None, :]
             return hsrjax.ReLU(power=config.relu_power, bias=bias, normalize="row_sum")
-        visible = (positions + 1).astype(jnp.float32)
-        growth = jnp.sqrt(2.0 * jnp.log(visible) / config.head_dim)  # [B, T]
+        growth = hsrjax.theory.relu_threshold(positions + 1, config.head_dim)  # [B, T]
         beta = threshold_scale * self.beta[...]
         tau = growth[..., None] * beta[None, None, :]  # [B, T, N]
         return hsrjax.ReLU(power=config.relu_power, bias=tau, normalize="none")

@@ -137,3 +137,20 @@ def test_norm_neither_overflows_nor_underflows():
         x = jnp.full((3, 16), size, jnp.float32)
         np.testing.assert_allclose(bounds.norm(x), 4 * size, rtol=1e-6)
     assert (bounds.norm(jnp.zeros((2, 3))) == 0).all()
+
+
+def test_norm_is_not_rearranged_by_the_compiler():
+    """XLA once made c^2 sum x^2 of sum (c x)^2: NaN for a constant zero in a loop."""
+    keys = jax.random.normal(jax.random.key(0), (1, 25, 16))
+
+    @jax.jit
+    def run(rows):
+        first = jnp.zeros((1,), jnp.int32) != 0  # constants that XLA folds late
+        zero = jnp.where(first[:, None], jnp.sort(keys, axis=-2)[:, 3], 0.0)
+
+        def body(_, row):
+            return None, bounds.norm(zero) + row
+
+        return jax.lax.scan(body, None, rows)[1]
+
+    np.testing.assert_array_equal(run(jnp.zeros((1, 1))), 0.0)

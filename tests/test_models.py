@@ -194,7 +194,7 @@ def test_ragged_rows_equal_single_rows():
 def test_threshold_grows_with_the_visible_length():
     model = make_model(threshold_scale=1.0)
     positions = jnp.array([[0, 1, 99]], jnp.int32)
-    activation = model.blocks[0].attention._activation(positions, jnp.float32(0.5))
+    activation = model.blocks[0].attention.activation(positions, jnp.float32(0.5))
     beta = np.array([0.7, 0.9, 1.1, 1.3])
     expected = 0.5 * beta * np.sqrt(2 * np.log([[1], [2], [100]]) / 8)
     close(activation.bias[0], expected)

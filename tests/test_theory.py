@@ -20,7 +20,7 @@ def test_expected_count_by_simulation():
     expected = theory.expected_count(n, bias, sigma=sigma)
     np.testing.assert_allclose(expected, 680, atol=5)
     assert abs(float(fired.mean()) / float(expected[0]) - 1) < 0.02
-    assert (fired <= theory.count_bound(n, bias, sigma=sigma)).all()
+    assert (fired.astype(jnp.float32) <= theory.count_bound(n, bias, sigma=sigma)).all()
 
 
 def test_the_bound_is_the_papers_table():
@@ -94,5 +94,6 @@ def test_relu_threshold_grows_with_length():
 
 
 def test_count_failure_is_a_probability():
-    failure = theory.count_failure(jnp.array([10, 1000]), jnp.array([3.0, 1.0]))
-    assert (failure > 0).all() and (failure < 1).all()
+    failure = theory.count_failure(jnp.array([10, 100]), jnp.array([3.0, 1.0]))
+    expected = np.exp(-0.375 * np.array([10, 100]) * np.exp([-4.5, -0.5]))
+    np.testing.assert_allclose(failure, expected, rtol=1e-5)

@@ -32,10 +32,7 @@ def plot_loss(run: Path, target: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(*_columns(lines, "loss"), color="tab:blue", alpha=0.25, linewidth=0.8)
-    steps, losses = _columns(lines, "loss")
-    width = min(_SMOOTH, len(losses))
-    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-    left.plot(steps[width - 1 :], smooth, color="tab:blue", label="training")
+    left.plot(*_smoothed(lines, "loss"), color="tab:blue", label="training")
     held_out = _columns(evaluated, "validation_loss")
     left.plot(*held_out, "o-", color="tab:orange", label="held out")
     left.set(xlabel="step", ylabel="loss, nats per byte", title="Loss")
@@ -47,6 +44,34 @@ def plot_loss(run: Path, target: Path) -> None:
     scale = right.twinx()
     scale.plot(*_columns(lines, "threshold_scale"), color="tab:gray", linestyle="--")
     scale.set_ylabel("threshold multiplier (dashed)")
+    _save(figure, target)
+
+
+def plot_comparison(runs: dict[str, list[dict[str, float]]], target: Path) -> None:
+    """Draws held-out loss and the share of non-zero scores of several runs.
+
+    Args:
+        runs: lines of metrics.csv by name of run.
+        target: PNG file to write.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, lines) in enumerate(runs.items()):
+        color = f"C{number}"
+        evaluated = [line for line in lines if "validation_loss" in line]
+        left.plot(*_smoothed(lines, "loss"), color=color, alpha=0.35, linewidth=1)
+        held_out = _columns(evaluated, "validation_loss")
+        final = f"{name}: {held_out[1][-1]:.3f}"
+        left.plot(*held_out, "o-", color=color, label=final)
+        steps, fired = _columns(lines, "nonzero_fraction")
+        right.plot(steps, 100 * fired, color=color, label=name)
+    left.set(xlabel="step", ylabel="nats per byte", title="Loss (dots: held out)")
+    left.set_ylim(top=3.2)
+    right.set(xlabel="step", ylabel="%", title="Non-zero attention scores")
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
     _save(figure, target)
 
 
@@ -111,12 +136,12 @@ def _fired(model: Transformer, tokens: jax.Array) -> jax.Array:
     for block in model.blocks:
         attention = block.attention
         normed = block.attention_norm(stream)
-        query, key, _ = attention._project(normed, positions)
-        activation: Any = attention._activation(positions, scale)
+        query, key, _ = attention.project(normed, positions)
+        activation: Any = attention.activation(positions, scale)
         group = query.shape[2] // key.shape[2]
         key = jnp.repeat(key, group, axis=2)
         scores = jnp.einsum("tnh,snh->nts", query[0], key[0], precision="highest")
-        factor = attention._scale
+        factor = attention.scale
         scores = scores * (query.shape[-1] ** -0.5 if factor is None else factor)
         shape = (1, length, query.shape[2])
         bias = jnp.broadcast_to(activation.bias, shape)[0].T[:, :, None]  # [N, T, 1]
@@ -148,6 +173,14 @@ def plot_fires(fired: np.ndarray, target: Path, *, heads: int = 4) -> None:
     figure.supxlabel("key")
     figure.supylabel("query")
     _save(figure, target)
+
+
+def _smoothed(lines: list[dict[str, float]], name: str) -> tuple[Any, Any]:
+    """Steps and running mean of one column."""
+    steps, values = _columns(lines, name)
+    width = min(_SMOOTH, len(values))
+    mean = np.convolve(values, np.ones(width) / width, mode="valid")
+    return steps[width - 1 :], mean
 
 
 def _columns(lines: list[dict[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:

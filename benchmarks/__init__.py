@@ -1,0 +1,1 @@
+"""Measurements: one runner, `python -m benchmarks`, results committed as data."""

@@ -1,0 +1,89 @@
+"""Offsets chosen from bounds alone keep what they promise about the true scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hsrjax
+from hsrjax import certificates
+
+safe_offset = jax.jit(certificates.safe_offset)
+
+
+def bounded_scores(spread, width, seed=0):
+    rng = np.random.default_rng(seed)
+    scores = (rng.standard_normal((6, 400)) * spread).astype(np.float32)
+    below, above = rng.uniform(0, width, (2, 6, 400)).astype(np.float32)
+    return scores, jnp.asarray(scores - below), jnp.asarray(scores + above)
+
+
+@pytest.mark.parametrize("width", [0.0, 0.1, 5.0])
+@pytest.mark.parametrize("r", [1, 7, 400, 500])
+def test_the_r_best_are_in_the_half_space(r, width):
+    scores, lower, upper = bounded_scores(2.0, width)
+    offset = np.asarray(safe_offset(hsrjax.Softmax(top_r=r), lower, upper))
+    best = np.sort(scores, axis=-1)[:, -r] if r <= 400 else np.full(6, -np.inf)
+    assert (offset <= best).all()
+    if r < 400 and width == 0:  # and hardly more than those: 12 bits of the offset
+        reported = (scores >= offset[:, None]).sum(-1)
+        assert (reported <= r + 3).all()
+
+
+@pytest.mark.parametrize("width", [0.0, 0.1, 5.0])
+@pytest.mark.parametrize("spread", [0.01, 3.0, 60.0])
+@pytest.mark.parametrize("epsilon", [0.5, 1e-2, 1e-6])
+def test_no_more_than_epsilon_is_left_out(epsilon, spread, width):
+    scores, lower, upper = bounded_scores(spread, width)
+    activation = hsrjax.Softmax(epsilon=jnp.float32(epsilon))
+    offset = np.asarray(safe_offset(activation, lower, upper))
+    weights = np.exp((scores - scores.max(-1, keepdims=True)).astype(np.float64))
+    left_out = np.where(scores < offset[:, None], weights, 0.0).sum(-1)
+    assert (left_out <= epsilon * weights.sum(-1)).all()
+
+
+def test_as_much_as_possible_is_left_out():
+    """With exact scores the offset is the best one to 12 bits: not merely sound."""
+    scores, lower, upper = bounded_scores(3.0, 0.0)
+    activation = hsrjax.Softmax(epsilon=jnp.float32(0.1))
+    offset = np.asarray(safe_offset(activation, lower, upper))
+    weights = np.exp(scores.astype(np.float64))
+    higher = offset + np.abs(offset) * 0.01 + 0.01
+    left_out = np.where(scores < higher[:, None], np.exp(scores), 0.0).sum(-1)
+    assert (left_out > 0.099 * weights.sum(-1)).all()
+
+
+def test_nothing_known_nothing_left_out():
+    unknown = jnp.full((2, 50), jnp.inf)
+    for activation in (hsrjax.Softmax(epsilon=0.9), hsrjax.Softmax(top_r=1)):
+        offset = safe_offset(activation, -unknown, unknown)
+        assert (offset == -jnp.inf).all()
+
+
+def test_no_visible_key():
+    nothing = jnp.full((1, 4), -jnp.inf)
+    for activation in (hsrjax.Softmax(epsilon=0.5), hsrjax.Softmax(top_r=2)):
+        assert (safe_offset(activation, nothing, nothing) == -jnp.inf).all()
+
+
+def test_the_bound_covers_what_is_left_out():
+    scores, lower, upper = bounded_scores(2.0, 0.3)
+    values = np.random.default_rng(1).standard_normal((400, 3))
+    top = jax.lax.top_k(jnp.asarray(scores), 11)[0]
+    chosen = certificates.select(
+        hsrjax.Softmax(top_r=10), top, jnp.zeros(6), lower, upper
+    )
+    weights = np.exp((scores - np.asarray(chosen.shift)[:, None]).astype(np.float64))
+    kept = np.where(scores >= np.asarray(chosen.offset)[:, None], weights, 0.0)
+    assert ((kept > 0).sum(-1) == 10).all()
+    missed, bound = certificates.error_bound(
+        chosen,
+        jnp.asarray(kept.sum(-1), jnp.float32),
+        jnp.full(6, 10),
+        jnp.full(6, np.abs(values).max(), jnp.float32),
+        jnp.zeros(6),
+    )
+    assert (1 - kept.sum(-1) / weights.sum(-1) <= np.asarray(missed)).all()
+    full = weights @ values / weights.sum(-1, keepdims=True)
+    sparse = kept @ values / kept.sum(-1, keepdims=True)
+    assert (np.abs(full - sparse).max(-1) <= np.asarray(bound)).all()
