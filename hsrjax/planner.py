@@ -15,7 +15,7 @@ Implementation = Literal["dense", "hsr", "auto"]
 IMPLEMENTATIONS = ("dense", "hsr", "auto")
 
 _TILE_ROWS = 128
-_DECODE_KEYS = 8192
+_DECODE_KEYS = 4096
 _PREFILL_KEYS = 65536
 _LEAST_SLOTS = 256
 _SLOT_SHARE = 32
