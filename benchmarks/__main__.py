@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks import decode
+from models.command import parse
 from models.load import write_atomic
-from train.command import parse
 
 TIMES = {
     "hsr_ms": "half-space reporting, append included",

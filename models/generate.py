@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import tyro
 
+from models.command import parse
 from models.config import Implementation
 from models.decoding import Counts, Sampling, Session, check_request
 from models.load import load_run
@@ -203,7 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       Exit status: 0 done, 1 failed while running, 2 refused, 130 interrupted.
     """
-    options = tyro.cli(Options, prog="python -m models.generate", args=arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = parse(Options, words, prog="python -m models.generate")
+    except ValueError as error:
+        return _fail(str(error), 2)
     try:
         return _run(options)
     except KeyboardInterrupt:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tyro
 
+from models.command import early_value, parse
 from train import checkpoints
-from train.command import early_value, parse
 from train.config import PRESETS, TrainConfig
 from train.loop import train
 

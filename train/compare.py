@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import tyro
 
+from models.command import parse
 from models.load import write_atomic
-from train.command import parse
 from train.metrics import read_csv
 from train.plots import plot_comparison
 

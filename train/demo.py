@@ -20,11 +20,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from models.command import parse
 from models.generate import Generation, generate
 from models.load import load_run
 from models.transformer import Transformer
 from train import checkpoints, data, plots
-from train.command import parse
 from train.config import PRESETS, TrainConfig
 from train.loop import train
 

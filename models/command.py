@@ -9,14 +9,16 @@ from typing import Any
 import tyro
 
 
-def parse(kind: Any, arguments: list[str], *, prog: str, default: Any) -> Any:
+def parse(
+    kind: Any, arguments: list[str], *, prog: str, default: Any = tyro.MISSING_NONPROP
+) -> Any:
     """Reads a dataclass from the command line.
 
     Args:
         kind: the dataclass.
         arguments: words of the command line.
         prog: how the program is called.
-        default: an instance that holds the defaults.
+        default: an instance that holds the defaults, if not the dataclass itself.
 
     Returns:
         The instance.
@@ -39,6 +41,7 @@ def parse(kind: Any, arguments: list[str], *, prog: str, default: Any) -> Any:
             raise
     lines = [line.strip(" │|") for line in printed.getvalue().splitlines()[1:]]
     words = " ".join(line for line in lines if line.strip("─-╭╮╰╯+ "))
+    words = words.replace(f"Missing from {prog}:", "missing:")
     raise ValueError(words.split(" For full helptext")[0] + f" (see {prog} --help)")
 
 
