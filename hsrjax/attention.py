@@ -64,6 +64,7 @@ def attention(
 
     Source: Chen et al. 2024, Definition 1.2 and Algorithm 2; softmax: Theorem 4.3.
     """
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
     _check(query, key, value, activation)
     plan = planner.plan(
         activation,

@@ -138,9 +138,12 @@ def extend(
 
     Source: Chen et al. 2024, Theorem 4.1, where new keys are scanned instead.
     """
-    _check_extension(cache, key, value, lengths)
+    key, value = jnp.asarray(key), jnp.asarray(value)
+    _check_extension(cache, key, value)
     if lengths is None:
         lengths = jnp.full(key.shape[:1], key.shape[1], jnp.int32)
+    lengths = jnp.asarray(lengths)
+    _check_lengths(cache, lengths)
     return _extend(cache, key, value, lengths)
 
 
@@ -207,6 +210,8 @@ def decode_attention(
 
     Source: Chen et al. 2024, Algorithm 1, Theorem 4.1.
     """
+    query = jnp.asarray(query)
+    positions = None if positions is None else jnp.asarray(positions)
     _check_decode(query, cache, activation, positions)
     plan = planner.plan(
         activation,
@@ -240,7 +245,7 @@ def _decode(query, cache, activation, scale, positions, *, plan):
     return out.astype(query.dtype), info
 
 
-def _check_extension(cache, key, value, lengths) -> None:
+def _check_extension(cache, key, value) -> None:
     _check_cache(cache)
     b, kv_heads, _, h = cache.index.keys.shape
     value_dim = cache.values.rows.shape[-1]
@@ -254,14 +259,14 @@ def _check_extension(cache, key, value, lengths) -> None:
         expected = (b, key.shape[1], kv_heads, size)
         checks.check_equal(f"{name}.shape", x.shape, expected, "to fit the cache")
         index_module.check_dtype_of(name, x, cache.values.rows)
-    new = key.shape[1]
-    needed = jnp.asarray(new, jnp.int32)
-    if lengths is not None:
-        checks.check_integer("lengths", lengths)
-        checks.check_equal("lengths.shape", lengths.shape, (b,), "one per row")
-        needed = lengths
-    if checks.concrete(cache.length, needed):
-        full = int((cache.length + needed).max())
+
+
+def _check_lengths(cache, lengths) -> None:
+    checks.check_integer("lengths", lengths)
+    expected = cache.length.shape
+    checks.check_equal("lengths.shape", lengths.shape, expected, "one per row")
+    if checks.concrete(cache.length, lengths):
+        full = int((cache.length + lengths).max())
         if full > cache.max_length:
             raise ValueError(
                 f"the cache has room for {cache.max_length} tokens per row, got "

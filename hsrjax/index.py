@@ -86,6 +86,7 @@ def build(
     Source: Chen et al. 2024, Algorithm 3 (Init); the structure of AEM92 is replaced by
     certified sketches, see `hsrjax.bounds`.
     """
+    keys = jnp.asarray(keys)
     check_keys("keys", keys)
     count = keys.shape[-2]
     max_keys = count if max_keys is None else max_keys
@@ -189,6 +190,7 @@ def insert(index: Index, keys: jax.Array) -> Index:
 
     Source: Chen et al. 2024, Theorem B.11 (dynamic half-space reporting).
     """
+    keys = jnp.asarray(keys)
     check_keys("keys", keys)
     lead = index.size.shape
     expected = (*lead, keys.shape[-2], index.keys.shape[-1])
@@ -280,6 +282,7 @@ def delete(index: Index, ids: jax.Array) -> Index:
 
     Source: Chen et al. 2024, Theorem B.11 (dynamic half-space reporting).
     """
+    ids = jnp.asarray(ids)
     checks.check_integer("ids", ids)
     lead = index.size.shape
     checks.check_rank("ids", ids, "[*B, U]")

@@ -71,7 +71,7 @@ def query(
     Source: Chen et al. 2024, Algorithm 3 (Query) and Corollary 3.1.
     """
     checks.check_positive("capacity", capacity)
-    offsets = _check(index, normals, offsets)
+    normals, offsets = _check(index, normals, offsets)
     return _report(index, normals, offsets, capacity=capacity)
 
 
@@ -96,7 +96,7 @@ def count(index: Index, normals: jax.Array, offsets: jax.Array) -> jax.Array:
 
     Source: Chen et al. 2024, Algorithm 3 (Query).
     """
-    offsets = _check(index, normals, offsets)
+    normals, offsets = _check(index, normals, offsets)
     return _count(*jax.lax.stop_gradient((index, normals, offsets)))
 
 
@@ -225,11 +225,13 @@ def _ids(ids: jax.Array | None, slots: jax.Array) -> jax.Array:
     return jnp.take_along_axis(table, flat, axis=-1).reshape(slots.shape)
 
 
-def _check(index: Index, normals: jax.Array, offsets: jax.Array) -> jax.Array:
+def _check(index, normals, offsets) -> tuple[jax.Array, jax.Array]:
+    """Static checks; the arrays, offsets broadcast to one per query."""
     if not isinstance(index, Index):
         raise TypeError(
             f"index must come from hsrjax.build, got {type(index).__name__}."
         )
+    normals = jnp.asarray(normals)
     checks.check_float("normals", normals)
     checks.check_rank("normals", normals, "[*B, T, H]")
     checks.check_nonempty("normals", normals)
@@ -242,7 +244,7 @@ def _check(index: Index, normals: jax.Array, offsets: jax.Array) -> jax.Array:
     )
     offsets = jnp.asarray(offsets, jnp.float32)
     try:
-        return jnp.broadcast_to(offsets, normals.shape[:-1])
+        return normals, jnp.broadcast_to(offsets, normals.shape[:-1])
     except ValueError:
         raise ValueError(
             f"offsets must broadcast to {normals.shape[:-1]} (one per query), got "

@@ -509,13 +509,13 @@ def test_pictures(finished, tmp_path):
 def test_demo_fails_when_tokens_differ(config, copy, capsys, monkeypatch, equal):
     phase = Phase(tokens=3, seconds=1.0, keys_looked_at=0.1, keys_fired=0.05)
 
-    def generate(model, prompts, *, max_tokens, attention):
+    def generate(model, prompts, *, max_tokens, temperature, attention):
         tokens = [104, 105, 10 if equal or attention == "hsr" else 32]
         return Generation([tokens], phase, phase, 0.0)
 
     monkeypatch.setitem(PRESETS, "micro", config)
     monkeypatch.setattr(demo, "generate", generate)
-    arguments = ["--preset", "micro", "--steps", str(STEPS), "--batch", "8", "--json"]
+    arguments = ["--preset", "micro", "--steps", str(STEPS), "--json"]
     assert demo.main([*arguments, "--out", str(copy)]) == (0 if equal else 1)
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
