@@ -15,8 +15,7 @@ Implementation = Literal["dense", "hsr", "auto"]
 IMPLEMENTATIONS = ("dense", "hsr", "auto")
 
 _TILE_ROWS = 128
-_DECODE_KEYS = 4096
-_PREFILL_KEYS = 65536
+_LEAST_KEYS = 4096
 _LEAST_SLOTS = 256
 _SLOT_SHARE = 32
 
@@ -63,17 +62,18 @@ def plan(
     if capacity is not None:
         checks.check_positive("capacity", capacity)
     tile = max(1, min(queries, _TILE_ROWS // group))
-    slots = capacity or min(_round_up(keys), _round_up(max(_LEAST_SLOTS, keys // 32)))
+    slots = capacity or min(
+        _round_up(keys), _round_up(max(_LEAST_SLOTS, keys // _SLOT_SHARE))
+    )
     if isinstance(activation, Softmax) and activation.is_full:
         return Plan("dense", slots, queries, "full softmax leaves no key out")
     if implementation != "auto":
         size = queries if implementation == "dense" else tile
         return Plan(implementation, slots, size, "asked for")
-    least = _DECODE_KEYS if queries <= tile else _PREFILL_KEYS
-    if keys < least:
-        reason = f"below {least} keys the sketch costs more than it saves"
+    if keys < _LEAST_KEYS:
+        reason = f"below {_LEAST_KEYS} keys the sketch costs more than it saves"
         return Plan("dense", slots, queries, reason)
-    return Plan("hsr", slots, tile, f"from {least} keys on reporting is cheaper")
+    return Plan("hsr", slots, tile, f"from {_LEAST_KEYS} keys on reporting is cheaper")
 
 
 def _round_up(keys: int) -> int:
