@@ -124,6 +124,22 @@ def test_a_million_nasty_half_spaces():
         pairs += check_report(report, keys, np.ones(3000, bool), normals, offsets)
 
 
+@pytest.mark.parametrize("h", [3, 40])
+def test_ties_are_members(h):
+    """Whole numbers: every score is exact, so there is no rounding to hide behind."""
+    rng = np.random.default_rng(h)
+    keys = rng.integers(-3, 4, (300, h)).astype(np.float32)
+    normals = rng.integers(-3, 4, (200, h)).astype(np.float32)
+    scores = normals @ keys.T
+    offsets = scores[np.arange(200), rng.integers(0, 300, 200)]
+    report = reported_set(hsrjax.build(keys), normals, offsets, 300)
+    members = scores >= offsets[:, None]
+    assert (scores == offsets[:, None]).any(-1).all()
+    for row in range(200):
+        found = np.asarray(report.indices[row])
+        np.testing.assert_array_equal(found[found < 300], np.nonzero(members[row])[0])
+
+
 @given(
     count=st.sampled_from([1, 33, 200]),
     h=st.sampled_from([4, 40]),
