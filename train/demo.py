@@ -1,10 +1,10 @@
 """`python -m train.demo`: train the tiny preset, then generate with dense and with hsr.
 
-The whole takes about four minutes on two cores, set-up not counted. It generates 256 bytes greedily from
-one checkpoint with both implementations of attention, compares them byte by byte, and
-leaves the pictures loss.png, sparsity.png and fires.png in the run folder. It can be
-interrupted and started again; when the training is done already, only the rest is
-repeated.
+The whole takes about four minutes on two cores, set-up not counted. It generates 256
+bytes greedily from one checkpoint with both implementations of attention, compares them
+byte by byte, and leaves the pictures loss.png, sparsity.png and fires.png in the run
+folder. It can be interrupted and started again; when the training is done already, only
+the rest is repeated.
 """
 
 from __future__ import annotations
