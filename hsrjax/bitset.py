@@ -7,6 +7,8 @@ to keep for the backward pass and because the c-th member is found by counting b
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -39,32 +41,49 @@ def size(words: jax.Array) -> jax.Array:
     return jnp.sum(counts, axis=-1, dtype=jnp.int32)
 
 
-def select(words: jax.Array, start: jax.Array, capacity: int) -> jax.Array:
+class Ranked(NamedTuple):
+    """Sets ready for `select`: their words, and the members before each word's end.
+
+    Attributes:
+      words: u32[..., W].
+      below: i32[..., W], members in this word and all before it.
+    """
+
+    words: jax.Array
+    below: jax.Array
+
+
+def rank(words: jax.Array) -> Ranked:
+    """Counts members once, for any number of `select`s from u32[..., W]."""
+    counts = jax.lax.population_count(words).astype(jnp.int32)
+    return Ranked(words, jnp.cumsum(counts, axis=-1, dtype=jnp.int32))
+
+
+def select(ranked: Ranked, start: jax.Array, capacity: int) -> jax.Array:
     """Members number start, start + 1, ..., start + capacity - 1 in ascending order.
 
     Args:
-      words: u32[..., W], the sets.
+      ranked: from `rank`, sets of W words.
       start: i32 scalar, rank of the first member wanted (0-based).
       capacity: how many members to return; static.
 
     Returns:
       Slots i32[..., capacity], ascending, padded with 32 W (one past the end).
-      Cost O(W + capacity log W) per set.
+      Cost O(capacity log W) per set.
     """
-    lead, width = words.shape[:-1], words.shape[-1]
-    flat = words.reshape(-1, width)
-    counts = jax.lax.population_count(flat).astype(jnp.int32)
-    below = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
+    lead, width = ranked.words.shape[:-1], ranked.words.shape[-1]
     rank = start + jnp.arange(capacity, dtype=jnp.int32)
 
-    def one(word_row, count_row, below_row):
-        at = jnp.searchsorted(below_row, rank, side="right").astype(jnp.int32)
+    def one(words, below):
+        at = jnp.searchsorted(below, rank, side="right").astype(jnp.int32)
         inside = jnp.minimum(at, width - 1)
-        left = rank - (below_row[inside] - count_row[inside])
-        slot = inside * WORD + _nth_bit(word_row[inside], left)
+        word = words[inside]
+        before = below[inside] - jax.lax.population_count(word).astype(jnp.int32)
+        slot = inside * WORD + _nth_bit(word, rank - before)
         return jnp.where(at < width, slot, WORD * width)
 
-    return jax.vmap(one)(flat, counts, below).reshape(*lead, capacity)
+    flat = jax.tree.map(lambda x: x.reshape(-1, width), ranked)
+    return jax.vmap(one)(*flat).reshape(*lead, capacity)
 
 
 def _nth_bit(word: jax.Array, n: jax.Array) -> jax.Array:

@@ -66,7 +66,7 @@ _LEVELS = 127
 _PASS = -(2**30)
 _STOP = 2**30
 MAX_HEAD_DIM = 1024
-_MIN_ROWS = 4
+_MIN_ROWS = 2
 """int8 products with fewer rows fall off XLA's fast path on CPU."""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -350,11 +351,16 @@ def sample_median(keys: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(median), median, 0.0)
 
 
-def take_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
-    """table[*B, S, D] at rows i32[*B, C]: [*B, C, D]; rows past the end are zeros."""
+def take_rows(
+    table: jax.Array, rows: jax.Array, *, mode: Literal["fill", "clip"] = "fill"
+) -> jax.Array:
+    """table[*B, S, D] at rows i32[*B, C]: [*B, C, D].
+
+    Rows past the end are zeros, or with mode="clip", which is faster, the last row.
+    """
 
     def one(t, r):
-        return t.at[r].get(mode="fill", fill_value=0)
+        return t.at[r].get(mode=mode, fill_value=0 if mode == "fill" else None)
 
     return _over_rows(one, table, rows)
 

@@ -189,10 +189,11 @@ def _members(index, normals, offsets, words, *, capacity):
     slots_a_pass = max(WORD, -(-5 * capacity // 4))
     past = index.keys.shape[-2]
     lead = words.shape[:-1]
+    ranked = bitset.rank(words)
 
     def one_pass(i, carry):
         ids, slots, total = carry
-        chunk = bitset.select(words, i * slots_a_pass, slots_a_pass)
+        chunk = bitset.select(ranked, i * slots_a_pass, slots_a_pass)
         scores = _score_slots(index, normals, chunk)
         member = (chunk < past) & (scores >= offsets[..., None])
         chunk_ids = _ids(index.ids, chunk)

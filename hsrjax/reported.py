@@ -168,9 +168,11 @@ def _choose(
 def _top_scores(keys, a, limits, words, *, wanted, capacity):
     """The largest exact scores f32[*B, Q, wanted] among the reported keys."""
 
+    ranked = bitset.rank(words[..., 0, :])
+
     def one_pass(i, best):
-        slots = bitset.select(words[..., 0, :], i * capacity, capacity)
-        scores = bounds.dot(a, take_rows(keys, slots))
+        slots = bitset.select(ranked, i * capacity, capacity)
+        scores = bounds.dot(a, take_rows(keys, slots, mode="clip"))
         visible = slots[..., None, :] < limits[..., None]
         scores = jnp.where(visible, scores, -jnp.inf)
         return jax.lax.top_k(jnp.concatenate([best, scores], axis=-1), wanted)[0]
@@ -200,11 +202,12 @@ def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, limits, 
 
     def one_tile(tile):
         a, offset, shift, limit, tile_words = tile
+        ranked = bitset.rank(tile_words[..., 0, :])
 
         def one_pass(i, sums):
-            slots = bitset.select(tile_words[..., 0, :], i * capacity, capacity)
+            slots = bitset.select(ranked, i * capacity, capacity)
             visible = slots[..., None, :] < limit[..., None]
-            rows = take_rows(keys, slots), take_rows(values, slots)
+            rows = [take_rows(x, slots, mode="clip") for x in (keys, values)]
             new = _pass_sums(power, a, *rows, offset, shift, visible)
             scores = bounds.dot(a, rows[0])
             firing = visible & fires(scores, offset[..., None], power=power)
@@ -249,10 +252,11 @@ def _weighted_sums_backward(power, capacity, arrays, cotangents):
 
     def one_tile(key_grads, tile):
         a, offset, shift, limit, tile_words, bars = tile
+        ranked = bitset.rank(tile_words[..., 0, :])
 
         def one_pass(i, grads):
             a_bar, offset_bar, keys_bar, values_bar = grads
-            slots = bitset.select(tile_words[..., 0, :], i * capacity, capacity)
+            slots = bitset.select(ranked, i * capacity, capacity)
             visible = slots[..., None, :] < limit[..., None]
             _, pull = jax.vjp(
                 lambda a, k, v, b: _pass_sums(power, a, k, v, b, shift, visible),
