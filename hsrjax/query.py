@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from hsrjax import bitset, bounds, checks
 from hsrjax.bitset import WORD
 from hsrjax.index import Index, take_rows
+from hsrjax.visible import Visible
 
 _BOX_SHARE = 8
 """Boxes alone decide when at most one block in this many survives them."""
@@ -125,7 +126,7 @@ def survivors(
     normals: jax.Array,
     offsets: jax.Array,
     *,
-    limits: jax.Array | None = None,
+    visible: Visible | None = None,
     union: bool = False,
 ) -> jax.Array:
     """The certified superset of the members, before any exact score.
@@ -134,20 +135,20 @@ def survivors(
       index: batch axes *B.
       normals: f[*B, Q, H].
       offsets: f32[*B, Q].
-      limits: i32[*B, Q]: only slots below the query's limit count (causality); None
-        admits every slot in use. Needs an index that was not reordered.
+      visible: i32[*B, Q]: only the slots that a query sees count; None admits every
+        slot in use. Needs an index that was not reordered.
       union: give one set for the whole tile of Q queries instead of one each.
 
     Returns:
       Bit sets u32[*B, Q, P/32], or u32[*B, 1, P/32] for the union.
     """
-    sketched = functools.partial(_sketch_survivors, index, normals, offsets, limits)
+    sketched = functools.partial(_sketch_survivors, index, normals, offsets, visible)
     alive = index.alive[..., None, :]
     if index.boxes is None:
         return sketched(union=union) & alive
     upper = bounds.box_upper(index.boxes, normals)
     blocks = ~(upper < offsets[..., None]) & (alive != 0)
-    boxed = _within(jnp.repeat(blocks, WORD, axis=-1), limits, union=union)
+    boxed = _within(jnp.repeat(blocks, WORD, axis=-1), visible, union=union)
     share = jnp.sum(blocks, dtype=jnp.int32) * _BOX_SHARE
     words = jax.lax.cond(
         share <= blocks.size, lambda: boxed, lambda: boxed & sketched(union=union)
@@ -155,20 +156,20 @@ def survivors(
     return words & alive
 
 
-def _sketch_survivors(index, normals, offsets, limits, *, union):
+def _sketch_survivors(index, normals, offsets, visible, *, union):
     query_sketch = bounds.sketch_query(index.sketch, normals)
     products = bounds.code_products(index.sketch, query_sketch)
     lowest = bounds.thresholds(query_sketch, offsets)
     blocks = products.reshape(*lowest.shape, WORD)
     passing = (blocks >= lowest[..., None]).reshape(products.shape)
-    return _within(passing, limits, union=union)
+    return _within(passing, visible, union=union)
 
 
-def _within(passing: jax.Array, limits: jax.Array | None, *, union: bool) -> jax.Array:
-    """Packs bool[*B, Q, P], cut at the queries' limits, as words."""
-    if limits is not None:
+def _within(passing: jax.Array, visible: Visible | None, *, union: bool) -> jax.Array:
+    """Packs bool[*B, Q, P], cut to what the queries see, as words."""
+    if visible is not None:
         slot = bitset.positions(passing.shape[-1], passing.ndim)
-        passing = passing & (slot < limits[..., None])
+        passing = passing & visible.mask(slot)
     if union:
         passing = jnp.any(passing, axis=-2, keepdims=True)
     return bitset.pack(passing)
