@@ -127,21 +127,37 @@ def power_of(activation: Activation) -> int | None:
 
 
 def weigh(
-    scores: jax.Array, offset: jax.Array, shift: jax.Array, *, power: int | None
+    scores: jax.Array,
+    offset: jax.Array,
+    shift: jax.Array,
+    *,
+    power: int | None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Weights f32 of scores f32, one formula for dense and reported keys.
 
     ReLU^p: `relu(scores - offset) ** p`. Softmax: `exp(scores - shift)` where the
-    score is at least `offset`, else 0. NaN scores and offsets give NaN weights.
+    score is at least `offset` or the key is a sink, else 0. NaN scores and offsets give
+    NaN weights.
     """
     if power is not None:
         return jax.nn.relu(scores - offset) ** power
-    return jnp.where(scores < offset, 0.0, jnp.exp(scores - shift))
+    kept = fires(scores, offset, power=power, sinks=sinks)
+    return jnp.where(kept, jnp.exp(scores - shift), 0.0)
 
 
-def fires(scores: jax.Array, offset: jax.Array, *, power: int | None) -> jax.Array:
+def fires(
+    scores: jax.Array,
+    offset: jax.Array,
+    *,
+    power: int | None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
     """Whether a key takes part: its weight is not exactly zero by definition."""
-    return ~(scores <= offset) if power is not None else ~(scores < offset)
+    if power is not None:
+        return ~(scores <= offset)
+    reaches = ~(scores < offset)
+    return reaches if sinks is None else reaches | sinks
 
 
 def normalize_rows(

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hsrjax import checks, dense, planner
+from hsrjax import checks, dense, planner, visible
 from hsrjax.activations import Activation, ReLU, Softmax
 from hsrjax.layout import from_tiles, heads_first, query_tiles
 from hsrjax.planner import Implementation
@@ -23,6 +23,9 @@ def attention(
     activation: Activation,
     implementation: Implementation = "auto",
     is_causal: bool = False,
+    segment_ids: jax.Array | None = None,
+    window: int | None = None,
+    sinks: int = 0,
     scale: jax.typing.ArrayLike | None = None,
     capacity: int | None = None,
     return_info: bool = False,
@@ -40,6 +43,14 @@ def attention(
       implementation: "dense" scores every key; "hsr" those that half-space reporting
         finds; "auto" takes the one expected to be faster.
       is_causal: query i sees keys 0..i, as in `jax.nn.dot_product_attention`.
+      segment_ids: i32[B, S] for rows that hold several documents, T = S. Every run of
+        equal ids is a segment, whose queries see its keys alone; an id that comes back
+        after another starts a new segment.
+      window: static, needs is_causal: query i sees keys i - window + 1 to i.
+      sinks: static. The first so many keys of the row, or of the query's segment,
+        stay visible outside the window; and Softmax(top_r or epsilon) keeps them
+        whatever they score: top_r counts the best of the other visible keys, epsilon
+        bounds what is left out of the whole row.
       scale: multiplies the scores, None is 1/sqrt(H). May be traced.
       capacity: slots of one gather, None chooses. It changes speed, never the result.
       return_info: also return what is known about each row.
@@ -53,7 +64,8 @@ def attention(
       only for "hsr".
 
     Raises:
-      ValueError: shapes that do not fit, unknown names, capacity < 1.
+      ValueError: shapes that do not fit, unknown names, capacity < 1, window without
+        is_causal, sinks where nothing leaves keys out, segment_ids where T != S.
       TypeError: unsupported dtypes, or an activation of another kind.
 
     Example:
@@ -66,6 +78,11 @@ def attention(
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     _check(query, key, value, activation)
+    visible.check_options(activation, is_causal=is_causal, window=window, sinks=sinks)
+    if segment_ids is not None:
+        segment_ids = jnp.asarray(segment_ids)
+        b, t = query.shape[:2]
+        visible.check_segment_ids(segment_ids, b, t, key.shape[1])
     plan = planner.plan(
         activation,
         implementation,
@@ -75,25 +92,37 @@ def attention(
         capacity=capacity,
     )
     out, info = _attend(
-        query, key, value, activation, scale, is_causal=is_causal, plan=plan
+        query,
+        key,
+        value,
+        segment_ids,
+        activation,
+        scale,
+        is_causal=is_causal,
+        window=window,
+        sinks=sinks,
+        plan=plan,
     )
     return (out, info) if return_info else out
 
 
-@functools.partial(jax.jit, static_argnames=("is_causal", "plan"))
-def _attend(query, key, value, activation, scale, *, is_causal, plan):
+@functools.partial(jax.jit, static_argnames=("is_causal", "window", "sinks", "plan"))
+def _attend(
+    query, key, value, segment_ids, activation, scale, *, is_causal, window, sinks, plan
+):
     """Carries out the plan; jitted for the sake of callers outside jit."""
     t, n = query.shape[1:3]
     s, kv_heads = key.shape[1:3]
-    position = jnp.arange(t, dtype=jnp.int32)[None, :]
-    limits = jnp.minimum(position + 1, s) if is_causal else jnp.full_like(position, s)
+    seen = visible.of_prefill(
+        t, s, is_causal=is_causal, window=window, sinks=sinks, segment_ids=segment_ids
+    )
     if plan.implementation == "hsr":
         out, info = prefill(
-            query, key, value, limits, activation=activation, scale=scale, plan=plan
+            query, key, value, seen, activation=activation, scale=scale, plan=plan
         )
     else:
         tiles = query_tiles(
-            activation, query, limits, scale=scale, kv_heads=kv_heads, tile=t
+            activation, query, seen, scale=scale, kv_heads=kv_heads, tile=t
         )
         values = summarize_values(heads_first(value))
         out, info = dense.attend(activation, heads_first(key), values, tiles)

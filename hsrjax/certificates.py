@@ -11,6 +11,9 @@ sketch yields in one pass:
   lower < o. The largest o for which this is at most epsilon * sum exp(lower) leaves out
   at most a fraction epsilon, whatever the data.
 
+Sinks are kept whatever they score: they are none of the r, and count in the sum of
+exp(lower) but never in what may be left out.
+
 Dense attention calls the same functions with lower = upper = score.
 
 Rounding. A float32 sum of S non-negative terms has relative error at most S u, and
@@ -50,13 +53,19 @@ class Selection(NamedTuple):
     share: jax.Array
 
 
-def safe_offset(activation: Softmax, lower: jax.Array, upper: jax.Array) -> jax.Array:
+def safe_offset(
+    activation: Softmax,
+    lower: jax.Array,
+    upper: jax.Array,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
     """An offset f32[*B, Q] whose half-space holds every key the activation keeps.
 
     Args:
       activation: with top_r or epsilon.
       lower: f32[*B, Q, S], lower bounds, -inf where a key is not visible.
       upper: f32[*B, Q, S], upper bounds, -inf where a key is not visible.
+      sinks: bool[*B, Q, S], keys kept whatever they score, or None.
 
     Returns:
       The largest such offset to 12 significant bits; -inf where there is none.
@@ -64,6 +73,7 @@ def safe_offset(activation: Softmax, lower: jax.Array, upper: jax.Array) -> jax.
     """
     if activation.top_r is not None:
         wanted = activation.top_r
+        lower = _but(sinks, lower)
 
         def enough(offset):
             above = lower >= offset[..., None]
@@ -72,6 +82,7 @@ def safe_offset(activation: Softmax, lower: jax.Array, upper: jax.Array) -> jax.
         return _largest(enough, lower.shape[:-1])
 
     peak = _finite(jnp.max(lower, axis=-1))
+    upper = _but(sinks, upper)
     heavy = jnp.exp(upper - peak[..., None])
     total = jnp.sum(jnp.exp(lower - peak[..., None]), axis=-1)
     epsilon = jnp.asarray(activation.epsilon, jnp.float32)
@@ -88,28 +99,32 @@ def safe_offset(activation: Softmax, lower: jax.Array, upper: jax.Array) -> jax.
 
 def select(
     activation: Softmax,
-    top: jax.Array,
+    peak: jax.Array,
+    top: jax.Array | None,
     offset: jax.Array,
     lower: jax.Array,
     upper: jax.Array,
+    sinks: jax.Array | None = None,
 ) -> Selection:
     """The final offset, given the best exact scores among the survivors.
 
     Args:
-      activation: with top_r or epsilon, or full.
-      top: f32[*B, Q, r + 1] largest exact scores, descending (one for epsilon),
-        padded with -inf.
+      activation: with top_r or epsilon.
+      peak: f32[*B, Q], largest exact score, -inf where there is none.
+      top: f32[*B, Q, r + 1] largest exact scores but sinks', descending, padded with
+        -inf; None for epsilon.
       offset: f32[*B, Q], from `safe_offset`.
       lower: f32[*B, Q, S], as there.
       upper: f32[*B, Q, S], as there.
+      sinks: bool[*B, Q, S], as there.
     """
-    shift = _finite(top[..., 0])
-    if activation.top_r is not None:
+    shift = _finite(peak)
+    if top is not None:
         last, next_best = top[..., -2], top[..., -1]
         middle = next_best + 0.5 * (last - next_best)
         # Between the r-th and the next: no rounding of either can change the set.
         offset = jnp.where(next_best == -jnp.inf, -jnp.inf, middle)
-    heavy = jnp.exp(upper - shift[..., None])
+    heavy = jnp.exp(_but(sinks, upper) - shift[..., None])
     left_out = _tail(lower, heavy, offset, shift) * _guard(lower.shape[-1])
     share = 1.0 if activation.epsilon is None else activation.epsilon
     share = jnp.broadcast_to(jnp.asarray(share, jnp.float32), shift.shape)
@@ -159,13 +174,14 @@ def _tail(lower, heavy, offset, shift):
 def _largest(holds: Callable[[jax.Array], jax.Array], shape) -> jax.Array:
     """Largest float32, to `_STEPS` leading bits, for which a falling predicate holds.
 
-    Bits are set from the top in the order-preserving integer picture of float32; the
-    patterns beyond the infinities are NaN, for which no comparison holds.
+    Bits are set from the top in the order-preserving integer picture of float32, where
+    the patterns beyond the infinities are NaN.
     """
 
     def step(i, bits):
         trial = bits | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
-        return jnp.where(holds(_from_order(trial)), trial, bits)
+        offset = _from_order(trial)
+        return jnp.where(holds(offset) & ~jnp.isnan(offset), trial, bits)
 
     bits = jax.lax.fori_loop(0, _STEPS, step, jnp.zeros(shape, jnp.uint32))
     found = _from_order(bits)
@@ -176,6 +192,11 @@ def _from_order(bits: jax.Array) -> jax.Array:
     top = jnp.uint32(1 << 31)
     raw = jnp.where(bits >= top, bits ^ top, ~bits)
     return jax.lax.bitcast_convert_type(raw, jnp.float32)
+
+
+def _but(sinks: jax.Array | None, bound: jax.Array) -> jax.Array:
+    """Bounds of the keys that may be left out, -inf at the others."""
+    return bound if sinks is None else jnp.where(sinks, -jnp.inf, bound)
 
 
 def _finite(x: jax.Array) -> jax.Array:

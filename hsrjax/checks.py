@@ -72,6 +72,12 @@ def check_positive(name: str, value) -> None:
         raise ValueError(f"{name} must be a Python integer >= 1, got {value!r}.")
 
 
+def check_natural(name: str, value) -> None:
+    """Raises ValueError unless value is a Python integer >= 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} must be a Python integer >= 0, got {value!r}.")
+
+
 def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless value is one of choices."""
     if value not in choices:

@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hsrjax import bitset, checks, dense, planner, reported
+from hsrjax import bitset, checks, dense, planner, reported, visible
 from hsrjax import index as index_module
 from hsrjax.activations import Activation
 from hsrjax.attention import check_heads, check_query
@@ -173,6 +173,8 @@ def decode_attention(
     *,
     activation: Activation,
     implementation: Implementation = "auto",
+    window: int | None = None,
+    sinks: int = 0,
     scale: jax.typing.ArrayLike | None = None,
     positions: jax.Array | None = None,
     capacity: int | None = None,
@@ -185,6 +187,9 @@ def decode_attention(
       cache: holds the keys of these positions already.
       activation: `hsrjax.ReLU` or `hsrjax.Softmax`.
       implementation: "dense", "hsr" or "auto".
+      window: static; a query at position p sees positions p - window + 1 to p.
+      sinks: static; the first so many tokens of each row stay visible outside the
+        window, and under Softmax(top_r or epsilon) are always kept, as in `attention`.
       scale: multiplies the scores, None is 1/sqrt(H). May be traced.
       positions: i32[B, T] to place the queries elsewhere; needed after an `extend` with
         ragged `lengths`. Negative positions see nothing.
@@ -196,7 +201,8 @@ def decode_attention(
       is room for, then (H + D) multiplications per query and reported key.
 
     Raises:
-      ValueError: shapes that do not fit, unknown names, capacity < 1.
+      ValueError: shapes that do not fit, unknown names, capacity < 1, window < 1,
+        sinks where nothing leaves keys out.
       TypeError: unsupported dtypes, or an activation of another kind.
 
     Example:
@@ -213,6 +219,7 @@ def decode_attention(
     query = jnp.asarray(query)
     positions = None if positions is None else jnp.asarray(positions)
     _check_decode(query, cache, activation, positions)
+    visible.check_options(activation, is_causal=True, window=window, sinks=sinks)
     plan = planner.plan(
         activation,
         implementation,
@@ -221,19 +228,28 @@ def decode_attention(
         group=query.shape[2] // cache.index.keys.shape[1],
         capacity=capacity,
     )
-    return _decode(query, cache, activation, scale, positions, plan=plan)
+    return _decode(
+        query,
+        cache,
+        activation,
+        scale,
+        positions,
+        window=window,
+        sinks=sinks,
+        plan=plan,
+    )
 
 
-@functools.partial(jax.jit, static_argnames="plan")
-def _decode(query, cache, activation, scale, positions, *, plan):
+@functools.partial(jax.jit, static_argnames=("window", "sinks", "plan"))
+def _decode(query, cache, activation, scale, positions, *, window, sinks, plan):
     t, n = query.shape[1:3]
     keys = cache.index.keys
     length = cache.length[:, None]
     if positions is None:
         positions = length - t + jnp.arange(t, dtype=jnp.int32)[None, :]
-    limits = jnp.clip(positions.astype(jnp.int32) + 1, 0, length)
+    seen = visible.of_decode(positions, length, window=window, sinks=sinks)
     tiles = query_tiles(
-        activation, query, limits, scale=scale, kv_heads=keys.shape[1], tile=plan.tile
+        activation, query, seen, scale=scale, kv_heads=keys.shape[1], tile=plan.tile
     )
     if plan.implementation == "hsr":
         out, info = reported.attend(

@@ -36,16 +36,18 @@ def attend(
       memory O(M Q S).
     """
     power = power_of(activation)
-    slot = bitset.positions(keys.shape[-2], tiles.limits.ndim + 1)
-    visible = slot < tiles.limits[..., None]
+    slot = bitset.positions(keys.shape[-2], tiles.offsets.ndim + 1)
+    visible, sinks = tiles.visible.mask(slot), tiles.visible.sinks(slot)
     scores = bounds.dot(tiles.queries, keys[None])
     scores = jnp.where(visible, scores, -jnp.inf)
     zeros = jnp.zeros_like(tiles.offsets)
     selection = certificates.Selection(tiles.offsets, zeros, zeros, zeros)
     if isinstance(activation, Softmax):
-        selection = _select(activation, jax.lax.stop_gradient(scores))
+        selection = _select(activation, jax.lax.stop_gradient(scores), sinks)
     offset, shift = selection.offset, selection.shift
-    weights = weigh(scores, offset[..., None], shift[..., None], power=power)
+    weights = weigh(
+        scores, offset[..., None], shift[..., None], power=power, sinks=sinks
+    )
     weighted = jnp.einsum(
         "...qs,...sd->...qd",
         weights,
@@ -53,9 +55,10 @@ def attend(
         precision=jax.lax.Precision.HIGHEST,
     )
     total = jnp.sum(weights, axis=-1)
-    out = normalize_rows(activation, weighted, total, tiles.limits)
-    firing = visible & fires(scores, offset[..., None], power=power)
-    count = jnp.sum(firing, axis=-1, dtype=jnp.int32)
+    seen = tiles.visible.count()
+    out = normalize_rows(activation, weighted, total, seen)
+    firing = fires(scores, offset[..., None], power=power, sinks=sinks)
+    count = jnp.sum(visible & firing, axis=-1, dtype=jnp.int32)
     missed = bound = jnp.zeros_like(total)
     if isinstance(activation, Softmax) and not activation.is_full:
         rounding = _score_rounding(keys, tiles.queries)
@@ -64,27 +67,29 @@ def attend(
             selection, total, count, value_bound, rounding
         )
     overflow = jnp.zeros(count.shape, jnp.bool_)
-    info = Info(count, tiles.limits, overflow, missed, bound)
+    info = Info(count, seen, overflow, missed, bound)
     return out, jax.lax.stop_gradient(info)
 
 
-def _select(activation: Softmax, scores: jax.Array) -> certificates.Selection:
+def _select(
+    activation: Softmax, scores: jax.Array, sinks: jax.Array | None
+) -> certificates.Selection:
     """What `certificates` selects when both bounds are the scores themselves."""
+    peak, top = jnp.max(scores, axis=-1), None
+    zeros = jnp.zeros_like(peak)
     if activation.is_full:
-        top = jnp.max(scores, axis=-1)
-        shift = jnp.where(top == -jnp.inf, 0.0, top)
-        zeros = jnp.zeros_like(top)
+        shift = jnp.where(peak == -jnp.inf, 0.0, peak)
         return certificates.Selection(zeros - jnp.inf, shift, zeros, zeros)
     if activation.top_r is None:
-        offset = certificates.safe_offset(activation, scores, scores)
-        top = jnp.max(scores, axis=-1, keepdims=True)
+        offset = certificates.safe_offset(activation, scores, scores, sinks)
     else:
-        offset = jnp.zeros(scores.shape[:-1], jnp.float32)
+        offset = zeros
         wanted = activation.top_r + 1
-        top = jax.lax.top_k(scores, min(wanted, scores.shape[-1]))[0]
+        others = scores if sinks is None else jnp.where(sinks, -jnp.inf, scores)
+        top = jax.lax.top_k(others, min(wanted, scores.shape[-1]))[0]
         missing = [(0, 0)] * (top.ndim - 1) + [(0, wanted - top.shape[-1])]
         top = jnp.pad(top, missing, constant_values=-jnp.inf)
-    return certificates.select(activation, top, offset, scores, scores)
+    return certificates.select(activation, peak, top, offset, scores, scores, sinks)
 
 
 def _score_rounding(keys: jax.Array, queries: jax.Array) -> jax.Array:

@@ -6,11 +6,14 @@ key head: Q = positions x G rows that are all scored against the same gathered k
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from hsrjax.activations import Activation, ReLU
 from hsrjax.reported import Tiles
+from hsrjax.visible import Visible
 
 
 def heads_first(x: jax.Array) -> jax.Array:
@@ -40,13 +43,13 @@ def from_tiles(x: jax.Array, *, length: int, heads: int) -> jax.Array:
 def query_tiles(
     activation: Activation,
     query: jax.Array,
-    limits: jax.Array,
+    visible: Visible,
     *,
     scale: jax.typing.ArrayLike | None,
     kv_heads: int,
     tile: int,
 ) -> Tiles:
-    """Scales queries f[B, T, N, H] and cuts them, biases and limits i32[B, T].
+    """Scales queries f[B, T, N, H] and cuts them, their biases and ranges i32[B, T].
 
     The scale is multiplied into the query, so the half-space of ReLU attention is
     <scale q, k> >= bias: the paper's Algorithms 1 and 2 ask for <q, k> >= b while
@@ -64,9 +67,9 @@ def query_tiles(
             f"activation.bias must broadcast to [B, T, N] = {(b, t, n)}, got shape "
             f"{bias.shape}; one per head is [N], one per row [T, 1]."
         ) from None
-    limits = jnp.broadcast_to(limits[..., None], (b, t, n)).astype(jnp.int32)
+    cut = functools.partial(to_tiles, kv_heads=kv_heads, tile=tile)
     return Tiles(
-        to_tiles(scaled, kv_heads=kv_heads, tile=tile),
-        to_tiles(bias, kv_heads=kv_heads, tile=tile),
-        to_tiles(limits, kv_heads=kv_heads, tile=tile),
+        cut(scaled),
+        cut(bias),
+        jax.tree.map(lambda x: cut(jnp.broadcast_to(x[..., None], (b, t, n))), visible),
     )

@@ -2,7 +2,8 @@
 
 Init: the index is built over the keys of the call. Inference: for every tile of
 queries, report the keys in the union of their half-spaces, score those exactly and sum.
-Causal rows see only keys up to their own position, which the paper leaves open.
+Rows report none but visible keys (causality, windows, segments), which the paper
+leaves open.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from hsrjax.activations import Activation
 from hsrjax.index import build
 from hsrjax.layout import from_tiles, heads_first, query_tiles
 from hsrjax.planner import Plan
+from hsrjax.visible import Visible
 
 
 def prefill(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    limits: jax.Array,
+    visible: Visible,
     *,
     activation: Activation,
     scale: jax.typing.ArrayLike | None,
@@ -33,7 +35,7 @@ def prefill(
       query: f[B, T, N, H].
       key: f[B, S, K, H].
       value: f[B, S, K, D].
-      limits: i32[B, T], each row sees the keys before its limit.
+      visible: i32[B, T], the keys that each row sees.
       activation: ReLU, or Softmax with top_r or epsilon.
       scale: of the scores, None is 1/sqrt(H).
       plan: capacity of a gather and tile of queries.
@@ -49,7 +51,7 @@ def prefill(
     padding = index.keys.shape[-2] - key.shape[1]
     rows = jnp.pad(heads_first(value), [(0, 0), (0, 0), (0, padding), (0, 0)])
     tiles = query_tiles(
-        activation, query, limits, scale=scale, kv_heads=key.shape[2], tile=plan.tile
+        activation, query, visible, scale=scale, kv_heads=key.shape[2], tile=plan.tile
     )
     values = reported.summarize_values(rows)
     out, info = reported.attend(

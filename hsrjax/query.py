@@ -7,7 +7,9 @@ exact float32 scores -> members. Every stage only ever over-reports, so none is 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,9 +18,16 @@ import jax.numpy as jnp
 from hsrjax import bitset, bounds, checks
 from hsrjax.bitset import WORD
 from hsrjax.index import Index, take_rows
+from hsrjax.visible import Visible
 
 _BOX_SHARE = 8
 """Boxes alone decide when at most one block in this many survives them."""
+
+_MANY_QUERIES = 16
+"""Tiles of at least as many queries go over the sketch in chunks that stay in cache."""
+
+_CHUNK_PRODUCTS = 2**20
+_LEAST_CHUNK = 256
 
 
 class Report(NamedTuple):
@@ -125,7 +134,7 @@ def survivors(
     normals: jax.Array,
     offsets: jax.Array,
     *,
-    limits: jax.Array | None = None,
+    visible: Visible | None = None,
     union: bool = False,
 ) -> jax.Array:
     """The certified superset of the members, before any exact score.
@@ -134,20 +143,20 @@ def survivors(
       index: batch axes *B.
       normals: f[*B, Q, H].
       offsets: f32[*B, Q].
-      limits: i32[*B, Q]: only slots below the query's limit count (causality); None
-        admits every slot in use. Needs an index that was not reordered.
+      visible: i32[*B, Q]: only the slots that a query sees count; None admits every
+        slot in use. Needs an index that was not reordered.
       union: give one set for the whole tile of Q queries instead of one each.
 
     Returns:
       Bit sets u32[*B, Q, P/32], or u32[*B, 1, P/32] for the union.
     """
-    sketched = functools.partial(_sketch_survivors, index, normals, offsets, limits)
+    sketched = functools.partial(_sketch_survivors, index, normals, offsets, visible)
     alive = index.alive[..., None, :]
     if index.boxes is None:
         return sketched(union=union) & alive
     upper = bounds.box_upper(index.boxes, normals)
     blocks = ~(upper < offsets[..., None]) & (alive != 0)
-    boxed = _within(jnp.repeat(blocks, WORD, axis=-1), limits, union=union)
+    boxed = _within(jnp.repeat(blocks, WORD, axis=-1), visible, union=union)
     share = jnp.sum(blocks, dtype=jnp.int32) * _BOX_SHARE
     words = jax.lax.cond(
         share <= blocks.size, lambda: boxed, lambda: boxed & sketched(union=union)
@@ -155,20 +164,69 @@ def survivors(
     return words & alive
 
 
-def _sketch_survivors(index, normals, offsets, limits, *, union):
-    query_sketch = bounds.sketch_query(index.sketch, normals)
-    products = bounds.code_products(index.sketch, query_sketch)
+def _sketch_survivors(index, normals, offsets, visible, *, union):
+    if union and visible is not None and normals.shape[-2] >= _MANY_QUERIES:
+        return _tile_survivors(index.sketch, normals, offsets, visible)
+    passing = _pass_sketch(index.sketch, normals, offsets)
+    return _within(passing, visible, union=union)
+
+
+def _pass_sketch(sketch, normals, offsets):
+    """Keys that the sketch cannot rule out, bool[*B, Q, S]."""
+    query_sketch = bounds.sketch_query(sketch, normals)
+    products = bounds.code_products(sketch, query_sketch)
     lowest = bounds.thresholds(query_sketch, offsets)
     blocks = products.reshape(*lowest.shape, WORD)
-    passing = (blocks >= lowest[..., None]).reshape(products.shape)
-    return _within(passing, limits, union=union)
+    return (blocks >= lowest[..., None]).reshape(products.shape)
 
 
-def _within(passing: jax.Array, limits: jax.Array | None, *, union: bool) -> jax.Array:
-    """Packs bool[*B, Q, P], cut at the queries' limits, as words."""
-    if limits is not None:
+def _tile_survivors(sketch, normals, offsets, visible):
+    """The union of many queries, over chunks of keys whose products stay in cache.
+
+    Chunks that no query of the tile sees are not looked at, and nothing of size Q S is
+    ever in memory.
+    """
+    lead, (rows, _), size = (
+        normals.shape[:-2],
+        normals.shape[-2:],
+        sketch.codes.shape[-1],
+    )
+    chunk = _CHUNK_PRODUCTS // (math.prod(lead) * rows) // WORD * WORD
+    chunk = min(max(chunk, _LEAST_CHUNK), size)
+
+    def cut(x, start, length):
+        return jax.lax.dynamic_slice_in_dim(x, start, length, axis=-1)
+
+    def one_chunk(i, words):
+        # The last chunk is moved back to end with the keys: some are looked at twice.
+        start = jnp.minimum(i * chunk, size - chunk)
+        block = start // WORD
+        part = dataclasses.replace(
+            sketch,
+            codes=cut(sketch.codes, start, chunk),
+            scale=cut(sketch.scale, block, chunk // WORD),
+            spread=cut(sketch.spread, block, chunk // WORD),
+            radius=cut(sketch.radius, block, chunk // WORD),
+        )
+        passing = _pass_sketch(part, normals, offsets)
+        slots = start + bitset.positions(chunk, passing.ndim)
+        passing = jnp.any(passing & visible.mask(slots), axis=-2, keepdims=True)
+        return jax.lax.dynamic_update_slice_in_dim(
+            words, bitset.pack(passing), block, axis=-1
+        )
+
+    words = jnp.zeros((*lead, 1, size // WORD), jnp.uint32)
+    for low, high in visible.spans():
+        last = (high + (chunk - 1)) // chunk
+        words = jax.lax.fori_loop(low // chunk, last, one_chunk, words)
+    return words
+
+
+def _within(passing: jax.Array, visible: Visible | None, *, union: bool) -> jax.Array:
+    """Packs bool[*B, Q, P], cut to what the queries see, as words."""
+    if visible is not None:
         slot = bitset.positions(passing.shape[-1], passing.ndim)
-        passing = passing & (slot < limits[..., None])
+        passing = passing & visible.mask(slot)
     if union:
         passing = jnp.any(passing, axis=-2, keepdims=True)
     return bitset.pack(passing)

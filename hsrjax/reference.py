@@ -19,6 +19,9 @@ def attention(
     *,
     activation: Activation,
     is_causal: bool = False,
+    segment_ids: jax.Array | None = None,
+    window: int | None = None,
+    sinks: int = 0,
     scale: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """Dense attention, head by head: `sum_j w_ij v_j` with every weight computed.
@@ -29,6 +32,10 @@ def attention(
       value: f[B, S, K, D].
       activation: `hsrjax.ReLU` or `hsrjax.Softmax`; epsilon leaves nothing out.
       is_causal: query i sees keys 0..i.
+      segment_ids: i32[B, S]; queries see the keys of their own run of equal ids.
+      window: query i sees keys i - window + 1..i, and the sinks.
+      sinks: the first so many keys of the segment, or of the row. Softmax(top_r) keeps
+        them beside the r best others.
       scale: None is 1/sqrt(H).
 
     Returns:
@@ -48,8 +55,15 @@ def attention(
     scores = factor * jnp.einsum(
         "btnh,bsnh->btns", query.astype(jnp.float32), k, precision="highest"
     )
-    visible = jnp.ones((t, k.shape[1]), bool)
-    visible = (jnp.tril(visible) if is_causal else visible)[None, :, None, :]
+    visible, sink = visibility(
+        t,
+        k.shape[1],
+        is_causal=is_causal,
+        segment_ids=segment_ids,
+        window=window,
+        sinks=sinks,
+    )
+    visible, sink = visible[:, :, None, :], sink[:, :, None, :]
     if isinstance(activation, ReLU):
         bias = jnp.broadcast_to(jnp.asarray(activation.bias, jnp.float32), (b, t, n))
         weights = jax.nn.relu(scores - bias[..., None]) ** activation.power
@@ -63,10 +77,52 @@ def attention(
     else:
         scores = jnp.where(visible, scores, -jnp.inf)
         if activation.top_r is not None and activation.top_r < k.shape[1]:
-            kth = jnp.sort(scores, axis=-1)[..., -activation.top_r, None]
-            scores = jnp.where(scores < kth, -jnp.inf, scores)
+            others = jnp.where(sink, -jnp.inf, scores)
+            kth = jnp.sort(others, axis=-1)[..., -activation.top_r, None]
+            scores = jnp.where((scores < kth) & ~sink, -jnp.inf, scores)
         weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("btns,bsnd->btnd", weights, v, precision="highest")
+
+
+def visibility(
+    queries: int,
+    keys: int,
+    *,
+    is_causal: bool = False,
+    segment_ids: jax.Array | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Which keys each query sees, and which of them are its sinks.
+
+    Args:
+      queries: T.
+      keys: S.
+      is_causal: as in `attention`, and so are the others.
+      segment_ids: i32[B, S].
+      window: a number of keys.
+      sinks: a number of keys.
+
+    Returns:
+      bool[B, T, S] twice; B is 1 without segment ids.
+
+    Example:
+      >>> import hsrjax
+      >>> seen, _ = hsrjax.reference.visibility(3, 3, is_causal=True, window=2)
+      >>> seen[0].astype(int).tolist()
+      [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+    i, j = jnp.arange(queries)[None, :, None], jnp.arange(keys)[None, None, :]
+    seen, rank = jnp.ones((1, queries, keys), bool), j
+    if segment_ids is not None:
+        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+        run = jnp.cumsum(jnp.pad(changes, [(0, 0), (1, 0)]).astype(int), axis=1)
+        seen = run[:, :, None] == run[:, None, :]
+        rank = jnp.sum(seen & (i > j), axis=2)[:, None, :]  # keys before j in its run
+    if is_causal:
+        seen = seen & (j <= i)
+    sink = seen & (rank < sinks)
+    return (seen if window is None else (seen & (i - j < window)) | sink), sink
 
 
 def query(keys: np.ndarray, normal: np.ndarray, offset: float) -> np.ndarray:

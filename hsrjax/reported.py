@@ -31,6 +31,7 @@ from hsrjax.activations import (
 )
 from hsrjax.index import Index, add_rows, take_rows
 from hsrjax.query import survivors, trips
+from hsrjax.visible import Visible
 
 
 class Info(NamedTuple):
@@ -77,12 +78,12 @@ class Tiles(NamedTuple):
     Attributes:
       queries: f32[M, *B, Q, H], already scaled.
       offsets: f32[M, *B, Q], ReLU biases; unused by softmax.
-      limits: i32[M, *B, Q], how many leading keys each query may see.
+      visible: i32[M, *B, Q], the keys that each query may see.
     """
 
     queries: jax.Array
     offsets: jax.Array
-    limits: jax.Array
+    visible: Visible
 
 
 def summarize_values(rows: jax.Array) -> Values:
@@ -125,11 +126,11 @@ def attend(
         values.rows,
         selection.offset if softmax else tiles.offsets,
         selection.shift,
-        tiles.limits,
+        tiles.visible,
         words,
     )
     weighted = weighted + values.poison[..., None, :][None]
-    out = normalize_rows(activation, weighted, total, tiles.limits)
+    out = normalize_rows(activation, weighted, total, tiles.visible.count())
     overflow = jnp.broadcast_to(bitset.size(words) > capacity, count.shape)
     missed = bound = jnp.zeros_like(total)
     if softmax:
@@ -144,44 +145,52 @@ def _choose(
     activation: Activation, index: Index, tile: Tiles, *, capacity: int
 ) -> tuple[jax.Array, certificates.Selection, jax.Array]:
     """The reported set of one tile, and for softmax its offsets and certificate."""
-    a, offsets, limits = tile
+    a, offsets, seen = tile
     zeros = jnp.zeros_like(offsets)
     if not isinstance(activation, Softmax):
-        words = survivors(index, a, offsets, limits=limits, union=True)
+        words = survivors(index, a, offsets, visible=seen, union=True)
         return words, certificates.Selection(*[zeros] * 4), zeros
     query_sketch = bounds.sketch_query(index.sketch, a)
     products = bounds.code_products(index.sketch, query_sketch)
     lower, upper = bounds.intervals(query_sketch, products)
     slot = bitset.positions(lower.shape[-1], lower.ndim)
-    visible = (slot < limits[..., None]) & bitset.unpack(index.alive)[..., None, :]
+    visible = seen.mask(slot) & bitset.unpack(index.alive)[..., None, :]
+    sinks = seen.sinks(slot)
     lower = jnp.where(visible, lower, -jnp.inf)
     upper = jnp.where(visible, upper, -jnp.inf)
-    offset = certificates.safe_offset(activation, lower, upper)
-    reported = visible & ~(upper < offset[..., None])
+    offset = certificates.safe_offset(activation, lower, upper, sinks)
+    kept = fires(upper, offset[..., None], power=None, sinks=sinks)
+    reported = visible & kept
     words = bitset.pack(jnp.any(reported, axis=-2, keepdims=True))
-    wanted = 1 if activation.top_r is None else activation.top_r + 1
-    top = _top_scores(index.keys, a, limits, words, wanted=wanted, capacity=capacity)
-    selection = certificates.select(activation, top, offset, lower, upper)
+    peak, top = _best_scores(activation, index.keys, a, seen, words, capacity=capacity)
+    selection = certificates.select(activation, peak, top, offset, lower, upper, sinks)
     return words, selection, bounds.score_rounding(index.sketch, a)
 
 
-def _top_scores(keys, a, limits, words, *, wanted, capacity):
-    """The largest exact scores f32[*B, Q, wanted] among the reported keys."""
-
+def _best_scores(activation, keys, a, seen, words, *, capacity):
+    """The exact scores that `certificates.select` asks for, of the reported keys."""
+    wanted = 0 if activation.top_r is None else activation.top_r + 1
     ranked = bitset.rank(words[..., 0, :])
 
     def one_pass(i, best):
+        peak, top = best
         slots = bitset.select(ranked, i * capacity, capacity)
+        at = slots[..., None, :]
         scores = bounds.dot(a, take_rows(keys, slots, mode="clip"))
-        visible = slots[..., None, :] < limits[..., None]
-        scores = jnp.where(visible, scores, -jnp.inf)
-        return jax.lax.top_k(jnp.concatenate([best, scores], axis=-1), wanted)[0]
+        scores = jnp.where(seen.mask(at), scores, -jnp.inf)
+        peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
+        if top is not None:
+            sinks = seen.sinks(at)
+            others = scores if sinks is None else jnp.where(sinks, -jnp.inf, scores)
+            top = jax.lax.top_k(jnp.concatenate([top, others], axis=-1), wanted)[0]
+        return peak, top
 
-    start = jnp.full((*a.shape[:-1], wanted), -jnp.inf, jnp.float32)
-    return jax.lax.fori_loop(0, trips(words, capacity), one_pass, start)
+    lowest = jnp.full(a.shape[:-1], -jnp.inf, jnp.float32)
+    top = jnp.repeat(lowest[..., None], wanted, axis=-1) if wanted else None
+    return jax.lax.fori_loop(0, trips(words, capacity), one_pass, (lowest, top))
 
 
-def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, limits, words):
+def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, seen, words):
     """Sums over each tile's reported keys.
 
     Args:
@@ -192,7 +201,7 @@ def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, limits, 
       values: f[*B, P, D].
       offsets: f32[M, *B, Q].
       shifts: f32[M, *B, Q], no gradient.
-      limits: i32[M, *B, Q].
+      seen: i32[M, *B, Q] each.
       words: u32[M, *B, 1, P/32].
 
     Returns:
@@ -201,16 +210,18 @@ def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, limits, 
     """
 
     def one_tile(tile):
-        a, offset, shift, limit, tile_words = tile
+        a, offset, shift, tile_seen, tile_words = tile
         ranked = bitset.rank(tile_words[..., 0, :])
 
         def one_pass(i, sums):
             slots = bitset.select(ranked, i * capacity, capacity)
-            visible = slots[..., None, :] < limit[..., None]
+            at = slots[..., None, :]
+            visible, sinks = tile_seen.mask(at), tile_seen.sinks(at)
             rows = [take_rows(x, slots, mode="clip") for x in (keys, values)]
-            new = _pass_sums(power, a, *rows, offset, shift, visible)
+            new = _pass_sums(power, a, *rows, offset, shift, visible, sinks)
             scores = bounds.dot(a, rows[0])
-            firing = visible & fires(scores, offset[..., None], power=power)
+            firing = fires(scores, offset[..., None], power=power, sinks=sinks)
+            firing &= visible
             looked_at, counted = (
                 jnp.sum(x, axis=-1, dtype=jnp.int32) for x in (visible, firing)
             )
@@ -225,13 +236,15 @@ def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, limits, 
         )
         return jax.lax.fori_loop(0, trips(tile_words, capacity), one_pass, start)
 
-    return jax.lax.map(one_tile, (queries, offsets, shifts, limits, words))
+    return jax.lax.map(one_tile, (queries, offsets, shifts, seen, words))
 
 
-def _pass_sums(power, a, keys, values, offset, shift, visible):
+def _pass_sums(power, a, keys, values, offset, shift, visible, sinks):
     """What the keys of one pass add: weighted values f32[*B, Q, D] and weights."""
     scores = jnp.where(visible, bounds.dot(a, keys), -jnp.inf)
-    weights = weigh(scores, offset[..., None], shift[..., None], power=power)
+    weights = weigh(
+        scores, offset[..., None], shift[..., None], power=power, sinks=sinks
+    )
     weighted = jnp.einsum(
         "...qc,...cd->...qd",
         weights,
@@ -247,19 +260,20 @@ def _weighted_sums_forward(power, capacity, *arrays):
 
 def _weighted_sums_backward(power, capacity, arrays, cotangents):
     """Gradients over the forward pass's sets; keys outside them have none."""
-    queries, keys, values, offsets, shifts, limits, words = arrays
+    queries, keys, values, offsets, shifts, seen, words = arrays
     weighted_bar, total_bar, _, _ = cotangents
 
     def one_tile(key_grads, tile):
-        a, offset, shift, limit, tile_words, bars = tile
+        a, offset, shift, tile_seen, tile_words, bars = tile
         ranked = bitset.rank(tile_words[..., 0, :])
 
         def one_pass(i, grads):
             a_bar, offset_bar, keys_bar, values_bar = grads
             slots = bitset.select(ranked, i * capacity, capacity)
-            visible = slots[..., None, :] < limit[..., None]
+            at = slots[..., None, :]
+            visible, sinks = tile_seen.mask(at), tile_seen.sinks(at)
             _, pull = jax.vjp(
-                lambda a, k, v, b: _pass_sums(power, a, k, v, b, shift, visible),
+                lambda a, k, v, b: _pass_sums(power, a, k, v, b, shift, visible, sinks),
                 a,
                 take_rows(keys, slots).astype(jnp.float32),
                 take_rows(values, slots).astype(jnp.float32),
@@ -279,7 +293,7 @@ def _weighted_sums_backward(power, capacity, arrays, cotangents):
         return tuple(key_grads), (a_bar, offset_bar)
 
     start = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
-    tiles = (queries, offsets, shifts, limits, words, (weighted_bar, total_bar))
+    tiles = (queries, offsets, shifts, seen, words, (weighted_bar, total_bar))
     key_grads, (queries_bar, offsets_bar) = jax.lax.scan(one_tile, start, tiles)
     keys_bar, values_bar = key_grads
     return (

@@ -35,6 +35,22 @@ ACTIVATIONS = {
     "softmax": hsrjax.Softmax(),
     "top_r": hsrjax.Softmax(top_r=5),
 }
+# Two rows of SHAPE: the first holds four documents, the third of them one token long
+# and with the id of the first; the second row is one document.
+SEGMENTS = np.zeros((2, 37), np.int32)
+SEGMENTS[0, 9:20], SEGMENTS[0, 21:] = 7, -3
+# Options about what is visible, is_causal, activation.
+VISIBLE = [
+    ({"window": 5}, True, "relu"),
+    ({"window": 6, "sinks": 3}, True, "relu3"),
+    ({"window": 1, "sinks": 100}, True, "softmax"),
+    ({"window": 12, "sinks": 2}, True, "top_r"),
+    ({"sinks": 4}, False, "top_r"),
+    ({"segment_ids": SEGMENTS}, False, "relu3"),
+    ({"segment_ids": SEGMENTS}, True, "softmax"),
+    ({"segment_ids": SEGMENTS, "sinks": 2}, False, "top_r"),
+    ({"segment_ids": SEGMENTS, "window": 6, "sinks": 3}, True, "relu2"),
+]
 
 
 def inputs(shape, *, dtype=jnp.float32, seed=0):
@@ -68,12 +84,19 @@ def lenient(function):
 reference_attention = lenient(reference.attention)
 
 
+@lenient
+def reference_visibility(queries, keys, **visible):
+    """bool[B, T, S] twice, as numpy arrays."""
+    return tuple(map(np.asarray, reference.visibility(queries, keys, **visible)))
+
+
 class AttentionContract:
     """Subclass and define `attend`."""
 
     differentiable = True
+    takes_segments = True
 
-    def attend(self, query, key, value, *, activation, is_causal):
+    def attend(self, query, key, value, *, activation, is_causal, **visible):
         """Returns (output, info)."""
         raise NotImplementedError
 
@@ -83,10 +106,12 @@ class AttentionContract:
         attend = jax.jit(functools.partial(self.attend, **options))
         return attend(*arrays, activation=activation)
 
-    def gradients(self, attend, arrays, cotangent):
+    def gradients(self, attend, arrays, cotangent, **visible):
         def loss(query, key, value, bias):
             activation = hsrjax.ReLU(power=2, bias=bias)
-            out = attend(query, key, value, activation=activation, is_causal=True)
+            out = attend(
+                query, key, value, activation=activation, is_causal=True, **visible
+            )
             return jnp.vdot(out, cotangent)
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*arrays)
@@ -100,6 +125,28 @@ class AttentionContract:
         assert out.shape == expected.shape and out.dtype == query.dtype
         assert relative_error(out, expected) <= 1e-5
 
+    @pytest.mark.parametrize(("visible", "is_causal", "name"), VISIBLE)
+    def test_windows_sinks_and_segments(self, visible, is_causal, name):
+        if not self.takes_segments and ("segment_ids" in visible or not is_causal):
+            pytest.skip("a cache holds one document a row")
+        query, key, value, _ = inputs(SHAPE)
+        key = key.at[:, :2].multiply(20.0)  # sinks that score high, and low
+        activation = ACTIVATIONS[name]
+        kwargs = {"activation": activation, "is_causal": is_causal} | visible
+        out, info = self.compiled(query, key, value, **kwargs)
+        expected = reference_attention(query, key, value, **kwargs)
+        assert relative_error(out, expected) <= 1e-5
+        seen, sink = reference_visibility(37, 37, is_causal=is_causal, **visible)
+        most = seen.sum(-1)
+        if name == "top_r":
+            most = np.minimum(5, most - sink.sum(-1)) + sink.sum(-1)
+        at_most = np.broadcast_to(most[..., None], info.count.shape)
+        if isinstance(activation, hsrjax.Softmax):
+            np.testing.assert_array_equal(info.count, at_most)
+        assert (info.count <= at_most).all()
+        assert (info.candidates >= info.count).all()
+        assert (info.candidates <= seen.sum(-1)[..., None]).all()
+
     def test_count_is_the_number_of_firing_keys(self):
         query, key, value, _ = inputs(SHAPE)
         activation = hsrjax.ReLU(bias=0.5)
@@ -112,14 +159,20 @@ class AttentionContract:
         assert (info.candidates >= info.count).all()
         assert (np.asarray(info.error_bound) == 0).all()
 
-    def test_vjp(self):
+    @pytest.mark.parametrize(
+        "visible", [{}, {"segment_ids": SEGMENTS, "window": 6, "sinks": 3}]
+    )
+    def test_vjp(self, visible):
         if not self.differentiable:
             pytest.skip("caches are for inference")
-        shape = (2, 45, 45, 4, 2, 16, 8)
-        *arrays, cotangent = inputs(shape)
-        arrays.append(jnp.array([0.2, 0.4, -0.3, 0.1]))
-        got = self.gradients(lambda *a, **k: self.attend(*a, **k)[0], arrays, cotangent)
-        expected = self.gradients(reference_attention, arrays, cotangent)
+        *arrays, cotangent = inputs(SHAPE)
+        # Rows of few keys, none far above the bias, divide by next to nothing; then
+        # the reference's own gradients have but five digits.
+        lower = 2.0 if visible else 0.0
+        arrays.append(jnp.array([0.2, 0.4, -0.3, 0.1]) - lower)
+        attend = lambda *a, **k: self.attend(*a, **k)[0]
+        got = self.gradients(attend, arrays, cotangent, **visible)
+        expected = self.gradients(reference_attention, arrays, cotangent, **visible)
         for one, other in zip(got, expected, strict=True):
             assert relative_error(one, other) <= 1e-5
 

@@ -71,10 +71,31 @@ def test_auto_is_one_of_the_two():
     bias=st.floats(-1, 3, width=32),
     capacity=st.integers(1, 80),
     is_causal=st.booleans(),
+    window=st.none() | st.integers(1, 80),
+    sinks=st.integers(0, 9),
+    segments=st.none() | st.integers(1, 9),
 )
 def test_hsr_equals_dense_whatever_the_shape(
-    t, s, kv_heads, group, h, d, power, bias, capacity, is_causal
+    t,
+    s,
+    kv_heads,
+    group,
+    h,
+    d,
+    power,
+    bias,
+    capacity,
+    is_causal,
+    window,
+    sinks,
+    segments,
 ):
+    visible = {}
+    if window is not None and is_causal:
+        visible = {"window": window, "sinks": sinks}
+    if segments is not None:
+        t = s
+        visible["segment_ids"] = np.sort(np.arange(s)[None] * 7 % segments)
     query, key, value, cotangent = inputs((1, t, s, kv_heads * group, kv_heads, h, d))
     activation = hsrjax.ReLU(power=power, bias=bias, normalize="none")
 
@@ -90,6 +111,7 @@ def test_hsr_equals_dense_whatever_the_shape(
                 is_causal=is_causal,
                 capacity=capacity,
                 return_info=True,
+                **visible,
             )
             return jnp.vdot(out, cotangent), (out, info.count)
 
@@ -138,6 +160,55 @@ def test_only_reported_keys_are_looked_at():
         return_info=True,
     )
     assert 0 < int(info.count[0, 0, 0]) <= int(info.candidates[0, 0, 0]) < 100
+
+
+@pytest.mark.parametrize("implementation", ["dense", "hsr"])
+@pytest.mark.parametrize("sink_scale", [100.0, 0.0, -100.0])
+@pytest.mark.parametrize(
+    "activation", [hsrjax.Softmax(epsilon=0.05), hsrjax.Softmax(top_r=7)]
+)
+def test_sinks_are_kept_and_certified(activation, sink_scale, implementation):
+    """Values are unit vectors, so the output is the kept weights themselves."""
+    query, key, _, _ = inputs((1, 9, 90, 1, 1, 16, 1), seed=2)
+    key = key.at[:, :3].set(query[:, :3] * sink_scale)
+    value = jnp.eye(90)[None, :, None]
+    attend = functools.partial(
+        hsrjax.attention, implementation=implementation, capacity=16, return_info=True
+    )
+    out, info = jax.jit(attend, static_argnames="sinks")(
+        query, key, value, activation=activation, sinks=3
+    )
+    check_certificate(query, key, value, out, info)
+    scores = np.einsum("thd,shd->hts", query[0], key[0])[0] / 4.0
+    weights = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    others = np.asarray(info.count)[0, :, 0] - 3
+    if activation.top_r:
+        assert (others == 7).all()
+    rank = np.argsort(np.argsort(-scores[:, 3:], axis=-1), axis=-1)
+    left_out = np.pad(rank >= others[:, None], [(0, 0), (3, 0)])
+    missed = np.where(left_out, weights, 0.0).sum(-1)
+    assert (missed <= np.asarray(info.missed_mass)[0, :, 0] + 1e-37).all()
+    assert (missed <= (1.0 if activation.top_r else 0.05)).all()
+    kept = np.where(left_out, 0.0, weights)
+    kept /= kept.sum(-1, keepdims=True)
+    np.testing.assert_allclose(out[0, :, 0], kept, atol=3e-6)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "hsr"])
+def test_sinks_are_never_counted_as_left_out(implementation):
+    x = jnp.ones((1, 90, 1, 8))  # equal weights: all but the 85 sinks hold 5 of 90
+    _, info = hsrjax.attention(
+        x,
+        x,
+        x,
+        activation=hsrjax.Softmax(epsilon=0.2),
+        sinks=85,
+        implementation=implementation,
+        return_info=True,
+    )
+    assert (info.count == 85).all()
+    np.testing.assert_allclose(info.missed_mass, 5 / 90, rtol=1e-3)
 
 
 CERTIFIED = {

@@ -71,7 +71,7 @@ def test_the_bound_covers_what_is_left_out():
     values = np.random.default_rng(1).standard_normal((400, 3))
     top = jax.lax.top_k(jnp.asarray(scores), 11)[0]
     chosen = certificates.select(
-        hsrjax.Softmax(top_r=10), top, jnp.zeros(6), lower, upper
+        hsrjax.Softmax(top_r=10), top[:, 0], top, jnp.zeros(6), lower, upper
     )
     weights = np.exp((scores - np.asarray(chosen.shift)[:, None]).astype(np.float64))
     kept = np.where(scores >= np.asarray(chosen.offset)[:, None], weights, 0.0)

@@ -25,10 +25,11 @@ def fill(key, value, *, room=0, chunk=None):
 
 class CacheContract(AttentionContract):
     differentiable = False
+    takes_segments = False
     implementation = "dense"
     chunk = None
 
-    def attend(self, query, key, value, *, activation, is_causal):
+    def attend(self, query, key, value, *, activation, is_causal, **visible):
         cache = fill(key, value, room=3, chunk=self.chunk)
         positions = jnp.arange(query.shape[1], dtype=jnp.int32)
         if not is_causal:
@@ -39,6 +40,7 @@ class CacheContract(AttentionContract):
             activation=activation,
             implementation=self.implementation,
             positions=jnp.broadcast_to(positions, query.shape[:2]),
+            **visible,
         )
 
 
@@ -61,7 +63,8 @@ class TestHsrCacheGrownInPieces(CacheContract):
     test_low_precision_inputs = None
 
 
-def test_generation_equals_causal_attention():
+@pytest.mark.parametrize("visible", [{}, {"window": 9, "sinks": 2}])
+def test_generation_equals_causal_attention(visible):
     """Token by token, from an empty cache, under one scan and one compilation."""
     query, key, value, _ = inputs((2, 70, 70, 4, 2, 16, 8))
     activation = hsrjax.ReLU(power=2, bias=0.4)
@@ -70,7 +73,7 @@ def test_generation_equals_causal_attention():
         q, k, v = (x[:, None] for x in token)
         cache = hsrjax.extend(cache, k, v)
         out, info = hsrjax.decode_attention(
-            q, cache, activation=activation, implementation="hsr"
+            q, cache, activation=activation, implementation="hsr", **visible
         )
         return cache, (out[:, 0], info.count[:, 0])
 
@@ -85,6 +88,7 @@ def test_generation_equals_causal_attention():
         implementation="dense",
         is_causal=True,
         return_info=True,
+        **visible,
     )
     assert relative_error(jnp.moveaxis(out, 0, 1), expected) <= 1e-5
     np.testing.assert_array_equal(jnp.moveaxis(count, 0, 1), info.count)
@@ -135,6 +139,20 @@ def test_ragged_rows(implementation):
     # Positions before the start of a row see nothing.
     out, info = hsrjax.decode_attention(jnp.ones((3, 2, 2, 8)), cache, **options)
     assert (out[1, 0] == 0).all() and (info.count[1, 0] == 0).all()
+
+
+def test_keys_outside_the_window_are_not_gathered():
+    query, key, value, _ = inputs((1, 1, 300, 1, 1, 16, 8))
+    _, info = hsrjax.decode_attention(
+        query,
+        fill(key, value),
+        activation=hsrjax.ReLU(bias=-100.0),  # all keys fire
+        implementation="hsr",
+        window=8,
+        sinks=2,
+        capacity=10,
+    )
+    assert not info.overflow.any() and (info.count == 10).all()
 
 
 def test_tokens_without_room_are_counted_not_stored():
