@@ -17,7 +17,8 @@ IMPLEMENTATIONS = ("dense", "hsr", "auto")
 _TILE_ROWS = 128
 _LEAST_KEYS = 4096
 _LEAST_SLOTS = 256
-_SLOT_SHARE = 32
+_MOST_SLOTS = 1024
+_SLOT_SHARE = 64
 
 
 class Plan(NamedTuple):
@@ -63,7 +64,8 @@ def plan(
         checks.check_positive("capacity", capacity)
     tile = max(1, min(queries, _TILE_ROWS // group))
     slots = capacity or min(
-        _round_up(keys), _round_up(max(_LEAST_SLOTS, keys // _SLOT_SHARE))
+        _round_up(keys),
+        _round_up(min(max(_LEAST_SLOTS, keys // _SLOT_SHARE), _MOST_SLOTS)),
     )
     if isinstance(activation, Softmax) and activation.is_full:
         return Plan("dense", slots, queries, "full softmax leaves no key out")

@@ -167,59 +167,49 @@ def survivors(
 def _sketch_survivors(index, normals, offsets, visible, *, union):
     if union and visible is not None and normals.shape[-2] >= _MANY_QUERIES:
         return _tile_survivors(index.sketch, normals, offsets, visible)
-    passing = _pass_sketch(index.sketch, normals, offsets)
+    query_sketch = bounds.sketch_query(index.sketch, normals)
+    products = bounds.code_products(index.sketch, query_sketch)
+    passing = _passing(products, bounds.thresholds(query_sketch, offsets))
     return _within(passing, visible, union=union)
-
-
-def _pass_sketch(sketch, normals, offsets):
-    """Keys that the sketch cannot rule out, bool[*B, Q, S]."""
-    query_sketch = bounds.sketch_query(sketch, normals)
-    products = bounds.code_products(sketch, query_sketch)
-    lowest = bounds.thresholds(query_sketch, offsets)
-    blocks = products.reshape(*lowest.shape, WORD)
-    return (blocks >= lowest[..., None]).reshape(products.shape)
 
 
 def _tile_survivors(sketch, normals, offsets, visible):
     """The union of many queries, over chunks of keys whose products stay in cache.
 
     Chunks that no query of the tile sees are not looked at, and nothing of size Q S is
-    ever in memory.
+    ever in memory. The thresholds are made before the loop: inside it XLA would work
+    out a block's threshold again for each of its keys.
     """
-    lead, (rows, _), size = (
-        normals.shape[:-2],
-        normals.shape[-2:],
-        sketch.codes.shape[-1],
-    )
+    lead, rows, size = normals.shape[:-2], normals.shape[-2], sketch.codes.shape[-1]
     chunk = _CHUNK_PRODUCTS // (math.prod(lead) * rows) // WORD * WORD
     chunk = min(max(chunk, _LEAST_CHUNK), size)
-
-    def cut(x, start, length):
-        return jax.lax.dynamic_slice_in_dim(x, start, length, axis=-1)
+    query_sketch = bounds.sketch_query(sketch, normals)
+    lowest = bounds.thresholds(query_sketch, offsets)
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=-1)
 
     def one_chunk(i, words):
         # The last chunk is moved back to end with the keys: some are looked at twice.
         start = jnp.minimum(i * chunk, size - chunk)
         block = start // WORD
-        part = dataclasses.replace(
-            sketch,
-            codes=cut(sketch.codes, start, chunk),
-            scale=cut(sketch.scale, block, chunk // WORD),
-            spread=cut(sketch.spread, block, chunk // WORD),
-            radius=cut(sketch.radius, block, chunk // WORD),
-        )
-        passing = _pass_sketch(part, normals, offsets)
+        part = dataclasses.replace(sketch, codes=cut(sketch.codes, start, chunk))
+        products = bounds.code_products(part, query_sketch)
+        passing = _passing(products, cut(lowest, block, chunk // WORD))
         slots = start + bitset.positions(chunk, passing.ndim)
         passing = jnp.any(passing & visible.mask(slots), axis=-2, keepdims=True)
-        return jax.lax.dynamic_update_slice_in_dim(
-            words, bitset.pack(passing), block, axis=-1
-        )
+        packed = bitset.pack(passing)
+        return jax.lax.dynamic_update_slice_in_dim(words, packed, block, axis=-1)
 
     words = jnp.zeros((*lead, 1, size // WORD), jnp.uint32)
     for low, high in visible.spans():
         last = (high + (chunk - 1)) // chunk
         words = jax.lax.fori_loop(low // chunk, last, one_chunk, words)
     return words
+
+
+def _passing(products: jax.Array, lowest: jax.Array) -> jax.Array:
+    """Keys that the sketch cannot rule out, bool[*B, Q, S]."""
+    blocks = products.reshape(*lowest.shape, WORD)
+    return (blocks >= lowest[..., None]).reshape(products.shape)
 
 
 def _within(passing: jax.Array, visible: Visible | None, *, union: bool) -> jax.Array:

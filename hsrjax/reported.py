@@ -92,7 +92,7 @@ def summarize_values(rows: jax.Array) -> Values:
     return Values(
         rows=rows,
         bound=jnp.max(jnp.abs(stopped), axis=(-2, -1)),
-        poison=jnp.sum(stopped * 0.0, axis=-2),
+        poison=jnp.where(jnp.all(jnp.isfinite(stopped), axis=-2), 0.0, jnp.nan),
     )
 
 

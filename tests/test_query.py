@@ -1,6 +1,7 @@
 """`query` and `count` against brute force in float64, on inputs chosen to be nasty."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hsrjax
-from hsrjax import bounds
+from hsrjax import bitset, bounds
+from hsrjax.visible import of_prefill
 
 QUERIES = 20_000
 KEYS = 90
@@ -264,3 +266,28 @@ def test_one_compilation_serves_all_offsets(count_traces):
 def test_static_mistakes_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call(hsrjax.build(jnp.eye(4)))
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (150, 0), (150, 3)])
+def test_a_tile_in_chunks_reports_the_union_of_its_queries(monkeypatch, window, sinks):
+    module = sys.modules["hsrjax.query"]
+    monkeypatch.setattr(module, "_CHUNK_PRODUCTS", 1)  # chunks of 256: 2.75 of them
+    keys, normals = (
+        jax.random.normal(jax.random.key(seed), (2, 700, 16)) for seed in (0, 1)
+    )
+    index = hsrjax.build(keys, reorder=False)
+    rows = slice(390, 640)
+    seen = of_prefill(700, 700, is_causal=True, window=window, sinks=sinks)
+    tile = jax.tree.map(lambda x: jnp.broadcast_to(x[:, rows], (2, 250)), seen)
+    survive = functools.partial(
+        module.survivors,
+        index,
+        normals[:, rows],
+        jnp.full((2, 250), 13.0),
+        visible=tile,
+    )
+    each = jax.jit(functools.partial(survive, union=False))()
+    together = jax.jit(functools.partial(survive, union=True))()
+    expected = np.bitwise_or.reduce(np.asarray(each), axis=-2, keepdims=True)
+    np.testing.assert_array_equal(together, expected)
+    assert 0 < int(bitset.size(together).min()) < 640
