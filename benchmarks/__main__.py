@@ -11,7 +11,7 @@ import json
 import sys
 from types import ModuleType
 
-from benchmarks.common import Results, Settings
+from benchmarks.common import Results, Settings, sentence
 from models.command import parse
 
 COMMANDS = {
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = module.run(command)
         return _finish(words, command, results)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped: nothing was written", file=sys.stderr)
@@ -61,16 +61,16 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"benchmarks.{MODULES.get(name, name)}")
 
 
-def _finish(words: list[str], command: Settings, results: Results) -> int:
+def _finish(arguments: list[str], command: Settings, results: Results) -> int:
     """Writes and prints; 1 if a result was wrong."""
     # Needs matplotlib's canvas, which --help need not wait for.
     from benchmarks import report
 
-    folder = command.folder / words[0]
-    report.write(folder, results, words=words, quick=command.quick)
+    folder = command.folder / arguments[0]
+    report.write(folder, results, words=arguments, quick=command.quick)
     print(f"results: {folder}")
-    for sentence in results.wrong:
-        print(f"error: wrong result: {sentence}", file=sys.stderr)
+    for words in results.wrong:
+        print(f"error: wrong result: {words}", file=sys.stderr)
     if command.json:
         found = {"rows": results.rows, "summary": results.summary}
         found |= {"wrong": results.wrong, "folder": str(folder)}

@@ -27,6 +27,7 @@ import numpy as np
 from flax import nnx
 
 import hsrjax
+from benchmarks.common import sentence
 from models.command import parse
 from models.load import load_run, read_run_config
 from models.transformer import Transformer
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         captured["about"] |= source | {"layer": _layer(model, command.layer)}
         save(command.out, captured)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped: nothing was written", file=sys.stderr)

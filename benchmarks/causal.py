@@ -68,7 +68,7 @@ def _relu(given: Inputs) -> hsrjax.ReLU:
 def _hsrjax(implementation: Any, task: Task, given: Inputs) -> Open:
     """Building the index is part of the call."""
 
-    def attend(query, key, value, relu):
+    def attend(query, key, value, relu) -> Any:
         return hsrjax.attention(
             query,
             key,

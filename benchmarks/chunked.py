@@ -222,15 +222,16 @@ def _split(query, key, value, bias, tiling: Tiling) -> _Rows:
     """Cuts queries in tiles and pads keys: what is padded lies in the future."""
     kv_heads = key.shape[2]
     room = -query.shape[1] % max(tiling.tile, tiling.chunk)
-    flat = [
+    key, value = (
         jnp.pad(x, [(0, 0), (0, room), (0, 0), (0, 0)])
         .swapaxes(1, 2)
         .reshape(-1, x.shape[1] + room, x.shape[3])
         for x in (key, value)
-    ]
+    )
     return _Rows(
         _tiles(query, kv_heads, tiling),
-        *flat,
+        key,
+        value,
         _tiles(bias[..., None], kv_heads, tiling)[..., 0],
     )
 
@@ -249,7 +250,9 @@ def _join(x, like, tiling: Tiling):
     b, t, n, _ = like.shape
     m, count, rows, last = x.shape
     group = rows // tiling.tile
-    x = x.reshape(b, m // b, count, group, tiling.tile, last).transpose(0, 2, 4, 1, 3, 5)
+    x = x.reshape(b, m // b, count, group, tiling.tile, last).transpose(
+        0, 2, 4, 1, 3, 5
+    )
     return x.reshape(b, count * tiling.tile, n, last)[:, :t]
 
 

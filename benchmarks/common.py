@@ -74,6 +74,11 @@ def chosen_peers(settings: Settings, known: Iterable[str]) -> list[str]:
     return [name for name in known if name in settings.peers]
 
 
+def sentence(error: Exception) -> str:
+    """What is printed of an error, without what tyro puts before a dataclass's own."""
+    return str(error).removeprefix("Error parsing Command: ")
+
+
 @dataclasses.dataclass
 class Results:
     """What a benchmark found.

@@ -18,7 +18,6 @@ from benchmarks.common import Results, Settings, chosen_peers
 from benchmarks.inputs import Shape, Source
 from benchmarks.timing import race, relative_error
 
-
 LEAST_FIRING = 5
 """So that a row is not a quotient of two weights next to zero, inexact in float32."""
 
@@ -96,7 +95,7 @@ class Command(Settings):
 def run(command: Command) -> Results:
     """Measures every case."""
     source = Source(command.inputs, command.captured, command.seed)
-    names = chosen_peers(command, peers.PEERS)
+    names = chosen_peers(command, peers.names("decode"))
     plan = [
         (name, keys) for name, case in _cases(command).items() for keys in case.keys
     ]

@@ -1,12 +1,13 @@
 """`python -m benchmarks grid`: is auto never much slower than the better choice?
 
 Decode steps of hsrjax's own three implementations, over lengths, batches and shares of
-keys that fire. auto is measured like the others, so its ratio holds their noise as well.
+keys that fire. auto is measured like the others, so its ratio holds noise as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,9 @@ def run(command: Command) -> Results:
             for row in _measure(source, shape, percents, command.rounds, bar):
                 rows.append(row)
                 tqdm.write(
-                    f"batch {batch}, {length:,} keys, {row['percent']:g} % fire: auto/best "
-                    f"{row['auto_over_best']:.2f}, dense/hsr {row['dense_over_hsr']:.2f}"
+                    f"batch {batch}, {length:,} keys, {row['percent']:g} % fire: "
+                    f"auto/best {row['auto_over_best']:.2f}, "
+                    f"dense/hsr {row['dense_over_hsr']:.2f}"
                 )
     worst = max(rows, key=lambda row: row["auto_over_best"])
     tqdm.write(
@@ -103,11 +105,11 @@ def _measure(source: Source, shape: Shape, percents, rounds: int, bar):
         timings = race(
             [growing.contestant(cache, name, name) for name in IMPLEMENTATIONS],
             rounds=rounds,
-            score=lambda _, arrays: relative_error(arrays[0], expected.out),
+            score=lambda _, arrays, want=expected.out: relative_error(arrays[0], want),
             tick=tables.ticker(bar),
         )
-        found = {name: timing.ms for name, timing in timings.items()}
-        error = max(timing.error for timing in timings.values())
+        found = {name: timing.ms or math.nan for name, timing in timings.items()}
+        error = max(timing.error or 0.0 for timing in timings.values())
         yield {
             "batch": shape.batch,
             "keys": shape.keys,

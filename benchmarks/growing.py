@@ -126,9 +126,7 @@ def output_and_counts(result: Any) -> Arrays:
     return np.asarray(out), np.asarray(info.candidates)
 
 
-@functools.partial(
-    jax.jit, static_argnames="implementation", donate_argnames="cache"
-)
+@functools.partial(jax.jit, static_argnames="implementation", donate_argnames="cache")
 def _step(cache, query, key, value, relu, positions, *, implementation):
     """As in generation: the cache is donated, so that it is extended in place."""
     cache = hsrjax.extend(cache, key, value)

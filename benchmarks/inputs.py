@@ -94,14 +94,13 @@ def decode(source: Source, shape: Shape, fires: int) -> Inputs:
     if source.captured is not None:
         return _captured(source.captured, shape.keys, lambda visible: fires, last=True)
     rng = np.random.default_rng([source.seed, *dataclasses.astuple(shape)])
-    query, key, value = _draw(rng, source.kind, shape, queries=1)
+    query, key = _draw(rng, source.kind, shape, queries=1)
+    value = _draw_values(rng, shape)
     bias = thresholds(query, key, lambda visible: fires, causal=False)
     return Inputs(query=query, key=key, value=value, bias=bias)
 
 
-def causal(
-    source: Source, shape: Shape, share: float, *, exact: bool = True
-) -> Inputs:
+def causal(source: Source, shape: Shape, share: float, *, exact: bool = True) -> Inputs:
     """A whole sequence attending to itself.
 
     Args:
@@ -118,7 +117,8 @@ def causal(
     if source.captured is not None:
         return _captured(source.captured, shape.keys, fires, last=False)
     rng = np.random.default_rng([source.seed, *dataclasses.astuple(shape)])
-    query, key, value = _draw(rng, source.kind, shape, queries=shape.keys)
+    query, key = _draw(rng, source.kind, shape, queries=shape.keys)
+    value = _draw_values(rng, shape)
     if exact or source.kind != "gaussian":
         bias = thresholds(query, key, fires, causal=True)
     else:
@@ -135,7 +135,7 @@ def range_keys(source: Source, *, keys: int, head_dim: int, queries: int):
         return key[:keys], query[rows]
     rng = np.random.default_rng([source.seed, keys, head_dim])
     shape = Shape(keys=keys, heads=1, kv_heads=1, head_dim=head_dim)
-    query, key, _ = _draw(rng, source.kind, shape, queries=queries, values=False)
+    query, key = _draw(rng, source.kind, shape, queries=queries)
     return key[0, :, 0], query[0, :, 0]
 
 
@@ -175,14 +175,16 @@ def _between(scores: np.ndarray, fires: int) -> float:
     return (float(ordered[place - 1]) + float(ordered[place])) / 2
 
 
-def _draw(rng, kind: Kind, shape: Shape, *, queries: int, values: bool = True):
+def _draw(rng, kind: Kind, shape: Shape, *, queries: int):
+    """Queries, scaled, and keys."""
     b, n, k, h = shape.batch, shape.heads, shape.kv_heads, shape.head_dim
     query = _vectors(rng, kind, (b, queries, n, h)) / np.float32(math.sqrt(h))
-    key = _vectors(rng, kind, (b, shape.keys, k, h))
-    if not values:
-        return query, key, None
-    value = (*key.shape[:3], shape.value_dim)
-    return query, key, rng.standard_normal(value, dtype=np.float32)
+    return query, _vectors(rng, kind, (b, shape.keys, k, h))
+
+
+def _draw_values(rng, shape: Shape) -> np.ndarray:
+    size = (shape.batch, shape.keys, shape.kv_heads, shape.value_dim)
+    return rng.standard_normal(size, dtype=np.float32)
 
 
 def _vectors(rng, kind: Kind, shape: tuple[int, ...]) -> np.ndarray:
@@ -250,6 +252,5 @@ def _load(path: Path) -> dict[str, Any]:
         )
     if bias is not None and bias.shape != q.shape[:3]:
         raise ValueError(f"{path.name}: bias must be {q.shape[:3]}, got {bias.shape}")
-    return dict(
-        query=q, key=k, value=v, bias=bias, power=power, normalize=normalize
-    )
+    found = {"query": q, "key": k, "value": v, "bias": bias}
+    return found | {"power": power, "normalize": normalize}

@@ -48,7 +48,7 @@ def measure(name: str, keys: int, seed: int) -> dict[str, Any]:
 
 
 def resident_mib() -> float:
-    """Memory this process holds now; also sets its peak back to that, where Linux can."""
+    """Memory this process holds now; sets its peak back to that, where Linux can."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")

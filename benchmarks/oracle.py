@@ -1,4 +1,4 @@
-"""The float64 result of every definition, in plain numpy, sharing no code with hsrjax."""
+"""The float64 result of every definition, in plain numpy: no code of hsrjax."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ def gradients(
     """
     (b, t, n, _), s = inputs.query.shape, inputs.key.shape[1]
     out = np.zeros((b, t, n, inputs.value.shape[-1]))
-    dq, dk, dv = (
-        np.zeros(x.shape) for x in (inputs.query, inputs.key, inputs.value)
-    )
+    dq, dk, dv = (np.zeros(x.shape) for x in (inputs.query, inputs.key, inputs.value))
     for i, head, keys, values in _heads(inputs):
         shared = head // inputs.group
         for part in _tiles(t, s):

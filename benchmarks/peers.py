@@ -6,6 +6,7 @@ reported with the reason, never left out silently.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -35,7 +36,8 @@ class Peer:
       module: what is imported.
       definition: "relu" and "softmax" are scored against float64.
       tasks: prepares a decode step, causal attention, or causal attention with its
-        gradients; a text says why there is none.
+        gradients; a text says why it cannot. Tasks that are not named do not concern
+        it.
       gib: about what it holds at once beside its operands.
       detail: how it is called.
       finish: turns its results into arrays.
@@ -129,11 +131,7 @@ PEERS: dict[str, Peer] = {
         "entmax",
         "entmax",
         "other: 1.5-entmax",
-        {
-            "decode": "a training-side reference, see train",
-            "prefill": "a training-side reference, see train",
-            "train": peers_torch.entmax("entmax15"),
-        },
+        {"train": peers_torch.entmax("entmax15")},
         gib=_one_head,
         detail="entmax15 on torch scores, a head at a time",
         finish=peers_torch.finish,
@@ -142,11 +140,7 @@ PEERS: dict[str, Peer] = {
         "entmax",
         "entmax",
         "other: 1.5-entmax",
-        {
-            "decode": "a training-side reference, see train",
-            "prefill": "a training-side reference, see train",
-            "train": peers_torch.entmax("entmax_bisect"),
-        },
+        {"train": peers_torch.entmax("entmax_bisect")},
         gib=_one_head,
         detail="entmax_bisect on torch scores, a head at a time",
         finish=peers_torch.finish,
@@ -154,7 +148,12 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def contestants(names: list[str], task: Task, inputs: Inputs) -> list[Contestant]:
+def names(task: Task) -> list[str]:
+    """The peers that a task concerns, whether or not they can do it."""
+    return [name for name, peer in PEERS.items() if task in peer.tasks]
+
+
+def contestants(chosen: list[str], task: Task, inputs: Inputs) -> list[Contestant]:
     """The peers as contestants; what they cannot do is said when their turn comes."""
     return [
         Contestant(
@@ -165,7 +164,7 @@ def contestants(names: list[str], task: Task, inputs: Inputs) -> list[Contestant
             ours=False,
             detail=peer.detail,
         )
-        for name, peer in ((name, PEERS[name]) for name in names)
+        for name, peer in ((name, PEERS[name]) for name in chosen)
     ]
 
 
@@ -180,13 +179,31 @@ def _prepare(peer: Peer, task: Task, inputs: Inputs) -> Open:
 def load(module: str) -> Any:
     """Imports a peer; `Unavailable` says why that is impossible."""
     try:
-        return importlib.import_module(module)
+        with _tokamax_tamed() if module == "tokamax" else contextlib.nullcontext():
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == module.split(".")[0]:
             raise Unavailable("not installed") from error
         raise Unavailable(f"import failed: {one_line(error)}") from error
     except Exception as error:  # anything may happen in somebody else's import
         raise Unavailable(f"import failed: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _tokamax_tamed():
+    """Lets tokamax be imported beside tyro and leave this command line alone.
+
+    It checks types by typeguard 2, and no other can read its annotations; tyro needs
+    typeguard 4. And it reads the process's command line unless absl has done so.
+    """
+    typeguard: Any = importlib.import_module("typeguard")
+    checked = typeguard.typechecked
+    typeguard.typechecked = lambda *args, **options: args[0] if args else lambda f: f
+    try:
+        yield
+    finally:
+        typeguard.typechecked = checked
+    importlib.import_module("absl.flags").FLAGS.mark_as_parsed()
 
 
 def score_gib(task: Task, inputs: Inputs) -> float:

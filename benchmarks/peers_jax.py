@@ -69,7 +69,7 @@ def _causal(make: Callable[[Any, Inputs], Causal]) -> dict[str, Any]:
     }
 
 
-# --- jax.nn -----------------------------------------------------------------------
+# --- jax.nn ---------------------------------------------------------------------------
 
 
 def _dot_product_decode(module: Any, inputs: Inputs) -> Open:
@@ -78,15 +78,13 @@ def _dot_product_decode(module: Any, inputs: Inputs) -> Open:
 
 
 def _dot_product(module: Any, inputs: Inputs) -> Causal:
-    return functools.partial(
-        module.nn.dot_product_attention, scale=1.0, is_causal=True
-    )
+    return functools.partial(module.nn.dot_product_attention, scale=1.0, is_causal=True)
 
 
 DOT_PRODUCT: Any = {"decode": _dot_product_decode, **_causal(_dot_product)}
 
 
-# --- flash-attention-jax: scales by 1/sqrt(H) itself, knows no shared key heads ------
+# --- flash-attention-jax: scales by 1/sqrt(H) itself, knows no shared key heads -------
 
 
 def _flash_decode(module: Any, inputs: Inputs) -> Open:
@@ -125,7 +123,7 @@ def _check_chunks(inputs: Inputs) -> None:
 FLASH: Any = {"decode": _flash_decode, **_causal(_flash)}
 
 
-# --- tokamax ------------------------------------------------------------------------
+# --- tokamax --------------------------------------------------------------------------
 
 
 def _tokamax_attend(module: Any, *, is_causal: bool) -> Causal:
@@ -149,11 +147,11 @@ def _tokamax(module: Any, inputs: Inputs) -> Causal:
 TOKAMAX: Any = {"decode": _tokamax_decode, **_causal(_tokamax)}
 
 
-# --- ejkernel -----------------------------------------------------------------------
+# --- ejkernel -------------------------------------------------------------------------
 
 
 def _native_sparse(module: Any, inputs: Inputs) -> Open:
-    """Outside jit: inside, and under grad, it asks a tracer for its device and fails."""
+    """Outside jit: inside, or under grad, it asks a tracer for its device and fails."""
     gate = jnp.ones(inputs.query.shape[:3], jnp.float32)
     attend = functools.partial(
         module.native_sparse_attention,

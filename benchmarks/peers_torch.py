@@ -74,7 +74,7 @@ def _prefill(torch: Torch, inputs: Inputs, attend: Callable[..., Any]) -> Open:
     return lambda: call
 
 
-# --- softmax -------------------------------------------------------------------------
+# --- softmax --------------------------------------------------------------------------
 
 
 def _sdpa_decode(torch: Torch, inputs: Inputs) -> Open:
@@ -85,9 +85,7 @@ def _sdpa_decode(torch: Torch, inputs: Inputs) -> Open:
 def _sdpa(torch: Torch, inputs: Inputs) -> Callable[..., Any]:
     sdpa = torch.nn.functional.scaled_dot_product_attention
     grouped = inputs.group > 1
-    return lambda q, k, v: sdpa(
-        q, k, v, scale=1.0, is_causal=True, enable_gqa=grouped
-    )
+    return lambda q, k, v: sdpa(q, k, v, scale=1.0, is_causal=True, enable_gqa=grouped)
 
 
 SDPA: Any = {
@@ -97,7 +95,7 @@ SDPA: Any = {
 }
 
 
-# --- thresholded ReLU, eager -----------------------------------------------------------
+# --- thresholded ReLU, eager ----------------------------------------------------------
 
 
 def _relu_decode(torch: Torch, inputs: Inputs) -> Open:
@@ -159,7 +157,7 @@ RELU: Any = {
 }
 
 
-# --- entmax ----------------------------------------------------------------------------
+# --- entmax ---------------------------------------------------------------------------
 
 
 def entmax(function: str) -> Callable[[Any, Inputs], Open]:
@@ -186,7 +184,7 @@ def entmax(function: str) -> Callable[[Any, Inputs], Open]:
 
 
 def _head_by_head(torch: Torch, one, tensors, upstream):
-    query, key, value = tensors
+    query, key, _ = tensors
     group = query.shape[1] // key.shape[1]
     out = torch.empty_like(upstream)
     grads = [torch.zeros_like(x) for x in tensors]
@@ -202,7 +200,7 @@ def _head_by_head(torch: Torch, one, tensors, upstream):
     return out, *grads
 
 
-# --- native sparse attention -------------------------------------------------------------
+# --- native sparse attention ----------------------------------------------------------
 
 
 def native_sparse_decode(module: Any, inputs: Inputs) -> Open:

@@ -45,7 +45,7 @@ class Command(Settings):
 def run(command: Command) -> Results:
     """Measures time at every length, then memory."""
     source = Source(command.inputs, command.captured, command.seed)
-    names = chosen_peers(command, peers.PEERS)
+    names = chosen_peers(command, peers.names("prefill"))
     lengths = _lengths(command)
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(lengths) * command.rounds, unit="round") as bar:

@@ -217,9 +217,7 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
         elif row["name"] == "hsrjax.query":
             parts.append(f"{row['name']} {row['ms_per_query']:.2f} ms a query")
         else:
-            parts.append(
-                f"{row['name']} {ratio:.2f}x hsr, recall {row['recall']:.4f}"
-            )
+            parts.append(f"{row['name']} {ratio:.2f}x hsr, recall {row['recall']:.4f}")
     return "; ".join(parts)
 
 
@@ -236,9 +234,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             for row in measured
         },
         "least_recall": {
-            row["name"]: min(
-                r["recall"] for r in measured if r["name"] == row["name"]
-            )
+            row["name"]: min(r["recall"] for r in measured if r["name"] == row["name"])
             for row in measured
         },
     }
@@ -259,6 +255,6 @@ def _figure(rows: list[dict[str, Any]]) -> Figure:
     handles, labels = axes.get_legend_handles_labels()
     back = {short: name for name, short in names.items()}
     figure.legend(
-        handles, [back.get(x, x) for x in labels], loc="outside right upper"
+        handles, [back.get(str(x), str(x)) for x in labels], loc="outside right upper"
     )
     return figure

@@ -77,12 +77,14 @@ def _hsr_ids(report: Any) -> Ids:
 
 def _hsr_count(keys: np.ndarray) -> Search:
     index = jax.block_until_ready(hsrjax.build(jnp.asarray(keys)))
-    return lambda normals, offsets: jax.block_until_ready(
-        hsrjax.count(index, normals, offsets)
-    )
+
+    def search(normals, offsets):
+        return jax.block_until_ready(hsrjax.count(index, normals, offsets))
+
+    return search
 
 
-# --- brute force ------------------------------------------------------------------------
+# --- brute force ----------------------------------------------------------------------
 
 
 def _numpy(keys: np.ndarray) -> Search:
@@ -128,7 +130,7 @@ def _jax_ids(answer: Any) -> Ids:
     return [row[:n] for row, n in zip(ids, counts, strict=True)]
 
 
-# --- faiss ------------------------------------------------------------------------------
+# --- faiss ----------------------------------------------------------------------------
 
 
 def _faiss(make: Callable[[Any, int, int], Any], keys: np.ndarray) -> Search:
@@ -174,7 +176,7 @@ def _hnsw(faiss: Any, keys: int, head_dim: int) -> Any:
     return index
 
 
-# --- others -----------------------------------------------------------------------------
+# --- others ---------------------------------------------------------------------------
 
 
 def _hnswlib(keys: np.ndarray) -> Search:

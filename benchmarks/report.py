@@ -131,14 +131,16 @@ def colours(names: Iterable[str]) -> dict[str, str]:
 def plot_lines(
     axes: Axes, rows: list[dict[str, Any]], *, x: str, y: str, by: str = "name"
 ) -> None:
-    """Draws a line per name over logarithmic axes; rows without a number are skipped."""
+    """Draws a line per name, both axes logarithmic, from the rows that have numbers."""
     names = list(dict.fromkeys(row[by] for row in rows))
     palette = colours(names)
     for name in names:
         points = [(r[x], r[y]) for r in rows if r[by] == name and r[y] is not None]
         if points:
             style = "o-" if name in OURS else ".--"
-            axes.plot(*zip(*points, strict=True), style, label=name, color=palette[name])
+            axes.plot(
+                *zip(*points, strict=True), style, label=name, color=palette[name]
+            )
     axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
 

@@ -131,7 +131,9 @@ def series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
 
 def dense_over_hsr(rows: list[Row]) -> dict[int, float]:
     """Time of the fastest dense over that of hsr, by keys, where both were measured."""
-    dense, hsr = (dict(zip(*series(rows, name))) for name in (DENSE, "hsr"))
+    dense, hsr = (
+        dict(zip(*series(rows, name), strict=True)) for name in (DENSE, "hsr")
+    )
     return {keys: dense[keys] / hsr[keys] for keys in hsr if keys in dense}
 
 

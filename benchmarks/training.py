@@ -42,7 +42,7 @@ class Command(Settings):
 def run(command: Command) -> Results:
     """Measures every length."""
     source = Source(command.inputs, command.captured, command.seed)
-    names = chosen_peers(command, peers.PEERS)
+    names = chosen_peers(command, peers.names("train"))
     lengths = command.keys or (QUICK_KEYS if command.quick else KEYS)
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(lengths) * command.rounds, unit="round") as bar:
