@@ -27,11 +27,11 @@ def decode_contestants(inputs: Inputs) -> list[Contestant]:
     """Three einsums over two layouts of the cache."""
     forms: dict[str, tuple[str, Attend]] = {
         "dense einsum": ("bksh", _one_position(inputs, "bkgh,bksh->bkgs", _product)),
-        "dense einsum, keys [B,K,H,S]": (
+        "dense einsum (keys transposed)": (
             "bkhs",
             _one_position(inputs, "bkgh,bkhs->bkgs", _product),
         ),
-        "dense einsum, values in chunks": (
+        "dense einsum (values in chunks)": (
             "bkhs",
             _one_position(inputs, "bkgh,bkhs->bkgs", _product_in_chunks),
         ),

@@ -83,7 +83,9 @@ def run(command: Command) -> Results:
     ]
     figures = {
         "auto.png": _heat_map(rows, "auto_over_best", "auto / min(dense, hsr)"),
-        "dense_over_hsr.png": _heat_map(rows, "dense_over_hsr", "dense / hsr"),
+        "dense_over_hsr.png": _heat_map(
+            rows, "dense_over_hsr", "dense / hsr", colours="RdYlGn", powers=3
+        ),
     }
     return Results(rows, {"worst": worst}, figures, wrong)
 
@@ -125,8 +127,23 @@ def _measure(source: Source, shape: Shape, percents, rounds: int, bar):
         }
 
 
-def _heat_map(rows: list[dict[str, Any]], column: str, title: str) -> Figure:
-    """A picture per batch: lengths against shares, the number in each cell."""
+def _heat_map(
+    rows: list[dict[str, Any]],
+    column: str,
+    title: str,
+    *,
+    colours: str = "RdYlGn_r",
+    powers: int = 1,
+) -> Figure:
+    """A picture per batch: lengths against shares, the number in each cell.
+
+    Args:
+      rows: of results.csv.
+      column: the ratio that is drawn.
+      title: of the picture.
+      colours: name of matplotlib's; red is bad.
+      powers: of 2, up and down, that the colours span.
+    """
     batches = sorted({row["batch"] for row in rows})
     keys = sorted({row["keys"] for row in rows})
     percents = sorted({row["percent"] for row in rows})
@@ -140,7 +157,7 @@ def _heat_map(rows: list[dict[str, Any]], column: str, title: str) -> Figure:
                 place = keys.index(row["keys"]), percents.index(row["percent"])
                 cells[place] = row[column]
         image = axes.imshow(
-            np.log2(cells), cmap="RdYlGn_r", vmin=-3, vmax=3, aspect="auto"
+            np.log2(cells), cmap=colours, vmin=-powers, vmax=powers, aspect="auto"
         )
         for (i, j), value in np.ndenumerate(cells):
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)

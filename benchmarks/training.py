@@ -96,7 +96,6 @@ def _figure(rows: list[dict[str, Any]], command: Command) -> Figure:
     )
     axes.bar_label(bars, [f"{row['ms']:.0f}" for row in shown], padding=3)
     axes.set(
-        xscale="log",
         xlabel="milliseconds",
         title=f"Forward and backward, {longest:,} {command.inputs} keys",
     )
