@@ -29,7 +29,7 @@ class Command(Settings):
     keys: tuple[int, ...] = ()
     """Lengths: 1024 to 16384; with --quick, 256 and 512."""
     memory_keys: tuple[int, ...] | None = None
-    """Lengths at which memory is measured: 4096 to 65536; with --quick, none."""
+    """Lengths at which memory is measured, Gaussian: 4096 to 65536; quick: none."""
     inputs: inputs.Kind = "gaussian"
     """What keys and queries are."""
     captured: inputs.Captured = None
