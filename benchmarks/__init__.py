@@ -1,1 +1,1 @@
-"""Measurements: one runner, `python -m benchmarks`, results committed as data."""
+"""Measurements of hsrjax against dense attention and its peers; see README.md."""

@@ -1,136 +1,87 @@
-"""`python -m benchmarks decode`: measures, writes CSV, a plot and what it ran on."""
+"""`python -m benchmarks COMMAND`: measures, prints ratios, writes results.
+
+A command is a module here with a dataclass `Command`, made of `common.Settings`, and a
+function `run(command) -> common.Results`; naming it below is all that it takes.
+"""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
+import importlib
 import json
-import os
-import platform
 import sys
-from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
 
-import jax
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from tqdm import tqdm
-
-from benchmarks import decode
+from benchmarks.common import Results, Settings, sentence
 from models.command import parse
-from models.load import write_atomic
 
-TIMES = {
-    "hsr_ms": "half-space reporting, append included",
-    "dense_ms": "dense ReLU, einsum",
-    "jax_nn_softmax_ms": "jax.nn.dot_product_attention (softmax)",
+COMMANDS = {
+    "decode": "one step over a long KV cache",
+    "prefill": "causal attention over a whole sequence, with its memory",
+    "train": "the same with its gradients",
+    "query": "half-space reporting against range search libraries",
+    "grid": "auto against the better of dense and hsr, everywhere",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """Times one decode step of ReLU attention over caches of growing length."""
-
-    what: Literal["decode"] = "decode"
-    """What to measure."""
-    keys: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
-    """Lengths of the cache."""
-    repeats: int = 15
-    """Timed calls of each; the median counts."""
-    out: Path = Path("benchmarks/results")
-    """Folder that the results are written to."""
-    json: bool = False
-    """End with one line on stdout that holds the results as JSON."""
+MODULES = {"train": "training"}
+"""Where a command's module has another name."""
+PROG = "python -m benchmarks"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command.
+    """Runs a command.
 
     Args:
       arguments: instead of those of the process.
 
     Returns:
-      Exit status: 0 done, 1 a result differs from dense, 2 refused, 130 Ctrl-C.
+      Exit status: 0 done, 1 a result is wrong, 2 refused, 130 Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and not words[0].startswith("-"):
-        words = ["--what", *words]
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
     try:
-        command = parse(Command, words, prog="python -m benchmarks", default=Command())
-        if not command.keys or min(command.keys) < 1 or command.repeats < 1:
-            raise ValueError("keys and repeats must be 1 or more")
-        rows = run(command)
+        module = _module(words[0])
+        command = parse(module.Command, words[1:], prog=f"{PROG} {words[0]}")
+        results = module.run(command)
+        return _finish(words, command, results)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: nothing was written", file=sys.stderr)
+        print("\nstopped: nothing was written", file=sys.stderr)
         return 130
-    if command.json:
-        print(json.dumps({"rows": rows}))
-    wrong = [row["keys"] for row in rows if row["max_relative_error"] > 1e-5]
-    if wrong:
-        print(f"error: results differ from dense at {wrong} keys", file=sys.stderr)
-    return 1 if wrong else 0
 
 
-def run(command: Command) -> list[dict[str, Any]]:
-    """Measures, prints and writes."""
-    measured = decode.measure(command.keys, repeats=command.repeats)
-    rows = []
-    for row in tqdm(measured, total=len(command.keys), unit="length"):
-        rows.append(row)
-        tqdm.write(
-            f"{row['keys']:>8,} keys: hsr {row['hsr_ms']:.2f} ms, dense "
-            f"{row['dense_ms']:.2f} ms, ratio {row['dense_over_hsr']:.2f}"
+def _module(name: str) -> ModuleType:
+    if name not in COMMANDS:
+        raise ValueError(
+            f"unknown command {name}: choose from {', '.join(COMMANDS)} (see {PROG} "
+            "--help)"
         )
-    folder = command.out / command.what
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    about = {
-        "command": f"python -m benchmarks {command.what} --repeats {command.repeats}",
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-    }
-    write_atomic(folder / "environment.json", json.dumps(about, indent=2) + "\n")
-    plot(rows, folder / "times.png")
-    return rows
+    return importlib.import_module(f"benchmarks.{MODULES.get(name, name)}")
 
 
-def plot(rows: list[dict[str, Any]], target: Path) -> None:
-    """Draws time against length, both logarithmic."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    lengths = [row["keys"] for row in rows]
-    for name, label in TIMES.items():
-        axes.plot(lengths, [row[name] for row in rows], "o-", label=label)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="keys in the cache",
-        ylabel="milliseconds per step",
-        title="One decode step, 8 query / 4 key heads of 64, about 1 % firing",
-    )
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(target, dpi=110)
+def _finish(arguments: list[str], command: Settings, results: Results) -> int:
+    """Writes and prints; 1 if a result was wrong."""
+    # Needs matplotlib's canvas, which --help need not wait for.
+    from benchmarks import report
+
+    folder = command.folder / arguments[0]
+    report.write(folder, results, words=arguments, quick=command.quick)
+    print(f"results: {folder}")
+    for words in results.wrong:
+        print(f"error: wrong result: {words}", file=sys.stderr)
+    if command.json:
+        found = {"rows": results.rows, "summary": results.summary}
+        found |= {"wrong": results.wrong, "folder": str(folder)}
+        print(json.dumps(report.clean(found)))
+    return 1 if results.wrong else 0
 
 
-def _processor() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.processor()
+def _usage() -> str:
+    lines = [f"usage: {PROG} COMMAND [--help] [--quick] [--json] [--out DIR] ...", ""]
+    lines += [f"  {name:<9} {about}" for name, about in COMMANDS.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

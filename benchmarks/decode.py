@@ -1,132 +1,200 @@
-"""One decode step over a long KV cache: half-space reporting against dense attention.
+"""`python -m benchmarks decode`: one step over a long KV cache.
 
-8 query heads share 4 key heads of size 64, batch 1, float32, Gaussian keys and queries.
-The bias lets 1 %, at most 256 keys, of a typical row fire; appending the step's token
-to the cache and its index is inside the timer. Every output is compared with dense.
+Appending the token to cache and index is inside the timer, for everyone. Thresholds are
+part of the input: min(1 % of S, 256) keys fire in each row.
 """
 
 from __future__ import annotations
 
-import functools
-import statistics
-import time
-from collections.abc import Callable, Iterator
+import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
 
-import hsrjax
+from benchmarks import dense, growing, inputs, oracle, peers, report, tables
+from benchmarks.common import Results, Settings, chosen_peers
+from benchmarks.inputs import Shape, Source
+from benchmarks.timing import race, relative_error
 
-HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
-FIRING, LARGEST_SHARE = 256, 0.01
+LEAST_FIRING = 5
+"""So that a row is not a quotient of two weights next to zero, inexact in float32."""
 
 
-def measure(lengths: tuple[int, ...], *, repeats: int) -> Iterator[dict[str, Any]]:
-    """Times every implementation at every length.
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Caches of several lengths and one shape.
 
-    Args:
-      lengths: keys in the cache.
-      repeats: timed calls, of which the median counts.
-
-    Yields:
-      One row of results per length, times in milliseconds.
+    Attributes:
+      about: in words.
+      shape: heads and sizes; its keys are replaced by `keys`.
+      keys: lengths S.
+      fires: keys that fire in each row, at most 1 % of S; None is at most 256.
     """
-    for length in lengths:
-        query, key, value, token = _inputs(length)
-        share = min(LARGEST_SHARE, FIRING / length)
-        bias = float(jax.scipy.stats.norm.isf(share))
-        activation = hsrjax.ReLU(power=2, bias=bias)
-        cache = hsrjax.init_cache(1, length + repeats + 2, KV_HEADS, HEAD_DIM)
-        cache = jax.block_until_ready(hsrjax.extend(cache, key, value))
-        step = functools.partial(_step, activation=activation)
-        full_key, full_value = (
-            jnp.concatenate([x, token], axis=1) for x in (key, value)
-        )
-        dense, expected = _time(
-            jax.jit(functools.partial(_einsum, bias=bias)),
-            query,
-            jnp.moveaxis(full_key, 2, 1),
-            jnp.moveaxis(full_value, 2, 1),
-            repeats=repeats,
-        )
-        softmax, _ = _time(
-            jax.jit(jax.nn.dot_product_attention),
-            query,
-            full_key,
-            full_value,
-            repeats=repeats,
-        )
-        del full_key, full_value
-        hsr, (out, info) = _time_steps(step, query, cache, token, repeats=repeats)
-        yield {
-            "keys": length,
-            "hsr_ms": hsr,
-            "dense_ms": dense,
-            "jax_nn_softmax_ms": softmax,
-            "dense_over_hsr": dense / hsr,
-            "firing_keys": float(info.count.mean()),
-            "keys_looked_at": float(info.candidates.mean()),
-            "max_relative_error": float(
-                jnp.abs(out - expected).max() / jnp.abs(expected).max()
-            ),
+
+    about: str
+    shape: Shape
+    keys: tuple[int, ...]
+    fires: int | None = None
+
+    def firing(self, keys: int) -> int:
+        """Keys that fire among S."""
+        return self.fires or max(LEAST_FIRING, min(256, round(keys / 100)))
+
+
+CASES = {
+    "gqa": Case(
+        "8 query / 4 key heads of 64",
+        Shape(keys=0),
+        (512, 1024, 2048, 4096, 8192, 16384, 32768, 131072, 524288),
+    ),
+    "heads-16": Case(
+        "8 query / 4 key heads of 16, values of 64",
+        Shape(keys=0, head_dim=16),
+        (131072,),
+    ),
+    "heads-128": Case(
+        "24 query / 8 key heads of 128",
+        Shape(keys=0, heads=24, kv_heads=8, head_dim=128, value_dim=128),
+        (40960,),
+    ),
+    "heads-8": Case(
+        "8 query / 4 key heads of 8, 64 keys fire",
+        Shape(keys=0, head_dim=8, value_dim=8),
+        (16384, 65536, 262144, 1048576),
+        fires=64,
+    ),
+}
+QUICK_KEYS = (512, 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Settings):
+    """Times one decode step of thresholded ReLU^2 attention over growing caches."""
+
+    cases: tuple[str, ...] = ()
+    """Some of gqa, heads-16, heads-128, heads-8: else all, with --quick gqa alone."""
+    keys: tuple[int, ...] = ()
+    """Lengths of the cache, instead of each case's own."""
+    inputs: inputs.Kind = "gaussian"
+    """What keys and queries are."""
+    captured: inputs.Captured = None
+    """File of python -m benchmarks.capture, for --inputs captured."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be measured."""
+        super().__post_init__()
+        unknown = [name for name in self.cases if name not in CASES]
+        if unknown:
+            raise ValueError(f"unknown cases {unknown}: choose from {list(CASES)}")
+        if self.keys and min(self.keys) < 2:
+            raise ValueError("keys must be 2 or more")
+
+
+def run(command: Command) -> Results:
+    """Measures every case."""
+    source = Source(command.inputs, command.captured, command.seed)
+    names = chosen_peers(command, peers.names("decode"))
+    plan = [
+        (name, keys) for name, case in _cases(command).items() for keys in case.keys
+    ]
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(plan) * command.rounds, unit="round") as bar:
+        for name, keys in plan:
+            case = _cases(command)[name]
+            found = _measure(case, source, keys, names, command.rounds, bar)
+            rows += [{"case": name, **row} for row in found]
+            tqdm.write(f"{name}, {keys:,} keys: {tables.sentence(found)}")
+    summary = summarize(rows)
+    return Results(rows, summary, _figures(rows, command), tables.wrong(rows))
+
+
+def _cases(command: Command) -> dict[str, Case]:
+    """The cases asked for, with the lengths asked for."""
+    if command.captured is not None:
+        tokens = inputs.captured_tokens(command.captured)
+        powers = [2**i for i in range(8, 24) if 2**i <= tokens]
+        keys = command.keys or tuple(powers)
+        return {"captured": Case("captured heads", Shape(keys=0), keys)}
+    names = command.cases or (("gqa",) if command.quick else tuple(CASES))
+    cases = {}
+    for name in names:
+        keys = QUICK_KEYS if command.quick else CASES[name].keys
+        cases[name] = dataclasses.replace(CASES[name], keys=command.keys or keys)
+    return cases
+
+
+def _measure(case, source, keys, names, rounds, bar) -> list[dict[str, Any]]:
+    shape = dataclasses.replace(case.shape, keys=keys)
+    given = inputs.decode(source, shape, case.firing(keys))
+    cache = growing.Growing(given)
+    contestants = [
+        growing.contestant(cache, "hsr", "hsr"),
+        growing.contestant(cache, "auto", "auto"),
+        growing.append_contestant(cache),
+        growing.contestant(cache, "hsrjax dense", "dense"),
+        *dense.decode_contestants(given),
+        *peers.contestants(names, "decode", given),
+    ]
+    expected: dict[str, oracle.Expected] = {}
+    looked_at = {}
+
+    def score(contestant, arrays):
+        if contestant.name == "hsr":
+            looked_at["hsr"] = float(np.mean(arrays[1]))
+        definition = contestant.definition
+        if definition not in ("relu", "softmax"):
+            return None
+        if definition not in expected:
+            expected[definition] = oracle.attend(given, definition)
+        return relative_error(arrays[0], expected[definition].out)
+
+    timings = race(contestants, rounds=rounds, score=score, tick=tables.ticker(bar))
+    shared = tables.describe(given) | {"firing_keys": expected["relu"].firing}
+    rows = tables.rows(timings, shared, dense=tables.DENSE)
+    append = timings["append alone"].ms
+    for row in rows:
+        if row["name"] == "hsr" and append is not None:
+            row["append_ms"] = append
+            row["append_share"] = append / row["ms"]
+            row["keys_looked_at"] = looked_at["hsr"]
+    return rows
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ratios, break-even and slopes by case."""
+    summary: dict[str, Any] = {"not_measured": tables.not_measured(rows)}
+    for case in dict.fromkeys(row["case"] for row in rows):
+        mine = [row for row in rows if row["case"] == case]
+        ratios = tables.dense_over_hsr(mine)
+        summary[case] = {
+            "dense_over_hsr": ratios,
+            "break_even_keys": report.crossing(list(ratios), list(ratios.values())),
+            "log_log_slope": {
+                name: report.slope(*tables.series(mine, name))
+                for name in ("hsr", "dense")
+            },
         }
+    return summary
 
 
-def _inputs(length: int) -> list[jax.Array]:
-    keys = jax.random.split(jax.random.key(length), 4)
-    shapes = (
-        (1, 1, HEADS, HEAD_DIM),
-        (1, length, KV_HEADS, HEAD_DIM),
-        (1, length, KV_HEADS, HEAD_DIM),
-        (1, 1, KV_HEADS, HEAD_DIM),
-    )
-    return [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
-
-
-def _step(query, cache, token, *, activation):
-    """What a decode step does: append the token, attend."""
-    cache = hsrjax.extend(cache, token, token)
-    result = hsrjax.decode_attention(
-        query, cache, activation=activation, implementation="hsr"
-    )
-    return result, cache
-
-
-def _einsum(query, key, value, *, bias):
-    """The plainest dense ReLU^2 attention, keys f[B, K, S, H] as a cache holds them."""
-    grouped = query.reshape(1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
-    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, key) * HEAD_DIM**-0.5
-    weights = jax.nn.relu(scores - bias) ** 2
-    out = jnp.einsum("bkgs,bksd->bkgd", weights, value)
-    out = out / jnp.sum(weights, axis=-1, keepdims=True)
-    return out.reshape(query.shape)
-
-
-def _time(
-    function: Callable[..., Any], *arrays: Any, repeats: int
-) -> tuple[float, Any]:
-    """Median milliseconds of a call, after two that are not counted, and its result."""
-    for _ in range(2):
-        result = jax.block_until_ready(function(*arrays))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arrays))
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds), result
-
-
-def _time_steps(step, query, cache, token, *, repeats):
-    """As `_time`, for a step that appends to its cache.
-
-    The cache is donated, as in generation; it has room for every call's token.
-    """
-    compiled = jax.jit(step, donate_argnames="cache")
-    first, cache = jax.block_until_ready(compiled(query, cache, token))
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        _, cache = jax.block_until_ready(compiled(query, cache, token))
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds[1:]), first
+def _figures(rows: list[dict[str, Any]], command: Command) -> dict[str, Figure]:
+    figures = {}
+    for case in dict.fromkeys(row["case"] for row in rows):
+        mine = [row for row in rows if row["case"] == case]
+        if len({row["keys"] for row in mine}) < 2:
+            continue
+        figure = report.figure(width=11)
+        times, ratios = figure.subplots(1, 2)
+        mine = [row for row in mine if tables.drawn(row)]
+        report.plot_lines(times, mine, x="keys", y="ms")
+        times.set(xlabel="keys in the cache", ylabel="milliseconds per step")
+        report.plot_lines(ratios, mine, x="keys", y="this_over_hsr")
+        ratios.set(xlabel="keys in the cache", ylabel="time / time of hsr")
+        ratios.axhline(1.0, color="tab:red", linewidth=1)
+        figure.legend(*times.get_legend_handles_labels(), loc="outside right upper")
+        about = CASES[case].about if case in CASES else "captured heads"
+        figure.suptitle(f"One decode step, {about}, {command.inputs} keys")
+        figures["times.png" if case in ("gqa", "captured") else f"{case}.png"] = figure
+    return figures

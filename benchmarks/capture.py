@@ -1,0 +1,194 @@
+"""`python -m benchmarks.capture --run RUN --tokens N --out FILE.npz`: real attention.
+
+Runs a trained model over N tokens of its held-out text and stores what one layer's
+attention gets:
+
+    query  f32[1, T, N, H]  scaled: the score is the plain inner product
+    key    f32[1, T, K, H]
+    value  f32[1, T, K, D]
+    bias   f32[1, T, N]     the threshold of each row; absent for softmax models
+    about  JSON: power and normalize of the ReLU, and where it comes from
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import hsrjax
+from benchmarks.common import sentence
+from models.command import parse
+from models.load import load_run, read_run_config
+from models.transformer import Transformer
+from train.data import load_corpus, split
+
+PROG = "python -m benchmarks.capture"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """Stores queries, keys, values and thresholds of one layer of a trained model."""
+
+    run: Path
+    """Run folder of python -m train."""
+    out: Path
+    """File to write, .npz."""
+    tokens: int = 4096
+    """Tokens of held-out text, read as one sequence."""
+    layer: int = -1
+    """Which layer; negative counts from the last."""
+    data: str = ""
+    """Text file or folder, where it is no longer where the run found it."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that cannot work, in one sentence."""
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be 1 or more, got {self.tokens}")
+        if self.out.suffix != ".npz":
+            raise ValueError(f"out must end in .npz, got {self.out.name}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      arguments: instead of those of the process.
+
+    Returns:
+      Exit status: 0 done, 2 refused, 130 Ctrl-C.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        command = parse(Command, words, prog=PROG)
+        model = load_run(command.run)
+        tokens, source = held_out(command)
+        captured = capture(model, tokens, layer=command.layer)
+        captured["about"] |= source | {"layer": _layer(model, command.layer)}
+        save(command.out, captured)
+    except (ValueError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped: nothing was written", file=sys.stderr)
+        return 130
+    shape = "x".join(map(str, captured["query"].shape[1:]))
+    print(f"{command.out}: queries of shape {shape}")
+    return 0
+
+
+def held_out(command: Command) -> tuple[np.ndarray, dict[str, Any]]:
+    """The first tokens of a run's held-out text, and where they come from."""
+    _, options = read_run_config(command.run)
+    try:
+        path, length = options["data"], options["row_length"]
+        known = options["corpus"]["sha256"]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{command.run} does not say what it was trained on: give a folder that "
+            "python -m train wrote"
+        ) from None
+    corpus = load_corpus(command.data or path)
+    if corpus.sha256 != known:
+        raise ValueError(
+            f"the text {corpus.name} is not the one that {command.run} was trained on, "
+            "so its held-out part is not held out: give the same text with --data"
+        )
+    _, rows = split(corpus, row_length=length)
+    wanted = -(-command.tokens // (length + 1))
+    text = rows[np.arange(min(wanted, len(rows)))].reshape(-1)[: command.tokens]
+    if text.size < command.tokens:
+        raise ValueError(
+            f"the held-out text has {text.size} tokens, fewer than the "
+            f"{command.tokens} asked for: give smaller --tokens"
+        )
+    return text, {"corpus_sha256": known, "tokens": command.tokens}
+
+
+def capture(model: Transformer, tokens: np.ndarray, *, layer: int) -> dict[str, Any]:
+    """What the attention of a layer gets, as arrays of a captured file.
+
+    Args:
+      model: any transformer.
+      tokens: integers [T].
+      layer: which; negative counts from the last.
+
+    Returns:
+      query, key, value, bias (None for softmax), and `about` as a dictionary.
+    """
+    layer = _layer(model, layer)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, tokens):
+        return _operands(nnx.merge(graph, state), tokens, layer)
+
+    query, key, value, bias = run(state, jnp.asarray(tokens, jnp.int32)[None])
+    config = model.config
+    thresholded = config.attention_kind == "threshold_relu"
+    about = {
+        "attention_kind": config.attention_kind,
+        "power": config.relu_power,
+        "normalize": "none" if thresholded else "row_sum",
+    }
+    arrays = {"query": query, "key": key, "value": value, "bias": bias}
+    found = {k: None if x is None else np.asarray(x) for k, x in arrays.items()}
+    return found | {"about": about}
+
+
+def _layer(model: Transformer, layer: int) -> int:
+    layers = model.config.num_layers
+    if not -layers <= layer < layers:
+        raise ValueError(f"layer must lie between 0 and {layers - 1}, got {layer}")
+    return layer % layers
+
+
+def _operands(model: Transformer, tokens: jax.Array, layer: int):
+    """Query (scaled), key, value and bias [1, T, N] of one layer, float32."""
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    scale = model.threshold_scale[...]
+    stream = model.embed(tokens)
+    for block in model.blocks[:layer]:
+        stream, _ = block(stream, positions, scale)
+    block = model.blocks[layer]
+    attention = block.attention
+    projected = attention.project(block.attention_norm(stream), positions)
+    query, key, value = (x.astype(jnp.float32) for x in projected)
+    factor = attention.scale
+    query = query * (query.shape[-1] ** -0.5 if factor is None else factor)
+    activation: Any = attention.activation(positions, scale)
+    if not isinstance(activation, hsrjax.ReLU):
+        return query, key, value, None
+    bias = jnp.asarray(activation.bias, jnp.float32)
+    return query, key, value, jnp.broadcast_to(bias, query.shape[:3])
+
+
+def save(path: Path, captured: dict[str, Any]) -> None:
+    """Writes a captured file, whole or not at all."""
+    arrays = {k: x for k, x in captured.items() if x is not None and k != "about"}
+    written = io.BytesIO()
+    np.savez(written, about=np.array(json.dumps(captured["about"])), **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(written.getbuffer())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""`python -m benchmarks prefill`: causal attention over a whole sequence.
+
+Building the index is inside the timer. Memory is measured apart, at longer lengths, in
+fresh processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from benchmarks import causal, inputs, memory, oracle, peers, report, tables
+from benchmarks.common import Results, Settings, chosen_peers
+from benchmarks.inputs import Source
+from benchmarks.timing import race, relative_error
+
+KEYS = (1024, 2048, 4096, 8192, 16384)
+QUICK_KEYS = (256, 512)
+MEMORY_KEYS = (4096, 16384, 65536)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Settings):
+    """Times causal attention over sequences in which 1 % of the visible keys fire."""
+
+    keys: tuple[int, ...] = ()
+    """Lengths: 1024 to 16384; with --quick, 256 and 512."""
+    memory_keys: tuple[int, ...] | None = None
+    """Lengths at which memory is measured, Gaussian: 4096 to 65536; quick: none."""
+    inputs: inputs.Kind = "gaussian"
+    """What keys and queries are."""
+    captured: inputs.Captured = None
+    """File of python -m benchmarks.capture, for --inputs captured."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be measured."""
+        super().__post_init__()
+        if min((*self.keys, *(self.memory_keys or ()), 2)) < 2:
+            raise ValueError("keys must be 2 or more")
+
+
+def run(command: Command) -> Results:
+    """Measures time at every length, then memory."""
+    source = Source(command.inputs, command.captured, command.seed)
+    names = chosen_peers(command, peers.names("prefill"))
+    lengths = _lengths(command)
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(lengths) * command.rounds, unit="round") as bar:
+        for keys in lengths:
+            found = measure(command, source, keys, names, bar)
+            rows += found
+            tqdm.write(f"{keys:,} keys: {tables.sentence(found)}")
+    used = _memory(command, source, names)
+    summary = {
+        "not_measured": tables.not_measured(rows),
+        "dense_over_hsr": tables.dense_over_hsr(rows),
+        "break_even_keys": report.crossing(*_ratios(rows)),
+        "log_log_slope": {
+            name: report.slope(*tables.series(rows, name)) for name in ("hsr", "dense")
+        },
+        "memory": used,
+    }
+    figures = {"times.png": _figure(rows, command)}
+    if used:
+        figures["memory.png"] = _memory_figure(used)
+    return Results(rows, summary, figures, tables.wrong(rows))
+
+
+def _lengths(command: Command) -> tuple[int, ...]:
+    lengths = command.keys or (QUICK_KEYS if command.quick else KEYS)
+    if command.captured is not None and not command.keys:
+        tokens = inputs.captured_tokens(command.captured)
+        lengths = tuple(n for n in lengths if n <= tokens) or (tokens,)
+    return lengths
+
+
+def measure(command, source, keys: int, names: list[str], bar) -> list[dict[str, Any]]:
+    """Rows of one length."""
+    given = causal.make_inputs(source, keys)
+    expected: dict[str, oracle.Expected] = {}
+
+    def score(contestant, arrays):
+        definition = contestant.definition
+        if definition not in ("relu", "softmax"):
+            return None
+        if definition not in expected:
+            expected[definition] = oracle.attend(given, definition)
+        rows, out, _ = expected[definition]
+        return relative_error(arrays[0][:, rows], out)
+
+    timings = race(
+        causal.contestants(names, "prefill", given, quick=command.quick),
+        rounds=command.rounds,
+        score=score,
+        tick=tables.ticker(bar),
+    )
+    shared = tables.describe(given) | {"firing_keys": expected["relu"].firing}
+    return tables.rows(timings, shared, dense=tables.DENSE)
+
+
+def _ratios(rows: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    ratios = tables.dense_over_hsr(rows)
+    return list(ratios), list(ratios.values())
+
+
+def _memory(command: Command, source: Source, names: list[str]):
+    lengths = command.memory_keys
+    if lengths is None:
+        lengths = () if command.quick or source.captured else MEMORY_KEYS
+    wanted = ["hsr", "auto", "dense in tiles", "dense einsum", *names]
+    pairs = [(name, keys) for keys in lengths for name in wanted]
+    used = []
+    for name, keys in tqdm(pairs, unit="process", disable=not pairs):
+        found = memory.measure(name, keys, command.seed)
+        used.append({"name": name, "keys": keys, **found})
+        words = found.get("status") or f"{found['added_mib']:.0f} MiB"
+        tqdm.write(f"memory at {keys:,} keys: {name} {words}")
+    return used
+
+
+def _figure(rows: list[dict[str, Any]], command: Command) -> Figure:
+    figure = report.figure(width=9)
+    axes = figure.subplots()
+    report.plot_lines(axes, [r for r in rows if tables.drawn(r)], x="keys", y="ms")
+    heads = "{heads} query / {kv_heads} key heads of {head_dim}".format(**rows[0])
+    axes.set(
+        xlabel="length of the sequence",
+        ylabel="milliseconds",
+        title=f"Causal attention, {heads}, {command.inputs} keys",
+    )
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def _memory_figure(used: list[dict[str, Any]]) -> Figure:
+    figure = report.figure(width=9)
+    axes = figure.subplots()
+    rows = [{"added_mib": None, **row} for row in used]
+    report.plot_lines(axes, rows, x="keys", y="added_mib")
+    axes.set(
+        xlabel="length of the sequence",
+        ylabel="MiB",
+        title="Peak memory of one call beside its operands",
+    )
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    return figure

@@ -1,0 +1,260 @@
+"""`python -m benchmarks query`: half-space reporting against range search libraries.
+
+Build time has a column of its own; query time is that of a whole batch. An exact
+implementation must report the true set, up to keys whose score is within float32
+rounding of the offset; of the others the recall is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import hsrjax
+from benchmarks import inputs, report, tables
+from benchmarks.common import Results, Settings, Unavailable, chosen_peers
+from benchmarks.inputs import Source
+from benchmarks.range_peers import OURS, PEERS, RangePeer, Search, answers
+from benchmarks.timing import Contestant, one_line, race
+
+HEAD_DIM = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Settings):
+    """Times the search for all keys with <normal, key> >= offset."""
+
+    keys: int | None = None
+    """Stored keys of size 64: 1,000,000; with --quick, 4,000."""
+    share: float = 1e-4
+    """Of the keys that are members for every query; at least 8 keys are."""
+    batches: tuple[int, ...] = ()
+    """Queries per batch: 1, 16 and 256; with --quick, 1 and 16."""
+    inputs: inputs.Kind = "gaussian"
+    """What keys and queries are."""
+    captured: inputs.Captured = None
+    """File of python -m benchmarks.capture, for --inputs captured."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be measured."""
+        super().__post_init__()
+        if self.keys is not None and self.keys < 2:
+            raise ValueError(f"keys must be 2 or more, got {self.keys}")
+        if not 0 < self.share < 1:
+            raise ValueError(f"share must lie between 0 and 1, got {self.share}")
+        if self.batches and min(self.batches) < 1:
+            raise ValueError("batches must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """The members of one query, in float64.
+
+    Attributes:
+      members: ids that must be reported: beyond rounding above the offset.
+      either: ids within rounding of the offset, which may fall on either side.
+    """
+
+    members: np.ndarray
+    either: np.ndarray
+
+
+def run(command: Command) -> Results:
+    """Builds every implementation once, then lets them answer in turns."""
+    source = Source(command.inputs, command.captured, command.seed)
+    names = chosen_peers(command, PEERS)
+    contenders = OURS | {name: PEERS[name] for name in names}
+    count = command.keys or (4_000 if command.quick else 1_000_000)
+    batches = command.batches or ((1, 16) if command.quick else (1, 16, 256))
+    keys, normals = inputs.range_keys(
+        source, keys=count, head_dim=HEAD_DIM, queries=max(batches)
+    )
+    members = max(8, round(command.share * len(keys)))
+    offsets = _offsets(keys, normals, members)
+    truths = [_truth(keys, *one) for one in zip(normals, offsets, strict=True)]
+    rows: list[dict[str, Any]] = []
+    steps = len(contenders) + len(batches) * command.rounds
+    with tqdm(total=steps, unit="step") as bar:
+        built = {}
+        for name, peer in contenders.items():
+            bar.set_postfix_str(f"building {name}")
+            built[name] = _build(peer, keys)
+            bar.update()
+        for batch in batches:
+            asked = (normals[:batch], offsets[:batch])
+            found = _race(contenders, built, asked, truths, command.rounds, bar)
+            shared = {"keys": len(keys), "head_dim": keys.shape[1], "batch": batch}
+            rows += [shared | {"members": members} | row for row in found]
+            tqdm.write(f"batch of {batch}: {_sentence(found)}")
+    wrong = [f"{r['name']}: {r['status']}" for r in rows if r["wrong"]]
+    for row in rows:
+        del row["wrong"]
+    return Results(rows, _summary(rows), {"times.png": _figure(rows)}, wrong)
+
+
+def _offsets(keys: np.ndarray, normals: np.ndarray, members: int) -> np.ndarray:
+    shape = (1, len(normals), 1, normals.shape[1])
+    bias = inputs.thresholds(
+        normals.reshape(shape), keys[None, :, None], lambda _: members, causal=False
+    )
+    return bias.reshape(-1)
+
+
+def _truth(keys: np.ndarray, normal: np.ndarray, offset: np.float32) -> Truth:
+    """Exact for the keys near the offset; the rest is far beyond any rounding."""
+    rough = keys @ normal
+    slack = float(np.abs(rough).max()) * 1e-4
+    near = np.flatnonzero(rough >= offset - slack)
+    exact = keys[near].astype(np.float64) @ normal.astype(np.float64)
+    margin = hsrjax.reference.rounding(keys[near], normal)
+    gap = exact - np.float64(offset)
+    return Truth(near[gap > margin], near[np.abs(gap) <= margin])
+
+
+def _build(peer: RangePeer, keys: np.ndarray) -> tuple[Search | None, float, str]:
+    """The search, the seconds it took to build, and why there is none."""
+    start = time.perf_counter()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            search = peer.build(keys)
+    except Unavailable as reason:
+        return None, 0.0, str(reason)
+    except Exception as error:  # peers raise what they like
+        if peer.ours:
+            raise
+        return None, 0.0, one_line(error)
+    return search, time.perf_counter() - start, ""
+
+
+def _race(contenders, built, asked, truths, rounds, bar) -> list[dict[str, Any]]:
+    """Rows of one batch size."""
+    recalls: dict[str, float] = {}
+    faults: dict[str, str] = {}
+
+    def contestant(name: str, peer: RangePeer) -> Contestant:
+        search, _, failure = built[name]
+
+        def prepare():
+            if search is None:
+                raise Unavailable(failure)
+            return lambda: lambda: search(*asked)
+
+        def finish(answer):
+            found = answers(peer, answer)
+            recalls[name], fault = judge(found, truths[: len(asked[0])])
+            if peer.exact and fault:
+                faults[name] = fault
+            return ()
+
+        kind = "exact" if peer.exact else "approximate"
+        return Contestant(name, kind, prepare, finish, peer.ours, peer.detail)
+
+    timings = race(
+        [contestant(name, peer) for name, peer in contenders.items()],
+        rounds=rounds,
+        score=lambda *_: None,
+        tick=tables.ticker(bar),
+    )
+    hsr = timings["hsrjax.query"].ms
+    rows = []
+    for name, timing in timings.items():
+        ms = timing.ms
+        rows.append(
+            {
+                "name": name,
+                "kind": timing.contestant.definition,
+                "reports": "ids" if contenders[name].ids else "counts",
+                "build_s": built[name][1] if built[name][0] else None,
+                "ms": ms,
+                "ms_per_query": ms / len(asked[0]) if ms else None,
+                "this_over_hsr": ms / hsr if ms and hsr else None,
+                "recall": recalls.get(name),
+                "timed_calls": timing.calls,
+                "status": timing.failure or faults.get(name, "measured"),
+                "detail": timing.contestant.detail,
+                "wrong": name in faults,
+            }
+        )
+    return rows
+
+
+def judge(found: Any, truths: list[Truth]) -> tuple[float, str]:
+    """Recall over all members, and in words what an exact answer may not have.
+
+    Args:
+      found: ids per query, or counts.
+      truths: of the same queries.
+    """
+    if isinstance(found, np.ndarray):
+        least = np.array([t.members.size for t in truths])
+        most = least + [t.either.size for t in truths]
+        off = int(np.sum((found < least) | (found > most)))
+        recall = float(np.minimum(found, least).sum() / max(1, least.sum()))
+        return recall, f"{off} wrong counts" if off else ""
+    missed = extra = 0
+    for ids, truth in zip(found, truths, strict=True):
+        missed += np.setdiff1d(truth.members, ids).size
+        extra += np.setdiff1d(ids, np.union1d(truth.members, truth.either)).size
+        extra += len(ids) - np.unique(ids).size
+    total = sum(truth.members.size for truth in truths)
+    fault = f"{missed} members missed, {extra} others reported"
+    return 1 - missed / max(1, total), fault if missed or extra else ""
+
+
+def _sentence(rows: list[dict[str, Any]]) -> str:
+    parts = []
+    for row in rows:
+        ratio = row["this_over_hsr"]
+        if ratio is None:
+            parts.append(f"{row['name']} {row['status']}")
+        elif row["name"] == "hsrjax.query":
+            parts.append(f"{row['name']} {row['ms_per_query']:.2f} ms a query")
+        else:
+            parts.append(f"{row['name']} {ratio:.2f}x hsr, recall {row['recall']:.4f}")
+    return "; ".join(parts)
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    measured = [row for row in rows if row["ms"] is not None]
+    return {
+        "not_measured": tables.not_measured(rows),
+        "time_over_hsr": {
+            row["name"]: {
+                r["batch"]: r["this_over_hsr"]
+                for r in measured
+                if r["name"] == row["name"]
+            }
+            for row in measured
+        },
+        "least_recall": {
+            row["name"]: min(r["recall"] for r in measured if r["name"] == row["name"])
+            for row in measured
+        },
+    }
+
+
+def _figure(rows: list[dict[str, Any]]) -> Figure:
+    names = {"hsrjax.query": "hsr", "hsrjax.count": "auto"}  # their colours
+    shown = [row | {"name": names.get(row["name"], row["name"])} for row in rows]
+    figure = report.figure(width=9)
+    axes = figure.subplots()
+    report.plot_lines(axes, shown, x="batch", y="ms_per_query")
+    keys, members = rows[0]["keys"], rows[0]["members"]
+    axes.set(
+        xlabel="queries in a batch",
+        ylabel="milliseconds per query",
+        title=f"{keys:,} keys of {HEAD_DIM}, {members} members per query",
+    )
+    handles, labels = axes.get_legend_handles_labels()
+    back = {short: name for name, short in names.items()}
+    figure.legend(
+        handles, [back.get(str(x), str(x)) for x in labels], loc="outside right upper"
+    )
+    return figure

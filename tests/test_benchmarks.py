@@ -1,0 +1,517 @@
+"""benchmarks: every command in small, wrong results noticed, nothing half-written."""
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import sys
+import tomllib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from matplotlib.figure import Figure
+
+import hsrjax
+from benchmarks import (
+    capture,
+    causal,
+    chunked,
+    decode,
+    growing,
+    inputs,
+    memory,
+    oracle,
+    peers,
+    peers_jax,
+    query,
+    range_peers,
+    report,
+    timing,
+)
+from benchmarks.__main__ import COMMANDS, main
+from benchmarks.common import Unavailable
+from models.config import ModelConfig
+from models.load import save_run
+from models.transformer import Transformer
+from train.data import load_corpus
+
+SHARED_COLUMNS = {"keys", "name", "ms", "timed_calls", "status", "detail"}
+COLUMNS = {
+    "decode": SHARED_COLUMNS
+    | {"case", "firing_keys", "append_ms", "append_share", "max_relative_error"}
+    | {"dense_over_this", "this_over_hsr"},
+    "prefill": SHARED_COLUMNS
+    | {"firing_keys", "max_relative_error", "dense_over_this", "this_over_hsr"},
+    "train": SHARED_COLUMNS | {"max_relative_error", "dense_over_this"},
+    "query": SHARED_COLUMNS | {"batch", "build_s", "ms_per_query", "recall", "kind"},
+    "grid": {"batch", "keys", "percent", "auto_over_best", "max_relative_error"},
+}
+SMALL = {
+    "decode": ["--keys", "96", "--peers", "jax-softmax", "flash-attention-jax"],
+    "prefill": ["--keys", "160", "--peers", "jax-softmax", "flash-attention-jax"],
+    "train": ["--keys", "160", "--peers", "jax-softmax", "nsa-pytorch"],
+    "query": ["--keys", "500", "--batches", "2", "--peers", "hnswlib"],
+    "grid": ["--keys", "512", "--percents", "1"],
+}
+ABSENT = {"flash_attention_jax": "decode", "hnswlib": "query"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Keeps what XLA compiled: tests here compile the same steps again."""
+    names = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def small_runs(tmp_path_factory):
+    """Runs commands in small, each once: (exit status, JSON, folder) by name."""
+    done = {}
+
+    def run(name, capsys):
+        if name not in done:
+            out = tmp_path_factory.mktemp("results")
+            with pytest.MonkeyPatch.context() as patch:
+                for module in ABSENT:
+                    patch.setitem(sys.modules, module, None)
+                words = [name, "--quick", "--json", "--out", str(out), *SMALL[name]]
+                status = main(words)
+            line = capsys.readouterr().out.splitlines()[-1]
+            done[name] = status, json.loads(line), out / name
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_small_run(name, small_runs, capsys):
+    status, found, folder = small_runs(name, capsys)
+    assert status == 0 and found["wrong"] == []
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert COLUMNS[name] <= set(rows[0])
+    assert len(rows) == len(found["rows"]) > 0
+    for row in found["rows"]:
+        error = row.get("max_relative_error")
+        assert not isinstance(error, float) or error <= 1e-5
+        if row.get("kind") == "exact" and row["ms"] is not None:
+            assert row["recall"] == 1
+    pictures = [file for file in folder.iterdir() if file.suffix == ".png"]
+    assert pictures or name == "decode"  # which draws lines: not of one length
+    assert json.loads((folder / "summary.json").read_text()) == found["summary"]
+    assert not [file for file in folder.iterdir() if file.name.startswith(".")]
+
+
+def test_environment_names_no_machine(small_runs, capsys):
+    _, _, folder = small_runs("decode", capsys)
+    text = (folder / "environment.json").read_text()
+    about = json.loads(text)
+    assert about["jax"] == jax.__version__ and about["cores"] and about["quick"]
+    assert str(folder.parent) not in text and os.uname().nodename not in text
+    assert about["command"].startswith("python -m benchmarks decode --quick")
+
+
+@pytest.mark.parametrize("module", list(ABSENT))
+def test_missing_peer_is_reported(module, small_runs, capsys):
+    _, found, _ = small_runs(ABSENT[module], capsys)
+    name = module.replace("_", "-")
+    assert found["summary"]["not_measured"][name] == "not installed"
+    assert {r["status"] for r in found["rows"] if r["name"] == name} == {
+        "not installed"
+    }
+
+
+def test_every_implementation_is_measured(small_runs, capsys):
+    _, found, _ = small_runs("decode", capsys)
+    measured = {row["name"] for row in found["rows"] if row["ms"]}
+    assert {"hsr", "auto", "dense", "hsrjax dense", "jax-softmax"} <= measured
+    dense = [r for r in found["rows"] if r["name"] == "dense" and r["keys"] == 96]
+    others = [
+        r["ms"]
+        for r in found["rows"]
+        if r["keys"] == 96 and r["name"].startswith(("dense ", "hsrjax dense"))
+    ]
+    assert len(others) == 4 and dense[0]["ms"] == min(others)
+    assert found["summary"]["gqa"]["dense_over_hsr"].keys() == {"96"}
+
+
+def test_wrong_attention_is_noticed(monkeypatch, tmp_path, capsys):
+    real = growing.Growing.step
+
+    def off(self, implementation):
+        out, info = real(self, implementation)
+        return (out * 1.001 if implementation == "hsr" else out), info
+
+    monkeypatch.setattr(growing.Growing, "step", off)
+    words = ["decode", "--quick", "--keys", "96", "--peers", "none"]
+    assert main([*words, "--out", str(tmp_path)]) == 1
+    errors = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    assert len(errors) == 1 and "hsr at 96 keys" in errors[0]
+
+
+@pytest.mark.parametrize("fault", ["missed", "extra"])
+def test_wrong_report_is_noticed(fault, monkeypatch, tmp_path, capsys):
+    real = range_peers._hsr_ids
+
+    def off(answer):
+        first, *rest = real(answer)
+        last = np.setdiff1d(np.arange(500), first)[:1]
+        return [first[1:] if fault == "missed" else np.append(first, last), *rest]
+
+    ours = range_peers.OURS["hsrjax.query"]
+    monkeypatch.setitem(
+        range_peers.OURS, "hsrjax.query", dataclasses.replace(ours, ids=off)
+    )
+    words = ["query", "--quick", "--keys", "500", "--batches", "2", "--peers", "none"]
+    assert main([*words, "--out", str(tmp_path)]) == 1
+    assert "hsrjax.query: " in capsys.readouterr().err
+
+
+def test_interrupted_measurement_writes_nothing(monkeypatch, tmp_path, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decode.oracle, "attend", interrupted)
+    words = ["decode", "--quick", "--keys", "96", "--peers", "none"]
+    assert main([*words, "--out", str(tmp_path)]) == 130
+    assert list(tmp_path.iterdir()) == []
+    assert "stopped: nothing was written" in capsys.readouterr().err
+
+
+def test_interrupted_writing_leaves_what_was_there(monkeypatch, tmp_path):
+    results = report.Results([{"a": 1.0}], {"b": 2}, {"c.png": Figure()})
+    report.write(tmp_path, results, words=["decode"], quick=True)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert set(before) == {"results.csv", "summary.json", "environment.json", "c.png"}
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", interrupted)
+    results.rows[0]["a"] = 3.0
+    with pytest.raises(KeyboardInterrupt):
+        report.write(tmp_path, results, words=["decode"], quick=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "nothing",
+        "decode --bogus",
+        "decode --repeats 0",
+        "decode --keys 1",
+        "decode --cases other",
+        "decode --peers nobody",
+        "decode --peers all torch-sdpa",
+        "decode --inputs captured",
+        "decode --captured nowhere.npz",
+        "decode --inputs captured --captured nowhere.npz",
+        "prefill --keys 0",
+        "prefill --peers entmax15",
+        "train --seed -1",
+        "query --share 2",
+        "query --batches 0",
+        "grid --percents 0",
+        "grid --inputs captured",
+    ],
+)
+def test_refusals_are_one_sentence(words, capsys, tmp_path):
+    assert main([*words.split(), "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and list(tmp_path.iterdir()) == []
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert "Error parsing" not in printed.err
+
+
+def test_help(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--help"])
+        assert stopped.value.code == 0
+        assert "--quick" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model of two layers, and the run folder it is saved in with its text."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "text.py"
+    text.write_bytes(load_corpus().data[:40_000].tobytes())
+    config = ModelConfig(
+        num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32
+    )
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        graph = nnx.graphdef(nnx.eval_shape(lambda: _model(config)))
+        model = nnx.merge(graph, jax.jit(lambda: nnx.state(_model(config)))())
+        known = {"sha256": load_corpus(text).sha256}
+        options = {"data": str(text), "row_length": 32, "corpus": known}
+        save_run(folder / "run", model, train=options)
+    return model, folder / "run", text
+
+
+def _model(config):
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    model.threshold_scale[...] = jnp.float32(0.5)
+    return model
+
+
+def test_captured_attention_is_the_models(trained, tmp_path, capsys, lenient_promotion):
+    model, run, text = trained
+    file = tmp_path / "captured.npz"
+    words = ["--run", str(run), "--tokens", "70", "--out", str(file)]
+    assert capture.main(words) == 0, capsys.readouterr().err
+    source = inputs.Source("captured", file)
+    given = inputs.causal(source, inputs.Shape(keys=70), 0.1)
+    tokens, _ = capture.held_out(capture.Command(run=run, out=file, tokens=70))
+    assert tokens.tobytes() in text.read_bytes()
+    assert tokens.tobytes() not in text.read_bytes()[: 40_000 // 40]
+
+    @jax.jit
+    def by_model(tokens):
+        positions = jnp.arange(70, dtype=jnp.int32)[None]
+        scale, (first, second) = model.threshold_scale[...], model.blocks
+        stream, _ = first(model.embed(tokens), positions, scale)
+        normed = second.attention_norm(stream)
+        return second.attention(normed, positions, scale, return_info=True)
+
+    @jax.jit
+    def by_captured(query, key, value, bias):
+        relu = hsrjax.ReLU(power=given.power, bias=bias, normalize=given.normalize)
+        out = hsrjax.attention(
+            query, key, value, activation=relu, is_causal=True, scale=1.0
+        )
+        return out, model.blocks[1].attention._finish(out)
+
+    expected, info = by_model(jnp.asarray(tokens, jnp.int32)[None])
+    firing = float(info.count.mean())
+    assert 1 < firing < 30  # of 35.5 visible: some keys fire and some do not
+    out, finished = by_captured(given.query, given.key, given.value, given.bias)
+    # The norm on the output makes rows of tiny weights as large as the others.
+    np.testing.assert_allclose(finished, expected, atol=2e-4)
+    exact = oracle.attend(given, "relu")
+    assert timing.relative_error(np.asarray(out), exact.out) < 1e-5
+    assert exact.firing == pytest.approx(firing, abs=0.1)
+    last = inputs.decode(source, inputs.Shape(keys=40), 3)
+    assert last.query.shape == (1, 1, 4, 8) and last.key.shape == (1, 40, 2, 8)
+    with pytest.raises(ValueError, match="70 tokens, fewer than the 71"):
+        inputs.decode(source, inputs.Shape(keys=71), 3)
+
+
+@pytest.mark.parametrize(
+    "words", ["--layer 2", "--tokens 90000", "--tokens 0", f"--data {__file__}"]
+)
+def test_capture_refuses(words, trained, tmp_path, capsys):
+    out = tmp_path / "x.npz"
+    arguments = ["--run", str(trained[1]), "--out", str(out), *words.split()]
+    assert capture.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not out.exists()
+
+
+def _given(keys=150, **changes):
+    given = inputs.causal(inputs.Source(), inputs.Shape(keys=keys, head_dim=16), 0.05)
+    return dataclasses.replace(given, **changes)
+
+
+def _reference(given, definition):
+    activation = hsrjax.Softmax()
+    if definition == "relu":
+        activation = hsrjax.ReLU(
+            power=given.power, bias=given.bias, normalize=given.normalize
+        )
+
+    def attend(q, k, v):
+        return hsrjax.reference.attention(
+            q, k, v, activation=activation, is_causal=True, scale=1.0
+        )
+
+    @jax.jit
+    def run(upstream, *operands):
+        out, pull = jax.vjp(attend, *operands)
+        return out, *pull(upstream)
+
+    return run(peers_jax.cotangent(given), given.query, given.key, given.value)
+
+
+@pytest.mark.parametrize(
+    "definition, normalize",
+    [("relu", "row_sum"), ("relu", "none"), ("relu", "length"), ("softmax", "row_sum")],
+)
+def test_oracle_agrees_with_autodiff(definition, normalize, lenient_promotion):
+    given = _given(normalize=normalize)
+    found = oracle.gradients(given, definition, peers_jax.cotangent(given))
+    for got, expected in zip(found, _reference(given, definition), strict=True):
+        assert timing.relative_error(got, np.asarray(expected)) < 1e-5
+    rows, out, firing = oracle.attend(given, definition)
+    np.testing.assert_allclose(out, found[0][:, rows], rtol=1e-12)
+    assert firing == pytest.approx(
+        151 / 2
+        if definition == "softmax"
+        else np.minimum(16, np.arange(150) + 1).mean()
+    )
+
+
+@pytest.mark.parametrize("normalize, by_head", [("row_sum", True), ("length", False)])
+def test_tiles_agree_with_oracle(normalize, by_head):
+    given = _given(normalize=normalize)
+    upstream = peers_jax.cotangent(given)
+    expected = oracle.gradients(given, "relu", upstream)
+    tiling = chunked.Tiling(32, 64, by_head)
+    operands = [given.query, given.key, given.value, given.bias]
+    run = jax.jit(chunked.attention_and_gradients(given, tiling))
+    for got, want in zip(run(*operands, upstream), expected, strict=True):
+        assert timing.relative_error(np.asarray(got), want) < 1e-5
+    if normalize == "row_sum":
+        out = jax.jit(chunked.attention(given, tiling))(*operands)
+        assert timing.relative_error(np.asarray(out), expected[0]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "clustered"])
+def test_exactly_so_many_keys_fire(kind):
+    source = inputs.Source(kind, seed=3)
+    given = inputs.decode(source, inputs.Shape(keys=300, batch=2, heads=4), 7)
+    assert oracle.attend(given, "relu").firing == 7
+    given = inputs.causal(source, inputs.Shape(keys=300), 0.1)
+    scores = np.einsum("tnh,snh->nts", given.query[0], given.key[0].repeat(2, axis=1))
+    fired = (scores > given.bias[0].T[..., None]) & np.tril(np.ones((300, 300), bool))
+    expected = [min(i + 1, max(16, round(0.1 * (i + 1)))) for i in range(300)]
+    np.testing.assert_array_equal(fired.sum(-1), np.tile(expected, (8, 1)))
+
+
+def _contestant(name, log, *, ours=False, failing=False):
+    def prepare():
+        if failing:
+            raise OSError("no such thing in /a/folder/of/this/machine.so\nat all")
+        return lambda: lambda: log.append(name) or (np.zeros(1),)
+
+    return timing.Contestant(name, "relu", prepare, ours=ours)
+
+
+def test_turns_are_interleaved():
+    log = []
+    contestants = [_contestant("a", log), _contestant("b", log)]
+    found = timing.race(
+        contestants, rounds=2, score=lambda *_: 0.0, tick=lambda name: None
+    )
+    assert "".join(log) == "aaaabbbb" * 2
+    assert found["a"].calls == 6 and len(found["a"].rounds) == 2
+
+
+def test_failure_of_a_peer_is_words_and_of_ours_an_error():
+    log = []
+    peer = _contestant("peer", log, failing=True)
+    race = {"rounds": 2, "score": lambda *_: 0.0, "tick": lambda name: None}
+    found = timing.race([peer, _contestant("b", log)], **race)
+    assert found["peer"].failure == "OSError: no such thing in machine.so"
+    assert found["peer"].ms is None and found["b"].calls == 6
+    with pytest.raises(OSError, match="no such thing"):
+        timing.race([_contestant("ours", log, ours=True, failing=True)], **race)
+
+
+def test_nothing_larger_than_memory_is_run():
+    given = _given(40)
+    assert peers.score_gib("prefill", given) == 4 * 3 * 8 * 40 * 40 / 2**30
+    with pytest.raises(Unavailable, match="needs about 13 GiB"):
+        peers.check_memory(13.0)
+
+
+def test_judge_allows_rounding_alone():
+    truth = [query.Truth(np.array([1, 5]), np.array([7]))]
+    assert query.judge([np.array([5, 1])], truth) == (1.0, "")
+    assert query.judge([np.array([5, 1, 7])], truth) == (1.0, "")
+    assert query.judge([np.array([5])], truth)[0] == 0.5
+    for wrong in ([5], [1, 5, 8], [1, 1, 5]):
+        assert query.judge([np.array(wrong)], truth)[1]
+    assert query.judge(np.array([3]), truth) == (1.0, "")
+    assert query.judge(np.array([4]), truth)[1] and query.judge(np.array([1]), truth)[1]
+
+
+def test_break_even_and_slope():
+    assert report.crossing([1, 10, 100], [0.5, 0.5, 2.0]) == pytest.approx(10**1.5)
+    assert report.crossing([1, 10, 100], [2.0, 0.5, 2.0]) == pytest.approx(10**1.5)
+    assert report.crossing([4, 8], [1.5, 2.0]) == 4
+    assert report.crossing([4, 8], [1.5, 0.9]) is None
+    assert report.slope([1, 10, 100], [2, 20, 200]) == pytest.approx(1.0)
+
+
+def test_decode_draws_lengths():
+    names = ("hsr", "dense", "dense einsum", "append alone", "torch-sdpa")
+    rows = [
+        {"case": "gqa", "keys": keys, "name": name, "ms": keys * 1.0}
+        | {"this_over_hsr": 1.0, "status": "measured"}
+        for keys in (512, 1024)
+        for name in names
+    ]
+    figures = decode._figures(rows, decode.Command())
+    lines = figures["times.png"].axes[0].get_lines()
+    assert [line.get_label() for line in lines] == ["hsr", "dense", "torch-sdpa"]
+    summary = decode.summarize(rows)["gqa"]
+    assert summary["log_log_slope"]["hsr"] == pytest.approx(1.0)
+
+
+def test_memory_of_one_call(monkeypatch, capsys):
+    monkeypatch.setattr(chunked, "TILINGS", list(chunked.TILINGS))
+    monkeypatch.setattr(memory, "WARM_UP_KEYS", 32)
+    assert memory.main(["auto", "64", "0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak_mib"] >= found["before_mib"] > 10
+    monkeypatch.setitem(sys.modules, "flash_attention_jax", None)
+    memory.main(["flash-attention-jax", "64", "0"])
+    assert json.loads(capsys.readouterr().out) == {"status": "not installed"}
+
+
+def test_extra_holds_the_peers(repo_root):
+    project = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["bench"]
+    named = {re.split(r"[>=\[]", line)[0] for line in extra} - {"hsrjax"}
+    used = {peer.package for peer in peers.PEERS.values()}
+    used |= {peer.package for peer in range_peers.PEERS.values()}
+    assert named == used - {"jax", "tokamax"}  # tokamax: see benchmarks/README.md
+
+
+@pytest.mark.parametrize("task", ["decode", "prefill", "train"])
+@pytest.mark.parametrize("name", list(peers.PEERS))
+@pytest.mark.filterwarnings("ignore")  # whatever other people's packages warn of
+def test_installed_peer_follows_its_definition(name, task, lenient_promotion):
+    peer = peers.PEERS[name]
+    if not callable(peer.tasks.get(task)):
+        pytest.skip("does not do this")
+    if name != "jax-softmax" and peers.versions([peer.package])[peer.package] == (
+        "not installed"
+    ):
+        pytest.skip("not installed")
+    given = inputs.decode(inputs.Source(), inputs.Shape(keys=192), 9)
+    if task != "decode":
+        given = causal.make_inputs(inputs.Source(), 192)
+    (contestant,) = peers.contestants([name], task, given)
+    open_ = contestant.prepare()
+    open_()()
+    found = contestant.finish(open_()())
+    if peer.definition in ("relu", "softmax"):
+        expected = (oracle.attend(given, peer.definition).out,)
+        if task == "train":
+            upstream = peers_jax.cotangent(given)
+            expected = oracle.gradients(given, peer.definition, upstream)
+        for got, want in zip(found, expected, strict=True):
+            assert timing.relative_error(got, want) < 1e-5
+    else:
+        assert found[0].shape == (*given.query.shape[:3], 64)
+        assert np.isfinite(found[0]).all()
