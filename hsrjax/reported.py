@@ -217,9 +217,9 @@ def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, seen, wo
             slots = bitset.select(ranked, i * capacity, capacity)
             at = slots[..., None, :]
             visible, sinks = tile_seen.mask(at), tile_seen.sinks(at)
-            rows = [take_rows(x, slots, mode="clip") for x in (keys, values)]
-            new = _pass_sums(power, a, *rows, offset, shift, visible, sinks)
-            scores = bounds.dot(a, rows[0])
+            k, v = (take_rows(x, slots, mode="clip") for x in (keys, values))
+            new = _pass_sums(power, a, k, v, offset, shift, visible, sinks)
+            scores = bounds.dot(a, k)
             firing = fires(scores, offset[..., None], power=power, sinks=sinks)
             firing &= visible
             looked_at, counted = (
