@@ -15,6 +15,8 @@ import jax.numpy as jnp
 WORD = 32
 """Slots in a word; also the number of keys that share one block of the sketch."""
 
+_GROUP = 64
+
 
 def positions(count: int, ndim: int) -> jax.Array:
     """0, 1, ..., count - 1 as i32[1, ..., 1, count] with ndim axes."""
@@ -23,9 +25,9 @@ def positions(count: int, ndim: int) -> jax.Array:
 
 def pack(mask: jax.Array) -> jax.Array:
     """Packs bool[..., S] (S a multiple of 32) into words u32[..., S/32]."""
-    bits = mask.reshape(*mask.shape[:-1], -1, WORD).astype(jnp.uint32)
-    lanes = positions(WORD, bits.ndim).astype(jnp.uint32)
-    return jnp.sum(bits << lanes, axis=-1, dtype=jnp.uint32)
+    bits = mask.reshape(*mask.shape[:-1], -1, WORD)
+    lanes = jnp.uint32(1) << positions(WORD, bits.ndim).astype(jnp.uint32)
+    return jnp.sum(jnp.where(bits, lanes, jnp.uint32(0)), axis=-1, dtype=jnp.uint32)
 
 
 def unpack(words: jax.Array) -> jax.Array:
@@ -56,7 +58,7 @@ class Ranked(NamedTuple):
 def rank(words: jax.Array) -> Ranked:
     """Counts members once, for any number of `select`s from u32[..., W]."""
     counts = jax.lax.population_count(words).astype(jnp.int32)
-    return Ranked(words, jnp.cumsum(counts, axis=-1, dtype=jnp.int32))
+    return Ranked(words, _running_sum(counts))
 
 
 def select(ranked: Ranked, start: jax.Array, capacity: int) -> jax.Array:
@@ -86,14 +88,30 @@ def select(ranked: Ranked, start: jax.Array, capacity: int) -> jax.Array:
     return jax.vmap(one)(*flat).reshape(*lead, capacity)
 
 
+def _running_sum(counts: jax.Array) -> jax.Array:
+    """Inclusive running sum of i32[..., W] of at most 32 each.
+
+    In groups of 64 as a product with a triangle of ones, exact in float32: a quarter of
+    the time of `jnp.cumsum` on CPU.
+    """
+    width = counts.shape[-1]
+    lead = counts.shape[:-1]
+    padding = [(0, 0)] * len(lead) + [(0, -width % _GROUP)]
+    groups = jnp.pad(counts, padding).reshape(*lead, -1, _GROUP)
+    ones = jnp.triu(jnp.ones((_GROUP, _GROUP), jnp.float32))
+    inside = jnp.dot(groups.astype(jnp.float32), ones).astype(jnp.int32)
+    totals = jnp.cumsum(inside[..., -1], axis=-1, dtype=jnp.int32)
+    sums = inside + (totals - inside[..., -1])[..., None]
+    return sums.reshape(*lead, -1)[..., :width]
+
+
 def _nth_bit(word: jax.Array, n: jax.Array) -> jax.Array:
-    """Position of the n-th (0-based) set bit of each word, by halving the word."""
-    position = jnp.zeros_like(n)
-    for width in (16, 8, 4, 2, 1):
-        low_mask = jnp.uint32((1 << width) - 1)
-        low = jax.lax.population_count(word & low_mask).astype(jnp.int32)
-        high = n >= low
-        n = jnp.where(high, n - low, n)
-        position = jnp.where(high, position + width, position)
-        word = jnp.where(high, word >> jnp.uint32(width), word)
-    return position
+    """Position of the n-th (0-based) set bit of each word: as many prefixes hold less.
+
+    A sum, which XLA does not work out again for every number that is gathered at this
+    position, as it would do with a chain of cheap operations.
+    """
+    lanes = positions(WORD, word.ndim + 1).astype(jnp.uint32)
+    prefix = word[..., None] << (jnp.uint32(WORD - 1) - lanes)
+    held = jax.lax.population_count(prefix).astype(jnp.int32)
+    return jnp.sum(held <= n[..., None], axis=-1, dtype=jnp.int32)

@@ -172,9 +172,11 @@ def sketch_query(sketch: Sketch, queries: jax.Array) -> QuerySketch:
     reach = jnp.max(jnp.abs(a), axis=-1)
     scale = jnp.where(reach > _SMALLEST_RANGE, reach / _LEVELS, 1.0)
     codes, coded, error = _round_to_codes(a, scale[..., None])
-    length = norm(a)[..., None]
-    lost = _error_norm(a, coded, error)[..., None]
-    centre_norm = norm(sketch.centre)[..., None, None]
+    centre = sketch.centre[..., None, :]
+    lengths = norm(jnp.concatenate([a, coded, error, centre], axis=-2))[..., None]
+    length, coded_norm, lost = jnp.split(lengths[..., :-1, :], 3, axis=-2)
+    lost = _widen_error(lost, length, coded_norm)
+    centre_norm = lengths[..., -1:, :]
     spread, radius = sketch.spread[..., None, :], sketch.radius[..., None, :]
     key_norm = centre_norm + spread + radius
     rounding = (2 * h + 32) * _UNIT * length * (2 * key_norm + centre_norm)
@@ -182,7 +184,7 @@ def sketch_query(sketch: Sketch, queries: jax.Array) -> QuerySketch:
     slack = _inflation(h) * slack + _TINY
     step = scale[..., None] * sketch.scale[..., None, :]
     sound = (step > _SMALLEST_PRODUCT) & (length * key_norm + slack < _LARGEST)
-    centre_score = dot(a, sketch.centre[..., None, :])
+    centre_score = dot(a, centre)
     return QuerySketch(codes, centre_score, step, slack, sound)
 
 
@@ -270,8 +272,12 @@ def _round_to_codes(x, scale):
 
 
 def _error_norm(x, coded, error):
-    rounding = 4 * _UNIT * (norm(x) + norm(coded) + norm(error))
-    return norm(error) + rounding + _FLUSHED
+    return _widen_error(norm(error), norm(x), norm(coded))
+
+
+def _widen_error(error_norm, x_norm, coded_norm):
+    rounding = 4 * _UNIT * (x_norm + coded_norm + error_norm)
+    return error_norm + rounding + _FLUSHED
 
 
 def _inflation(h: int) -> float:

@@ -29,7 +29,7 @@ from hsrjax.activations import (
     power_of,
     weigh,
 )
-from hsrjax.index import Index, add_rows, take_rows
+from hsrjax.index import Index, add_rows, gather_rows, take_rows
 from hsrjax.query import survivors, trips
 from hsrjax.visible import Visible
 
@@ -176,7 +176,7 @@ def _best_scores(activation, keys, a, seen, words, *, capacity):
         peak, top = best
         slots = bitset.select(ranked, i * capacity, capacity)
         at = slots[..., None, :]
-        scores = bounds.dot(a, take_rows(keys, slots, mode="clip"))
+        scores = bounds.dot(a, gather_rows(keys, slots))
         scores = jnp.where(seen.mask(at), scores, -jnp.inf)
         peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
         if top is not None:
@@ -217,7 +217,7 @@ def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, seen, wo
             slots = bitset.select(ranked, i * capacity, capacity)
             at = slots[..., None, :]
             visible, sinks = tile_seen.mask(at), tile_seen.sinks(at)
-            k, v = (take_rows(x, slots, mode="clip") for x in (keys, values))
+            k, v = (gather_rows(x, slots) for x in (keys, values))
             new = _pass_sums(power, a, k, v, offset, shift, visible, sinks)
             scores = bounds.dot(a, k)
             firing = fires(scores, offset[..., None], power=power, sinks=sinks)
