@@ -253,7 +253,12 @@ def _decode(query, cache, activation, scale, positions, *, window, sinks, plan):
     )
     if plan.implementation == "hsr":
         out, info = reported.attend(
-            activation, cache.index, cache.values, tiles, capacity=plan.capacity
+            activation,
+            cache.index,
+            cache.values,
+            tiles,
+            capacity=plan.capacity,
+            parts=plan.parts,
         )
     else:
         out, info = dense.attend(activation, keys, cache.values, tiles)

@@ -357,15 +357,18 @@ def take_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def gather_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
-    """Like `take_rows`, but f32, and past the end any row: for what is masked later."""
+    """table f[*B, S, D] at rows i32[*B, ..., C]: f32[*B, ..., C, D], the fast way.
+
+    Rows past the end are zeros.
+    """
     size, width = table.shape[-2:]
     count = table.size // (size * width)
 
     def batched(table, rows):
-        one = lambda t, r: t.at[r].get(mode="clip")
-        return _over_rows(one, table, rows).astype(jnp.float32)
+        flat = rows.reshape(*table.shape[:-2], -1)
+        return take_rows(table, flat).astype(jnp.float32).reshape(*rows.shape, width)
 
-    def flat(table, rows):
+    def vectorized(table, rows):
         # Left to itself, XLA's CPU backend copies a row number by number. With one
         # index a row and a product in the loop it uses vectors, in a third of the time.
         # It cannot know that the factor is one.
@@ -373,11 +376,12 @@ def gather_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
         at = (jnp.minimum(rows, size - 1).reshape(count, -1) + first).reshape(-1)
         one = (at >= 0).astype(jnp.float32)[:, None]
         found = table.reshape(-1, width).at[at].get(mode="promise_in_bounds")
-        return (found.astype(jnp.float32) * one).reshape(*rows.shape, width)
+        found = (found.astype(jnp.float32) * one).reshape(*rows.shape, width)
+        return jnp.where((rows < size)[..., None], found, 0.0)
 
     if count * size >= 2**31:
         return batched(table, rows)
-    return jax.lax.platform_dependent(table, rows, cpu=flat, default=batched)
+    return jax.lax.platform_dependent(table, rows, cpu=vectorized, default=batched)
 
 
 def put_rows(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:

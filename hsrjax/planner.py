@@ -15,6 +15,7 @@ Implementation = Literal["dense", "hsr", "auto"]
 IMPLEMENTATIONS = ("dense", "hsr", "auto")
 
 _TILE_ROWS = 128
+_PART_ROWS = 32
 _LEAST_KEYS = 4096
 _LEAST_SLOTS = 256
 _MOST_SLOTS = 1024
@@ -28,12 +29,14 @@ class Plan(NamedTuple):
       implementation: "dense" or "hsr".
       capacity: slots of one gather.
       tile: query positions of one tile.
+      parts: runs of a tile's positions that gather keys of their own.
       reason: one sentence for people.
     """
 
     implementation: str
     capacity: int
     tile: int
+    parts: int
     reason: str
 
 
@@ -62,20 +65,31 @@ def plan(
     checks.check_choice("implementation", implementation, IMPLEMENTATIONS)
     if capacity is not None:
         checks.check_positive("capacity", capacity)
-    tile = max(1, min(queries, _TILE_ROWS // group))
+    tile, parts = _tile(queries, group)
     slots = capacity or min(
         _round_up(keys),
         _round_up(min(max(_LEAST_SLOTS, keys // _SLOT_SHARE), _MOST_SLOTS)),
     )
     if isinstance(activation, Softmax) and activation.is_full:
-        return Plan("dense", slots, queries, "full softmax leaves no key out")
+        return Plan("dense", slots, queries, 1, "full softmax leaves no key out")
     if implementation != "auto":
-        size = queries if implementation == "dense" else tile
-        return Plan(implementation, slots, size, "asked for")
+        if implementation == "dense":
+            return Plan("dense", slots, queries, 1, "asked for")
+        return Plan("hsr", slots, tile, parts, "asked for")
     if keys < _LEAST_KEYS:
         reason = f"below {_LEAST_KEYS} keys the sketch costs more than it saves"
-        return Plan("dense", slots, queries, reason)
-    return Plan("hsr", slots, tile, f"from {_LEAST_KEYS} keys on reporting is cheaper")
+        return Plan("dense", slots, queries, 1, reason)
+    reason = f"from {_LEAST_KEYS} keys on reporting is cheaper"
+    return Plan("hsr", slots, tile, parts, reason)
+
+
+def _tile(queries: int, group: int) -> tuple[int, int]:
+    """Positions of a tile and into how many equal parts it is cut."""
+    part = max(1, _PART_ROWS // group)
+    if queries <= part:
+        return queries, 1
+    parts = min(-(-queries // part), max(1, _TILE_ROWS // _PART_ROWS))
+    return part * parts, parts
 
 
 def _round_up(keys: int) -> int:

@@ -55,6 +55,6 @@ def prefill(
     )
     values = reported.summarize_values(rows)
     out, info = reported.attend(
-        activation, index, values, tiles, capacity=plan.capacity
+        activation, index, values, tiles, capacity=plan.capacity, parts=plan.parts
     )
     return jax.tree.map(lambda x: from_tiles(x, length=t, heads=n), (out, info))

@@ -135,7 +135,7 @@ def survivors(
     offsets: jax.Array,
     *,
     visible: Visible | None = None,
-    union: bool = False,
+    parts: int | None = None,
 ) -> jax.Array:
     """The certified superset of the members, before any exact score.
 
@@ -145,36 +145,39 @@ def survivors(
       offsets: f32[*B, Q].
       visible: i32[*B, Q]: only the slots that a query sees count; None admits every
         slot in use. Needs an index that was not reordered.
-      union: give one set for the whole tile of Q queries instead of one each.
+      parts: J, static: cut the Q queries into so many runs of equal length and give
+        one set for each, the union of its queries; None is one set for each query.
 
     Returns:
-      Bit sets u32[*B, Q, P/32], or u32[*B, 1, P/32] for the union.
+      Bit sets u32[*B, J, P/32], J = Q without parts.
     """
+    parts = normals.shape[-2] if parts is None else parts
     sketched = functools.partial(_sketch_survivors, index, normals, offsets, visible)
     alive = index.alive[..., None, :]
     if index.boxes is None:
-        return sketched(union=union) & alive
+        return sketched(parts) & alive
     upper = bounds.box_upper(index.boxes, normals)
     blocks = ~(upper < offsets[..., None]) & (alive != 0)
-    boxed = _within(jnp.repeat(blocks, WORD, axis=-1), visible, union=union)
+    boxed = _within(jnp.repeat(blocks, WORD, axis=-1), visible, parts)
     share = jnp.sum(blocks, dtype=jnp.int32) * _BOX_SHARE
     words = jax.lax.cond(
-        share <= blocks.size, lambda: boxed, lambda: boxed & sketched(union=union)
+        share <= blocks.size, lambda: boxed, lambda: boxed & sketched(parts)
     )
     return words & alive
 
 
-def _sketch_survivors(index, normals, offsets, visible, *, union):
-    if union and visible is not None and normals.shape[-2] >= _MANY_QUERIES:
-        return _tile_survivors(index.sketch, normals, offsets, visible)
+def _sketch_survivors(index, normals, offsets, visible, parts):
+    rows = normals.shape[-2]
+    if visible is not None and parts < rows and rows >= _MANY_QUERIES:
+        return _tile_survivors(index.sketch, normals, offsets, visible, parts)
     query_sketch = bounds.sketch_query(index.sketch, normals)
     products = bounds.code_products(index.sketch, query_sketch)
     passing = _passing(products, bounds.thresholds(query_sketch, offsets))
-    return _within(passing, visible, union=union)
+    return _within(passing, visible, parts)
 
 
-def _tile_survivors(sketch, normals, offsets, visible):
-    """The union of many queries, over chunks of keys whose products stay in cache.
+def _tile_survivors(sketch, normals, offsets, visible, parts):
+    """Unions of many queries, over chunks of keys whose products stay in cache.
 
     Chunks that no query of the tile sees are not looked at, and nothing of size Q S is
     ever in memory. The thresholds are made before the loop: inside it XLA would work
@@ -195,11 +198,10 @@ def _tile_survivors(sketch, normals, offsets, visible):
         products = bounds.code_products(part, query_sketch)
         passing = _passing(products, cut(lowest, block, chunk // WORD))
         slots = start + bitset.positions(chunk, passing.ndim)
-        passing = jnp.any(passing & visible.mask(slots), axis=-2, keepdims=True)
-        packed = bitset.pack(passing)
+        packed = pack_parts(passing & visible.mask(slots), parts)
         return jax.lax.dynamic_update_slice_in_dim(words, packed, block, axis=-1)
 
-    words = jnp.zeros((*lead, 1, size // WORD), jnp.uint32)
+    words = jnp.zeros((*lead, parts, size // WORD), jnp.uint32)
     for low, high in visible.spans():
         last = (high + (chunk - 1)) // chunk
         words = jax.lax.fori_loop(low // chunk, last, one_chunk, words)
@@ -212,14 +214,19 @@ def _passing(products: jax.Array, lowest: jax.Array) -> jax.Array:
     return (blocks >= lowest[..., None]).reshape(products.shape)
 
 
-def _within(passing: jax.Array, visible: Visible | None, *, union: bool) -> jax.Array:
+def _within(passing: jax.Array, visible: Visible | None, parts: int) -> jax.Array:
     """Packs bool[*B, Q, P], cut to what the queries see, as words."""
     if visible is not None:
         slot = bitset.positions(passing.shape[-1], passing.ndim)
         passing = passing & visible.mask(slot)
-    if union:
-        passing = jnp.any(passing, axis=-2, keepdims=True)
-    return bitset.pack(passing)
+    return pack_parts(passing, parts)
+
+
+def pack_parts(passing: jax.Array, parts: int) -> jax.Array:
+    """Unions over `parts` runs of the queries of bool[*B, Q, P], as words."""
+    *lead, rows, size = passing.shape
+    runs = passing.reshape(*lead, parts, rows // parts, size)
+    return bitset.pack(jnp.any(runs, axis=-2))
 
 
 def trips(words: jax.Array, capacity: int) -> jax.Array:

@@ -1,16 +1,18 @@
 """Attention over reported keys: fixed-capacity masked gathers, forward and backward.
 
-The reported set of a tile of queries is the union of what its queries report. It is a
-bit set over key slots; pass number i of a loop gathers its members i C ... (i+1) C - 1
-into C slots, scores them against the whole tile as one matrix product and adds what
-they contribute. The number of passes is computed, not fixed: a small set costs one
-pass, a set larger than C costs more, and no key is ever dropped.
+Queries are bounded by tiles, in large int8 products, and gather by the parts of a tile,
+whose sets are smaller: the set of a part is the union of what its queries report. It is
+a bit set over key slots; pass number i of a loop gathers its members
+i C ... (i+1) C - 1 into C slots, scores them against the whole part as one matrix
+product and adds what they contribute. The number of passes is computed, not fixed: a
+small set costs one pass, a set larger than C costs more, and no key is ever dropped.
 
 A key outside the half-space has weight zero and gradient zero, so the backward pass
 walks over the same sets.
 
 Shapes here: M tiles of Q queries (positions and the heads that share a key head), with
-batch axes *B (batch, key heads): queries f[M, *B, Q, H].
+batch axes *B (batch, key heads): queries f[M, *B, Q, H]; in J parts of R queries:
+queries f[M, *B, J, R, H].
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from hsrjax.activations import (
     power_of,
     weigh,
 )
-from hsrjax.index import Index, add_rows, gather_rows, take_rows
-from hsrjax.query import survivors, trips
+from hsrjax.index import Index, add_rows, gather_rows
+from hsrjax.query import pack_parts, survivors, trips
 from hsrjax.visible import Visible
 
 
@@ -97,7 +99,13 @@ def summarize_values(rows: jax.Array) -> Values:
 
 
 def attend(
-    activation: Activation, index: Index, values: Values, tiles: Tiles, *, capacity: int
+    activation: Activation,
+    index: Index,
+    values: Values,
+    tiles: Tiles,
+    *,
+    capacity: int,
+    parts: int = 1,
 ) -> tuple[jax.Array, Info]:
     """Attention of tiles of queries over an index, looking only at reported keys.
 
@@ -107,6 +115,7 @@ def attend(
       values: differentiable in `values.rows`.
       tiles: differentiable in queries and offsets.
       capacity: slots of a pass.
+      parts: J, runs of queries of a tile that gather keys of their own; divides Q.
 
     Returns:
       Outputs f32[M, *B, Q, D] and Info, each [M, *B, Q].
@@ -114,24 +123,32 @@ def attend(
     frozen_index, frozen_tiles = jax.lax.stop_gradient((index, tiles))
 
     def choose(_, tile):
-        return None, _choose(activation, frozen_index, tile, capacity=capacity)
+        chosen = _choose(activation, frozen_index, tile, capacity=capacity, parts=parts)
+        return None, chosen
 
     _, (words, selection, rounding) = jax.lax.scan(choose, None, frozen_tiles)
     softmax = isinstance(activation, Softmax)
-    weighted, total, count, candidates = _weighted_sums(
+    batch = tiles.offsets.ndim - 1
+    cut = lambda x: _cut(x, batch, parts)
+    sums = _weighted_sums(
         power_of(activation),
         capacity,
-        tiles.queries,
+        cut(tiles.queries),
         index.keys,
         values.rows,
-        selection.offset if softmax else tiles.offsets,
-        selection.shift,
-        tiles.visible,
+        cut(selection.offset if softmax else tiles.offsets),
+        cut(selection.shift),
+        jax.tree.map(cut, tiles.visible),
         words,
+    )
+    overflow = jnp.broadcast_to(
+        (bitset.size(words) > capacity)[..., None], sums[1].shape
+    )
+    weighted, total, count, candidates, overflow = (
+        _join(x, batch) for x in (*sums, overflow)
     )
     weighted = weighted + values.poison[..., None, :][None]
     out = normalize_rows(activation, weighted, total, tiles.visible.count())
-    overflow = jnp.broadcast_to(bitset.size(words) > capacity, count.shape)
     missed = bound = jnp.zeros_like(total)
     if softmax:
         missed, bound = certificates.error_bound(
@@ -141,14 +158,24 @@ def attend(
     return out, jax.lax.stop_gradient(info)
 
 
+def _cut(x: jax.Array, axis: int, parts: int) -> jax.Array:
+    """[..., Q, ...] to [..., J, R, ...] at an axis."""
+    return x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+
+
+def _join(x: jax.Array, axis: int) -> jax.Array:
+    """Undoes `_cut`."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
 def _choose(
-    activation: Activation, index: Index, tile: Tiles, *, capacity: int
+    activation: Activation, index: Index, tile: Tiles, *, capacity: int, parts: int
 ) -> tuple[jax.Array, certificates.Selection, jax.Array]:
-    """The reported set of one tile, and for softmax its offsets and certificate."""
+    """The reported sets of one tile, and for softmax its offsets and certificate."""
     a, offsets, seen = tile
     zeros = jnp.zeros_like(offsets)
     if not isinstance(activation, Softmax):
-        words = survivors(index, a, offsets, visible=seen, union=True)
+        words = survivors(index, a, offsets, visible=seen, parts=parts)
         return words, certificates.Selection(*[zeros] * 4), zeros
     query_sketch = bounds.sketch_query(index.sketch, a)
     products = bounds.code_products(index.sketch, query_sketch)
@@ -160,9 +187,17 @@ def _choose(
     upper = jnp.where(visible, upper, -jnp.inf)
     offset = certificates.safe_offset(activation, lower, upper, sinks)
     kept = fires(upper, offset[..., None], power=None, sinks=sinks)
-    reported = visible & kept
-    words = bitset.pack(jnp.any(reported, axis=-2, keepdims=True))
-    peak, top = _best_scores(activation, index.keys, a, seen, words, capacity=capacity)
+    words = pack_parts(visible & kept, parts)
+    batch = offsets.ndim - 1
+    peak, top = _best_scores(
+        activation,
+        index.keys,
+        _cut(a, batch, parts),
+        jax.tree.map(lambda x: _cut(x, batch, parts), seen),
+        words,
+        capacity=capacity,
+    )
+    peak, top = jax.tree.map(lambda x: _join(x, batch), (peak, top))
     selection = certificates.select(activation, peak, top, offset, lower, upper, sinks)
     return words, selection, bounds.score_rounding(index.sketch, a)
 
@@ -170,7 +205,7 @@ def _choose(
 def _best_scores(activation, keys, a, seen, words, *, capacity):
     """The exact scores that `certificates.select` asks for, of the reported keys."""
     wanted = 0 if activation.top_r is None else activation.top_r + 1
-    ranked = bitset.rank(words[..., 0, :])
+    ranked = bitset.rank(words)
 
     def one_pass(i, best):
         peak, top = best
@@ -191,27 +226,27 @@ def _best_scores(activation, keys, a, seen, words, *, capacity):
 
 
 def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, seen, words):
-    """Sums over each tile's reported keys.
+    """Sums over the reported keys of each part of each tile.
 
     Args:
       power: p of ReLU^p or None for softmax; static.
       capacity: slots of a pass; static.
-      queries: f32[M, *B, Q, H].
+      queries: f32[M, *B, J, R, H].
       keys: f[*B, P, H].
       values: f[*B, P, D].
-      offsets: f32[M, *B, Q].
-      shifts: f32[M, *B, Q], no gradient.
-      seen: i32[M, *B, Q] each.
-      words: u32[M, *B, 1, P/32].
+      offsets: f32[M, *B, J, R].
+      shifts: f32[M, *B, J, R], no gradient.
+      seen: i32[M, *B, J, R] each.
+      words: u32[M, *B, J, P/32].
 
     Returns:
-      Weighted values f32[M, *B, Q, D], weights f32[M, *B, Q], and how many keys fired
-      and how many were looked at, i32[M, *B, Q] each.
+      Weighted values f32[M, *B, J, R, D], weights f32[M, *B, J, R], and how many keys
+      fired and how many were looked at, i32[M, *B, J, R] each.
     """
 
     def one_tile(tile):
         a, offset, shift, tile_seen, tile_words = tile
-        ranked = bitset.rank(tile_words[..., 0, :])
+        ranked = bitset.rank(tile_words)
 
         def one_pass(i, sums):
             slots = bitset.select(ranked, i * capacity, capacity)
@@ -240,7 +275,7 @@ def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, seen, wo
 
 
 def _pass_sums(power, a, keys, values, offset, shift, visible, sinks):
-    """What the keys of one pass add: weighted values f32[*B, Q, D] and weights."""
+    """What the keys of one pass add: weighted values f32[*B, J, R, D] and weights."""
     scores = jnp.where(visible, bounds.dot(a, keys), -jnp.inf)
     weights = weigh(
         scores, offset[..., None], shift[..., None], power=power, sinks=sinks
@@ -265,7 +300,7 @@ def _weighted_sums_backward(power, capacity, arrays, cotangents):
 
     def one_tile(key_grads, tile):
         a, offset, shift, tile_seen, tile_words, bars = tile
-        ranked = bitset.rank(tile_words[..., 0, :])
+        ranked = bitset.rank(tile_words)
 
         def one_pass(i, grads):
             a_bar, offset_bar, keys_bar, values_bar = grads
@@ -275,16 +310,16 @@ def _weighted_sums_backward(power, capacity, arrays, cotangents):
             _, pull = jax.vjp(
                 lambda a, k, v, b: _pass_sums(power, a, k, v, b, shift, visible, sinks),
                 a,
-                take_rows(keys, slots).astype(jnp.float32),
-                take_rows(values, slots).astype(jnp.float32),
+                gather_rows(keys, slots),
+                gather_rows(values, slots),
                 offset,
             )
             a_new, keys_new, values_new, offset_new = pull(bars)
             return (
                 a_bar + a_new,
                 offset_bar + offset_new,
-                add_rows(keys_bar, slots, keys_new),
-                add_rows(values_bar, slots, values_new),
+                _add(keys_bar, slots, keys_new),
+                _add(values_bar, slots, values_new),
             )
 
         start = (jnp.zeros_like(a), jnp.zeros_like(offset), *key_grads)
@@ -304,6 +339,14 @@ def _weighted_sums_backward(power, capacity, arrays, cotangents):
         None,
         None,
         None,
+    )
+
+
+def _add(total: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
+    """Adds rows f[*B, J, C, D] at slots i32[*B, J, C] of f[*B, P, D]."""
+    lead = total.shape[:-2]
+    return add_rows(
+        total, slots.reshape(*lead, -1), rows.reshape(*lead, -1, total.shape[-1])
     )
 
 

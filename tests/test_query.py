@@ -268,8 +268,12 @@ def test_static_mistakes_are_named(call, error, message):
         call(hsrjax.build(jnp.eye(4)))
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (150, 0), (150, 3)])
-def test_a_tile_in_chunks_reports_the_union_of_its_queries(monkeypatch, window, sinks):
+@pytest.mark.parametrize(
+    ("window", "sinks", "parts"), [(None, 0, 1), (150, 0, 5), (150, 3, 1)]
+)
+def test_a_tile_in_chunks_reports_unions_of_its_queries(
+    monkeypatch, window, sinks, parts
+):
     module = sys.modules["hsrjax.query"]
     monkeypatch.setattr(module, "_CHUNK_PRODUCTS", 1)  # chunks of 256: 2.75 of them
     keys, normals = (
@@ -286,8 +290,8 @@ def test_a_tile_in_chunks_reports_the_union_of_its_queries(monkeypatch, window, 
         jnp.full((2, 250), 13.0),
         visible=tile,
     )
-    each = jax.jit(functools.partial(survive, union=False))()
-    together = jax.jit(functools.partial(survive, union=True))()
-    expected = np.bitwise_or.reduce(np.asarray(each), axis=-2, keepdims=True)
+    each = np.asarray(jax.jit(survive)()).reshape(2, parts, 250 // parts, -1)
+    together = jax.jit(functools.partial(survive, parts=parts))()
+    expected = np.bitwise_or.reduce(each, axis=-2)
     np.testing.assert_array_equal(together, expected)
     assert 0 < int(bitset.size(together).min()) < 640
