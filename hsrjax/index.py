@@ -18,7 +18,7 @@ from hsrjax import bitset, bounds, checks
 from hsrjax.bitset import WORD
 
 MAX_BOX_DIM = 8
-"""Largest head size for which boxes are kept."""
+"""Largest head size for which `build` reorders keys and keeps boxes."""
 
 _CENTRE_SAMPLE = 256
 
@@ -37,7 +37,7 @@ class Index:
     Attributes:
       keys: f[*B, P, H], by slot, in the dtype given.
       sketch: the certified 8-bit sketch of the keys.
-      boxes: f32[*B, P/32, 2, H], or None where H > 8.
+      boxes: f32[*B, P/32, 2, H], or None where keys are not reordered.
       alive: u32[*B, P/32], a bit for each slot in use and not deleted.
       ids: i32[*B, P], the id of each slot, or None where slot and id are the same.
       size: i32[*B], ids given out so far (deleted keys included).
@@ -120,7 +120,7 @@ def _build(keys, *, max_keys, reorder):
     valid_blocks = valid.reshape(*lead, -1, WORD)
     codes, scale, spread, radius = bounds.sketch_blocks(blocks, valid_blocks, centre)
     codes = jnp.moveaxis(codes.reshape(*lead, -1, h), -1, -2)
-    boxes = bounds.box_blocks(blocks, valid_blocks) if h <= MAX_BOX_DIM else None
+    boxes = bounds.box_blocks(blocks, valid_blocks) if reorder else None
     return Index(
         keys=stored,
         sketch=bounds.Sketch(codes, scale, spread, radius, centre),
@@ -140,10 +140,6 @@ def empty(
     blocks = _padded(max_keys) // WORD
     # Fresh arrays each: a cache is donated whole, and no buffer twice.
     zeros = functools.partial(jnp.zeros, (*lead, blocks), jnp.float32)
-    boxes = None
-    if head_dim <= MAX_BOX_DIM:
-        low = jnp.full((*lead, blocks, 1, head_dim), jnp.inf, jnp.float32)
-        boxes = jnp.concatenate([low, -low], axis=-2)
     return Index(
         keys=jnp.zeros((*lead, blocks * WORD, head_dim), dtype),
         sketch=bounds.Sketch(
@@ -153,7 +149,7 @@ def empty(
             radius=zeros(),
             centre=jnp.zeros((*lead, head_dim), jnp.float32),
         ),
-        boxes=boxes,
+        boxes=None,
         alive=jnp.zeros((*lead, blocks), jnp.uint32),
         ids=None,
         size=jnp.zeros(lead, jnp.int32),
