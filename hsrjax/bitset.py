@@ -37,6 +37,18 @@ def unpack(words: jax.Array) -> jax.Array:
     return (bits != 0).reshape(*words.shape[:-1], -1)
 
 
+def interval(low: jax.Array, high: jax.Array, width: int) -> jax.Array:
+    """Sets u32[..., W] of the slots low <= j < high, for i32[...] of W words."""
+
+    def below(end):
+        first = WORD * positions(width, end.ndim + 1)
+        bits = jnp.clip(end[..., None] - first, 0, WORD).astype(jnp.uint32)
+        part = (jnp.uint32(1) << jnp.minimum(bits, WORD - 1)) - jnp.uint32(1)
+        return jnp.where(bits == WORD, ~jnp.uint32(0), part)
+
+    return below(high) & ~below(low)
+
+
 def size(words: jax.Array) -> jax.Array:
     """Number of members, i32[...], of the sets u32[..., W]."""
     counts = jax.lax.population_count(words).astype(jnp.int32)

@@ -143,8 +143,9 @@ def survivors(
       index: batch axes *B.
       normals: f[*B, Q, H].
       offsets: f32[*B, Q].
-      visible: i32[*B, Q]: only the slots that a query sees count; None admits every
-        slot in use. Needs an index that was not reordered.
+      visible: i32[*B, Q]: sets end where no query of theirs sees anything; within, the
+        exact stage has to look. None admits every slot in use. Needs an index that was
+        not reordered.
       parts: J, static: cut the Q queries into so many runs of equal length and give
         one set for each, the union of its queries; None is one set for each query.
 
@@ -154,11 +155,13 @@ def survivors(
     parts = normals.shape[-2] if parts is None else parts
     sketched = functools.partial(_sketch_survivors, index, normals, offsets, visible)
     alive = index.alive[..., None, :]
+    if visible is not None:
+        alive = alive & visible.cover(parts, alive.shape[-1])
     if index.boxes is None:
         return sketched(parts) & alive
     upper = bounds.box_upper(index.boxes, normals)
-    blocks = ~(upper < offsets[..., None]) & (alive != 0)
-    boxed = _within(jnp.repeat(blocks, WORD, axis=-1), visible, parts)
+    blocks = ~(upper < offsets[..., None]) & (index.alive[..., None, :] != 0)
+    boxed = pack_parts(jnp.repeat(blocks, WORD, axis=-1), parts)
     share = jnp.sum(blocks, dtype=jnp.int32) * _BOX_SHARE
     words = jax.lax.cond(
         share <= blocks.size, lambda: boxed, lambda: boxed & sketched(parts)
@@ -173,7 +176,7 @@ def _sketch_survivors(index, normals, offsets, visible, parts):
     query_sketch = bounds.sketch_query(index.sketch, normals)
     products = bounds.code_products(index.sketch, query_sketch)
     passing = _passing(products, bounds.thresholds(query_sketch, offsets))
-    return _within(passing, visible, parts)
+    return pack_parts(passing, parts)
 
 
 def _tile_survivors(sketch, normals, offsets, visible, parts):
@@ -197,8 +200,7 @@ def _tile_survivors(sketch, normals, offsets, visible, parts):
         part = dataclasses.replace(sketch, codes=cut(sketch.codes, start, chunk))
         products = bounds.code_products(part, query_sketch)
         passing = _passing(products, cut(lowest, block, chunk // WORD))
-        slots = start + bitset.positions(chunk, passing.ndim)
-        packed = pack_parts(passing & visible.mask(slots), parts)
+        packed = pack_parts(passing, parts)
         return jax.lax.dynamic_update_slice_in_dim(words, packed, block, axis=-1)
 
     words = jnp.zeros((*lead, parts, size // WORD), jnp.uint32)
@@ -214,19 +216,24 @@ def _passing(products: jax.Array, lowest: jax.Array) -> jax.Array:
     return (blocks >= lowest[..., None]).reshape(products.shape)
 
 
-def _within(passing: jax.Array, visible: Visible | None, parts: int) -> jax.Array:
-    """Packs bool[*B, Q, P], cut to what the queries see, as words."""
-    if visible is not None:
-        slot = bitset.positions(passing.shape[-1], passing.ndim)
-        passing = passing & visible.mask(slot)
-    return pack_parts(passing, parts)
-
-
 def pack_parts(passing: jax.Array, parts: int) -> jax.Array:
     """Unions over `parts` runs of the queries of bool[*B, Q, P], as words."""
     *lead, rows, size = passing.shape
-    runs = passing.reshape(*lead, parts, rows // parts, size)
-    return bitset.pack(jnp.any(runs, axis=-2))
+    part = rows // parts
+
+    def union(passing):
+        return jnp.any(passing.reshape(*lead, parts, part, size), axis=-2)
+
+    def apart(passing):
+        # Kept apart from the packing: fused, XLA's CPU backend does both bit by bit.
+        window = (*[1] * len(lead), part, 1)
+        return jax.lax.reduce_window(
+            passing, False, jax.lax.bitwise_or, window, window, "VALID"
+        )
+
+    if part < _MANY_QUERIES:
+        return bitset.pack(union(passing))
+    return bitset.pack(jax.lax.platform_dependent(passing, cpu=apart, default=union))
 
 
 def trips(words: jax.Array, capacity: int) -> jax.Array:

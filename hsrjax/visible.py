@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hsrjax import checks
+from hsrjax import bitset, checks
 from hsrjax.activations import Activation, Softmax
 
 _FAR = 2**30
@@ -59,6 +59,25 @@ class Visible(NamedTuple):
         if self.sink_high is not None:
             seen = seen + self.sink_high
         return seen if self.sink_low is None else seen - self.sink_low
+
+    def cover(self, parts: int, width: int) -> jax.Array:
+        """Sets that hold all that the queries of each part see, u32[..., J, W].
+
+        Args:
+          parts: J, the Q queries are cut into so many runs of equal length.
+          width: W, words of a set.
+        """
+
+        def over(x, reduce):
+            zero = jnp.zeros_like(self.high)
+            x = zero if x is None else x
+            return reduce(x.reshape(*x.shape[:-1], parts, -1), axis=-1)
+
+        seen = bitset.interval(over(self.low, jnp.min), over(self.high, jnp.max), width)
+        if self.sink_high is None:
+            return seen
+        low, high = over(self.sink_low, jnp.min), over(self.sink_high, jnp.max)
+        return seen | bitset.interval(low, high, width)
 
     def spans(self) -> list[tuple[jax.Array, jax.Array]]:
         """Ranges (low, high), i32 scalars, that hold all that any of the queries sees.
