@@ -170,8 +170,8 @@ def survivors(
 
 
 def _sketch_survivors(index, normals, offsets, visible, parts):
-    rows = normals.shape[-2]
-    if visible is not None and parts < rows and rows >= _MANY_QUERIES:
+    products = index.keys.shape[-2] * offsets.size
+    if normals.shape[-2] >= _MANY_QUERIES and products > _CHUNK_PRODUCTS:
         return _tile_survivors(index.sketch, normals, offsets, visible, parts)
     query_sketch = bounds.sketch_query(index.sketch, normals)
     products = bounds.code_products(index.sketch, query_sketch)
@@ -180,10 +180,10 @@ def _sketch_survivors(index, normals, offsets, visible, parts):
 
 
 def _tile_survivors(sketch, normals, offsets, visible, parts):
-    """Unions of many queries, over chunks of keys whose products stay in cache.
+    """Sets of many queries, over chunks of keys whose products stay in cache.
 
-    Chunks that no query of the tile sees are not looked at, and nothing of size Q S is
-    ever in memory. The thresholds are made before the loop: inside it XLA would work
+    Chunks that no query of the tile sees are not looked at, and no products of size Q S
+    are ever in memory. The thresholds are made before the loop: inside it XLA would work
     out a block's threshold again for each of its keys.
     """
     lead, rows, size = normals.shape[:-2], normals.shape[-2], sketch.codes.shape[-1]
@@ -204,7 +204,8 @@ def _tile_survivors(sketch, normals, offsets, visible, parts):
         return jax.lax.dynamic_update_slice_in_dim(words, packed, block, axis=-1)
 
     words = jnp.zeros((*lead, parts, size // WORD), jnp.uint32)
-    for low, high in visible.spans():
+    every = (jnp.zeros((), jnp.int32), jnp.asarray(size, jnp.int32))
+    for low, high in [every] if visible is None else visible.spans():
         last = (high + (chunk - 1)) // chunk
         words = jax.lax.fori_loop(low // chunk, last, one_chunk, words)
     return words
