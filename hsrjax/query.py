@@ -182,9 +182,9 @@ def _sketch_survivors(index, normals, offsets, visible, parts):
 def _tile_survivors(sketch, normals, offsets, visible, parts):
     """Sets of many queries, over chunks of keys whose products stay in cache.
 
-    Chunks that no query of the tile sees are not looked at, and no products of size Q S
-    are ever in memory. The thresholds are made before the loop: inside it XLA would work
-    out a block's threshold again for each of its keys.
+    Chunks that no query of the tile sees are not looked at, and no products of size
+    Q S are ever in memory. The thresholds are made before the loop: inside it XLA would
+    work out a block's threshold again for each of its keys.
     """
     lead, rows, size = normals.shape[:-2], normals.shape[-2], sketch.codes.shape[-1]
     chunk = _CHUNK_PRODUCTS // (math.prod(lead) * rows) // WORD * WORD
