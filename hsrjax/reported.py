@@ -120,32 +120,30 @@ def attend(
     Returns:
       Outputs f32[M, *B, Q, D] and Info, each [M, *B, Q].
     """
-    frozen_index, frozen_tiles = jax.lax.stop_gradient((index, tiles))
+    batch = tiles.offsets.ndim - 1
+    cut = jax.tree.map(lambda x: _cut(x, batch, parts), tiles)
+    frozen_index, frozen_tiles = jax.lax.stop_gradient((index, cut))
 
     def choose(_, tile):
-        chosen = _choose(activation, frozen_index, tile, capacity=capacity, parts=parts)
-        return None, chosen
+        return None, _choose(activation, frozen_index, tile, capacity=capacity)
 
     _, (words, selection, rounding) = jax.lax.scan(choose, None, frozen_tiles)
     softmax = isinstance(activation, Softmax)
-    batch = tiles.offsets.ndim - 1
-    cut = lambda x: _cut(x, batch, parts)
     sums = _weighted_sums(
         power_of(activation),
         capacity,
-        cut(tiles.queries),
+        cut.queries,
         index.keys,
         values.rows,
-        cut(selection.offset if softmax else tiles.offsets),
-        cut(selection.shift),
-        jax.tree.map(cut, tiles.visible),
+        selection.offset if softmax else cut.offsets,
+        selection.shift,
+        cut.visible,
         words,
     )
-    overflow = jnp.broadcast_to(
-        (bitset.size(words) > capacity)[..., None], sums[1].shape
-    )
-    weighted, total, count, candidates, overflow = (
-        _join(x, batch) for x in (*sums, overflow)
+    overflow = bitset.size(words) > capacity
+    overflow = jnp.broadcast_to(overflow[..., None], sums[1].shape)
+    weighted, total, count, candidates, overflow, selection, rounding = jax.tree.map(
+        lambda x: _join(x, batch), (*sums, overflow, selection, rounding)
     )
     weighted = weighted + values.poison[..., None, :][None]
     out = normalize_rows(activation, weighted, total, tiles.visible.count())
@@ -169,13 +167,14 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _choose(
-    activation: Activation, index: Index, tile: Tiles, *, capacity: int, parts: int
+    activation: Activation, index: Index, cut: Tiles, *, capacity: int
 ) -> tuple[jax.Array, certificates.Selection, jax.Array]:
-    """The reported sets of one tile, and for softmax its offsets and certificate."""
-    a, offsets, seen = tile
-    zeros = jnp.zeros_like(offsets)
+    """The reported sets of one tile in parts, and for softmax what `select` finds."""
+    batch, parts = cut.offsets.ndim - 2, cut.offsets.shape[-2]
+    a, offsets, seen = jax.tree.map(lambda x: _join(x, batch), cut)
     if not isinstance(activation, Softmax):
         words = survivors(index, a, offsets, visible=seen, parts=parts)
+        zeros = jnp.zeros_like(cut.offsets)
         return words, certificates.Selection(*[zeros] * 4), zeros
     query_sketch = bounds.sketch_query(index.sketch, a)
     products = bounds.code_products(index.sketch, query_sketch)
@@ -188,18 +187,14 @@ def _choose(
     offset = certificates.safe_offset(activation, lower, upper, sinks)
     kept = fires(upper, offset[..., None], power=None, sinks=sinks)
     words = pack_parts(visible & kept, parts)
-    batch = offsets.ndim - 1
-    peak, top = _best_scores(
-        activation,
-        index.keys,
-        _cut(a, batch, parts),
-        jax.tree.map(lambda x: _cut(x, batch, parts), seen),
-        words,
-        capacity=capacity,
+    best = _best_scores(
+        activation, index.keys, cut.queries, cut.visible, words, capacity=capacity
     )
-    peak, top = jax.tree.map(lambda x: _join(x, batch), (peak, top))
+    peak, top = jax.tree.map(lambda x: _join(x, batch), best)
     selection = certificates.select(activation, peak, top, offset, lower, upper, sinks)
-    return words, selection, bounds.score_rounding(index.sketch, a)
+    rounding = bounds.score_rounding(index.sketch, a)
+    chosen = jax.tree.map(lambda x: _cut(x, batch, parts), (selection, rounding))
+    return words, *chosen
 
 
 def _best_scores(activation, keys, a, seen, words, *, capacity):
