@@ -15,7 +15,7 @@ Implementation = Literal["dense", "hsr", "auto"]
 IMPLEMENTATIONS = ("dense", "hsr", "auto")
 
 _TILE_ROWS = 256
-_PART_ROWS = 64
+_PART_ROWS = 32
 _LEAST_KEYS = 4096
 _LEAST_SLOTS = 256
 _MOST_SLOTS = 1024
