@@ -21,11 +21,14 @@ def heads_first(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 2, 1)
 
 
-def to_tiles(x: jax.Array, *, kv_heads: int, tile: int) -> jax.Array:
-    """[B, T, N, ...] to [M, B, K, tile * G, ...], padded with zeros."""
+def to_tiles(
+    x: jax.Array, *, kv_heads: int, tile: int, padding: float = 0
+) -> jax.Array:
+    """[B, T, N, ...] to [M, B, K, tile * G, ...], padded at the end."""
     b, t, n, *rest = x.shape
     m = -(-t // tile)
-    x = jnp.pad(x, [(0, 0), (0, m * tile - t)] + [(0, 0)] * (x.ndim - 2))
+    ends = [(0, 0), (0, m * tile - t)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, ends, constant_values=padding)
     x = x.reshape(b, m, tile, kv_heads, n // kv_heads, *rest)
     x = jnp.moveaxis(x, (1, 3), (0, 2))  # [M, B, K, tile, G, ...]
     return x.reshape(m, b, kv_heads, tile * (n // kv_heads), *rest)
@@ -70,6 +73,6 @@ def query_tiles(
     cut = functools.partial(to_tiles, kv_heads=kv_heads, tile=tile)
     return Tiles(
         cut(scaled),
-        cut(bias),
+        cut(bias, padding=jnp.inf),  # padding reports nothing
         jax.tree.map(lambda x: cut(jnp.broadcast_to(x[..., None], (b, t, n))), visible),
     )
