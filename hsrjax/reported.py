@@ -88,6 +88,20 @@ class Tiles(NamedTuple):
     visible: Visible
 
 
+class Sets(NamedTuple):
+    """The keys that J parts of R queries look at, and for softmax what `select` finds.
+
+    Attributes:
+      words: u32[M, *B, J, P/32].
+      selection: f32[M, *B, J, R] each.
+      rounding: f32[M, *B, J, R], bound on that of a score.
+    """
+
+    words: jax.Array
+    selection: certificates.Selection
+    rounding: jax.Array
+
+
 def summarize_values(rows: jax.Array) -> Values:
     """Values with their bound and poison. Cost O(P D)."""
     stopped = jax.lax.stop_gradient(rows).astype(jnp.float32)
@@ -120,14 +134,40 @@ def attend(
     Returns:
       Outputs f32[M, *B, Q, D] and Info, each [M, *B, Q].
     """
-    batch = tiles.offsets.ndim - 1
-    cut = jax.tree.map(lambda x: _cut(x, batch, parts), tiles)
-    frozen_index, frozen_tiles = jax.lax.stop_gradient((index, cut))
+    sets = report(activation, index, tiles, capacity=capacity, parts=parts)
+    return attend_sets(activation, index, values, tiles, sets, capacity=capacity)
+
+
+def report(
+    activation: Activation,
+    index: Index,
+    tiles: Tiles,
+    *,
+    capacity: int,
+    parts: int,
+) -> Sets:
+    """The first half of `attend`: which keys the parts of every tile look at."""
+    frozen_index, frozen_tiles = jax.lax.stop_gradient((index, _in_parts(tiles, parts)))
 
     def choose(_, tile):
         return None, _choose(activation, frozen_index, tile, capacity=capacity)
 
-    _, (words, selection, rounding) = jax.lax.scan(choose, None, frozen_tiles)
+    return jax.lax.scan(choose, None, frozen_tiles)[1]
+
+
+def attend_sets(
+    activation: Activation,
+    index: Index,
+    values: Values,
+    tiles: Tiles,
+    sets: Sets,
+    *,
+    capacity: int,
+) -> tuple[jax.Array, Info]:
+    """The second half of `attend`: exact work over the keys of the sets."""
+    words, selection, rounding = sets
+    batch = tiles.offsets.ndim - 1
+    cut = _in_parts(tiles, words.shape[-2])
     softmax = isinstance(activation, Softmax)
     sums = _weighted_sums(
         power_of(activation),
@@ -156,6 +196,11 @@ def attend(
     return out, jax.lax.stop_gradient(info)
 
 
+def _in_parts(tiles: Tiles, parts: int) -> Tiles:
+    """Tiles [M, *B, Q, ...] as [M, *B, J, R, ...]."""
+    return jax.tree.map(lambda x: _cut(x, tiles.offsets.ndim - 1, parts), tiles)
+
+
 def _cut(x: jax.Array, axis: int, parts: int) -> jax.Array:
     """[..., Q, ...] to [..., J, R, ...] at an axis."""
     return x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
@@ -166,16 +211,14 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _choose(
-    activation: Activation, index: Index, cut: Tiles, *, capacity: int
-) -> tuple[jax.Array, certificates.Selection, jax.Array]:
+def _choose(activation: Activation, index: Index, cut: Tiles, *, capacity: int) -> Sets:
     """The reported sets of one tile in parts, and for softmax what `select` finds."""
     batch, parts = cut.offsets.ndim - 2, cut.offsets.shape[-2]
     a, offsets, seen = jax.tree.map(lambda x: _join(x, batch), cut)
     if not isinstance(activation, Softmax):
         words = survivors(index, a, offsets, visible=seen, parts=parts)
         zeros = jnp.zeros_like(cut.offsets)
-        return words, certificates.Selection(*[zeros] * 4), zeros
+        return Sets(words, certificates.Selection(*[zeros] * 4), zeros)
     query_sketch = bounds.sketch_query(index.sketch, a)
     products = bounds.code_products(index.sketch, query_sketch)
     lower, upper = bounds.intervals(query_sketch, products)
@@ -194,7 +237,7 @@ def _choose(
     selection = certificates.select(activation, peak, top, offset, lower, upper, sinks)
     rounding = bounds.score_rounding(index.sketch, a)
     chosen = jax.tree.map(lambda x: _cut(x, batch, parts), (selection, rounding))
-    return words, *chosen
+    return Sets(words, *chosen)
 
 
 def _best_scores(activation, keys, a, seen, words, *, capacity):
