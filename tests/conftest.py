@@ -14,9 +14,15 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda tests a GPU
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+# The packaged costs, whatever the shell says: another table may be one of elsewhere.
+for name in ("HSRJAX_COSTS", "HSRJAX_MEMORY"):
+    os.environ.pop(name, None)
+
 import collections
 import contextlib
+import dataclasses
 import functools
+import json
 import pathlib
 
 import hypothesis
@@ -59,6 +65,27 @@ def lenient_promotion():
     """jax's usual promotion, for tests that run flax or optax code."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def made_up_costs(monkeypatch, tmp_path):
+    """Costs by which dense wins from half of the keys on, at any size; a dictionary.
+
+    Scoring a key costs half of what gathering it does, everything else nothing.
+    """
+    import hsrjax.costs
+
+    curves = {"dense": [[1.0, 1.0], [1e15, 1e15]], "scan": [[1.0, 1e-6]]}
+    products = {"dense_product": 0.5, "gather_product": 1.0}
+    fields = dataclasses.fields(hsrjax.costs.Costs)
+    numbers = {x.name: 0.0 for x in fields if x.type == "float"}
+    machine = hsrjax.costs.this_machine()._asdict()
+    backend = machine.pop("backend")
+    table = {**machine, "origin": "measured", **numbers, **products, **curves}
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps({backend: table}))
+    monkeypatch.setenv("HSRJAX_COSTS", str(file))
+    return table
 
 
 @pytest.fixture

@@ -39,9 +39,9 @@ def test_wheel_holds_hsrjax_and_nothing_else(dist, repo_root):
     source = {
         str(path.relative_to(repo_root))
         for path in (repo_root / "hsrjax").rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix == ".py" or path.name in ("py.typed", "costs.json")
     }
-    assert "hsrjax/py.typed" in source
+    assert {"hsrjax/py.typed", "hsrjax/costs.json"} <= source
     assert {n for n in names if n.startswith("hsrjax/")} == source
     assert f"{info}/licenses/LICENSE" in names
 
@@ -62,6 +62,7 @@ def test_installed_wheel_works_away_from_the_checkout(dist, tmp_path):
     code = """
 import importlib.util, pathlib, hsrjax
 print(pathlib.Path(hsrjax.__file__).parent.parent)
+assert hsrjax.costs.current().costs.dense
 for name in ("models", "train", "tests", "notebooks", "benchmarks"):
     assert importlib.util.find_spec(name) is None, name
 """
