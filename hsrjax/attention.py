@@ -7,12 +7,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hsrjax import checks, dense, planner, visible
+from hsrjax import checks, dense, memory, planner, visible
+from hsrjax import shape as shape_module
 from hsrjax.activations import Activation, ReLU, Softmax
 from hsrjax.layout import from_tiles, heads_first, query_tiles
 from hsrjax.planner import Implementation
 from hsrjax.prefill import prefill
 from hsrjax.reported import Info, summarize_values
+from hsrjax.shape import Shape
 
 
 def attention(
@@ -77,20 +79,21 @@ def attention(
     Source: Chen et al. 2024, Definition 1.2 and Algorithm 2; softmax: Theorem 4.3.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    _check(query, key, value, activation)
-    visible.check_options(activation, is_causal=is_causal, window=window, sinks=sinks)
     if segment_ids is not None:
         segment_ids = jnp.asarray(segment_ids)
-        b, t = query.shape[:2]
-        visible.check_segment_ids(segment_ids, b, t, key.shape[1])
-    plan = planner.plan(
-        activation,
-        implementation,
-        queries=query.shape[1],
-        keys=key.shape[1],
-        group=query.shape[2] // key.shape[2],
+    shape, plan = plan_call(
+        query,
+        key,
+        value,
+        activation=activation,
+        implementation=implementation,
+        is_causal=is_causal,
+        segment_ids=segment_ids,
+        window=window,
+        sinks=sinks,
         capacity=capacity,
     )
+    planner.refuse(shape, plan)
     out, info = _attend(
         query,
         key,
@@ -106,6 +109,36 @@ def attention(
     return (out, info) if return_info else out
 
 
+def plan_call(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    activation: Activation,
+    implementation: Implementation,
+    is_causal: bool,
+    segment_ids: jax.Array | None,
+    window: int | None,
+    sinks: int,
+    capacity: int | None,
+) -> tuple[Shape, planner.Plan]:
+    """Static checks of a call of `attention`, its sizes and its plan."""
+    _check(query, key, value, activation)
+    visible.check_options(activation, is_causal=is_causal, window=window, sinks=sinks)
+    if segment_ids is not None:
+        b, t = query.shape[:2]
+        visible.check_segment_ids(segment_ids, b, t, key.shape[1])
+    shape = shape_module.of_prefill(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        window=window,
+        devices=memory.devices(query, key, value),
+    )
+    return shape, planner.plan(activation, implementation, shape, capacity=capacity)
+
+
 @functools.partial(jax.jit, static_argnames=("is_causal", "window", "sinks", "plan"))
 def _attend(
     query, key, value, segment_ids, activation, scale, *, is_causal, window, sinks, plan
@@ -116,7 +149,7 @@ def _attend(
     seen = visible.of_prefill(
         t, s, is_causal=is_causal, window=window, sinks=sinks, segment_ids=segment_ids
     )
-    if plan.implementation == "hsr":
+    if plan.implementation != "dense":
         out, info = prefill(
             query, key, value, seen, activation=activation, scale=scale, plan=plan
         )

@@ -13,13 +13,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hsrjax import bitset, checks, dense, planner, reported, visible
+from hsrjax import adaptive, bitset, checks, memory, planner, reported, visible
 from hsrjax import index as index_module
+from hsrjax import shape as shape_module
 from hsrjax.activations import Activation
 from hsrjax.attention import check_heads, check_query
 from hsrjax.index import Index
-from hsrjax.layout import from_tiles, heads_first, query_tiles
+from hsrjax.layout import heads_first, query_tiles
 from hsrjax.planner import Implementation
+from hsrjax.shape import Shape
 
 
 @functools.partial(
@@ -75,7 +77,7 @@ def init_cache(
       KVCache; per token and head H int8 bytes beside the keys and values.
 
     Raises:
-      ValueError: a size below 1, or H > 1024.
+      ValueError: a size below 1, H > 1024, or more room than there is memory.
       TypeError: dtype is not float32, bfloat16 or float16.
 
     Example:
@@ -97,6 +99,7 @@ def init_cache(
     checks.check_float_dtype("dtype", jnp.dtype(dtype))
     checks.check_head_dim("head_dim", head_dim)
     lead = (batch, num_kv_heads)
+    memory.check_room("max_length", max_length, lead, head_dim, dtype, beside=value_dim)
     index = index_module.empty(lead, head_dim, max_keys=max_length, dtype=dtype)
     rows = jnp.zeros((*index.keys.shape[:-1], value_dim), dtype)
     values = reported.Values(
@@ -218,16 +221,17 @@ def decode_attention(
     """
     query = jnp.asarray(query)
     positions = None if positions is None else jnp.asarray(positions)
-    _check_decode(query, cache, activation, positions)
-    visible.check_options(activation, is_causal=True, window=window, sinks=sinks)
-    plan = planner.plan(
-        activation,
-        implementation,
-        queries=query.shape[1],
-        keys=cache.max_length,
-        group=query.shape[2] // cache.index.keys.shape[1],
+    shape, plan = plan_call(
+        query,
+        cache,
+        activation=activation,
+        implementation=implementation,
+        window=window,
+        sinks=sinks,
+        positions=positions,
         capacity=capacity,
     )
+    planner.refuse(shape, plan)
     return _decode(
         query,
         cache,
@@ -240,29 +244,40 @@ def decode_attention(
     )
 
 
+def plan_call(
+    query: jax.Array,
+    cache: KVCache,
+    *,
+    activation: Activation,
+    implementation: Implementation,
+    window: int | None,
+    sinks: int,
+    positions: jax.Array | None,
+    capacity: int | None,
+) -> tuple[Shape, planner.Plan]:
+    """Static checks of a call of `decode_attention`, its sizes and its plan."""
+    _check_decode(query, cache, activation, positions)
+    visible.check_options(activation, is_causal=True, window=window, sinks=sinks)
+    keys, values = cache.index.keys, cache.values.rows
+    devices = memory.devices(query, keys)
+    shape = shape_module.of_decode(query, keys, values, devices=devices)
+    return shape, planner.plan(activation, implementation, shape, capacity=capacity)
+
+
 @functools.partial(jax.jit, static_argnames=("window", "sinks", "plan"))
 def _decode(query, cache, activation, scale, positions, *, window, sinks, plan):
     t, n = query.shape[1:3]
-    keys = cache.index.keys
     length = cache.length[:, None]
     if positions is None:
         positions = length - t + jnp.arange(t, dtype=jnp.int32)[None, :]
     seen = visible.of_decode(positions, length, window=window, sinks=sinks)
-    tiles = query_tiles(
-        activation, query, seen, scale=scale, kv_heads=keys.shape[1], tile=plan.tile
+    kv_heads = cache.index.keys.shape[1]
+    cut = lambda tile: query_tiles(
+        activation, query, seen, scale=scale, kv_heads=kv_heads, tile=tile
     )
-    if plan.implementation == "hsr":
-        out, info = reported.attend(
-            activation,
-            cache.index,
-            cache.values,
-            tiles,
-            capacity=plan.capacity,
-            parts=plan.parts,
-        )
-    else:
-        out, info = dense.attend(activation, keys, cache.values, tiles)
-    out, info = jax.tree.map(lambda x: from_tiles(x, length=t, heads=n), (out, info))
+    out, info = adaptive.attend(
+        activation, cache.index, cache.values, cut, length=t, heads=n, plan=plan
+    )
     return out.astype(query.dtype), info
 
 

@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hsrjax import bitset, bounds, checks
+from hsrjax import bitset, bounds, checks, memory
 from hsrjax.bitset import WORD
 
 MAX_BOX_DIM = 8
@@ -74,7 +74,8 @@ def build(
       for float32 keys, P being max_keys rounded up to a multiple of 32.
 
     Raises:
-      ValueError: wrong rank, no keys, H > 1024, max_keys < S.
+      ValueError: wrong rank, no keys, H > 1024, max_keys < S, or more room than there
+        is memory.
       TypeError: keys are not a supported float array.
 
     Example:
@@ -96,6 +97,7 @@ def build(
             f"max_keys must be at least the number of keys, {count}, got {max_keys}; "
             "raise it or build over fewer keys."
         )
+    memory.check_room("max_keys", max_keys, keys.shape[:-2], keys.shape[-1], keys.dtype)
     if reorder is None:
         reorder = keys.shape[-1] <= MAX_BOX_DIM
     return _build(keys, max_keys=max_keys, reorder=reorder)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hsrjax import reported
+from hsrjax import adaptive, reported
 from hsrjax.activations import Activation
 from hsrjax.index import build
-from hsrjax.layout import from_tiles, heads_first, query_tiles
+from hsrjax.layout import heads_first, query_tiles
 from hsrjax.planner import Plan
 from hsrjax.visible import Visible
 
@@ -50,11 +50,8 @@ def prefill(
     index = build(heads_first(key), reorder=False)
     padding = index.keys.shape[-2] - key.shape[1]
     rows = jnp.pad(heads_first(value), [(0, 0), (0, 0), (0, padding), (0, 0)])
-    tiles = query_tiles(
-        activation, query, visible, scale=scale, kv_heads=key.shape[2], tile=plan.tile
-    )
     values = reported.summarize_values(rows)
-    out, info = reported.attend(
-        activation, index, values, tiles, capacity=plan.capacity, parts=plan.parts
+    cut = lambda tile: query_tiles(
+        activation, query, visible, scale=scale, kv_heads=key.shape[2], tile=tile
     )
-    return jax.tree.map(lambda x: from_tiles(x, length=t, heads=n), (out, info))
+    return adaptive.attend(activation, index, values, cut, length=t, heads=n, plan=plan)

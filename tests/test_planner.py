@@ -1,20 +1,99 @@
-"""The planner decides from shapes, and says why."""
+"""The planner decides from shapes and costs, and says why."""
+
+import dataclasses
 
 import pytest
 
 import hsrjax
-from hsrjax import planner
+from hsrjax import costs, planner
+from hsrjax.shape import Shape
+
+RELU = hsrjax.ReLU()
+DECODE = Shape(
+    batch=1,
+    queries=1,
+    keys=100_000,
+    heads=8,
+    kv_heads=4,
+    head_dim=64,
+    value_dim=64,
+    cached=True,
+)
+PREFILL = DECODE._replace(queries=4096, keys=4096, cached=False)
+# Round numbers, not far from those of a small CPU.
+TABLE = costs.Costs(
+    machine=costs.Machine("cpu", "a processor", 2, "0.10"),
+    origin="measured",
+    dense=((1e5, 5e4), (1e6, 1e5), (1e7, 1e6)),
+    scan=((1e5, 1e5), (1e7, 5e5)),
+    dense_product=0.02,
+    scan_product=0.005,
+    build=1.0,
+    probe=2e4,
+    gather_row=40.0,
+    gather_number=0.2,
+    gather_product=0.01,
+    top_r_dense=100.0,
+    top_r_hsr=10.0,
+    epsilon_dense=20.0,
+    epsilon_hsr=60.0,
+)
 
 
-def plan(implementation="auto", activation=None, **sizes):
-    sizes = {"queries": 1, "keys": 100_000, "group": 4} | sizes
-    return planner.plan(activation or hsrjax.ReLU(), implementation, **sizes)
+def plan(implementation="auto", activation=RELU, shape=DECODE, capacity=None, **sizes):
+    return planner.plan(
+        activation,
+        implementation,
+        shape._replace(**sizes),
+        capacity=capacity,
+        table=TABLE,
+    )
 
 
-def test_long_rows_are_reported_short_ones_dense():
-    assert plan(keys=100_000).implementation == "hsr"
+def test_short_rows_are_dense_long_ones_depend_on_how_many_keys_fire():
     assert plan(keys=512).implementation == "dense"
-    assert "512" not in plan(keys=512).reason and plan(keys=512).reason
+    assert "512" in plan(keys=512).reason
+    chosen = plan(keys=100_000)
+    assert chosen.implementation == "auto"
+    # 5.12 ms against 1.28 ms and 65.6 ns (+ 2.56) for each of 400,000 keys: 14.1 %.
+    assert "14 %" in chosen.reason
+    assert plan(shape=PREFILL).implementation == "auto"
+    assert plan(shape=PREFILL, keys=64, queries=64).implementation == "dense"
+
+
+def test_the_share_that_is_too_many_is_where_costs_meet():
+    for shape in (DECODE, PREFILL, DECODE._replace(batch=3, heads=4, queries=2)):
+        hsr = planner.slots(shape)
+        expected = planner.expect(RELU, shape, hsr, table=TABLE)
+        share = planner.break_even(shape, hsr, expected)
+        tiles = -(-shape.queries // hsr.tile)
+        passes = tiles * share * shape.keys / hsr.capacity
+        hsr_ns = expected.hsr + passes * expected.one_pass
+        assert hsr_ns == pytest.approx(expected.dense) and 0 < share < 1
+
+
+def test_costs_grow_with_every_size():
+    for shape in (DECODE, PREFILL):
+        hsr = planner.slots(shape)
+        least = planner.expect(RELU, shape, hsr, table=TABLE)
+        for size in ("batch", "keys", "heads", "head_dim"):
+            larger = shape._replace(**{size: 2 * getattr(shape, size)})
+            if size == "heads":
+                larger = larger._replace(queries=8 * shape.queries)
+            more = planner.expect(RELU, larger, hsr, table=TABLE)
+            assert more.dense > least.dense and more.hsr > least.hsr, size
+            assert more.one_pass >= least.one_pass
+    seen = planner.expect(RELU, PREFILL._replace(seen=0.5), hsr, table=TABLE)
+    assert seen.hsr < least.hsr and seen.dense == least.dense
+
+
+def test_other_costs_other_choices():
+    free = dataclasses.replace(
+        TABLE, gather_row=0.0, gather_number=0.0, gather_product=1e-6
+    )
+    assert planner.plan(RELU, "auto", DECODE, table=free).implementation == "hsr"
+    dear = dataclasses.replace(TABLE, scan=((1.0, 1e9),))
+    assert planner.plan(RELU, "auto", DECODE, table=dear).implementation == "dense"
 
 
 def test_what_is_asked_for_is_done():
@@ -22,15 +101,27 @@ def test_what_is_asked_for_is_done():
     assert plan("dense").implementation == "dense"
 
 
-def test_full_softmax_is_dense_whatever_is_asked():
+def test_softmax_is_decided_from_shapes_alone():
     assert plan("hsr", hsrjax.Softmax()).implementation == "dense"
     assert plan("hsr", hsrjax.Softmax(top_r=4)).implementation == "hsr"
+    assert plan("auto", hsrjax.Softmax(top_r=64)).implementation == "hsr"
+    assert plan("auto", hsrjax.Softmax(top_r=64), keys=64).implementation == "dense"
+    assert plan("auto", hsrjax.Softmax(epsilon=0.1)).implementation == "dense"
+
+
+def test_where_dense_does_not_fit_keys_are_reported(monkeypatch):
+    monkeypatch.setenv("HSRJAX_MEMORY", str(2**28))
+    chosen = plan(shape=PREFILL)
+    assert chosen.implementation == "hsr" and "memory" in chosen.reason
+    assert plan(shape=PREFILL, devices=64).implementation == "auto"
 
 
 @pytest.mark.parametrize("keys", [1, 31, 32, 33, 5000])
 @pytest.mark.parametrize("queries", [1, 2, 5000])
 def test_sizes_are_possible(keys, queries):
-    chosen = plan("hsr", keys=keys, queries=queries, group=3)
+    sizes = {"keys": keys, "queries": queries, "heads": 3, "kv_heads": 1}
+    chosen = plan("hsr", **sizes)
     assert 1 <= chosen.tile <= queries and chosen.capacity >= 1
     assert chosen.capacity <= -(-keys // 32) * 32
-    assert plan("hsr", capacity=3).capacity == 3
+    assert plan("hsr", **sizes, capacity=3).capacity == 3
+    assert plan(**sizes).implementation in planner.IMPLEMENTATIONS

@@ -1,0 +1,182 @@
+"""Dense or reported, decided inside the call by how many keys are reported.
+
+A look at a sample of the sketch comes first. Where so many keys survive that gathering
+them would cost more than scoring all, dense attention runs at once. After the scan of
+the whole sketch the survivors are counted, and the same choice is made again, so that a
+sample which promised too little costs one scan and no more. Exact either way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from hsrjax import bitset, bounds, dense, reported
+from hsrjax.activations import Activation
+from hsrjax.bitset import WORD
+from hsrjax.index import Index
+from hsrjax.layout import from_tiles
+from hsrjax.planner import Plan
+from hsrjax.query import trips
+from hsrjax.reported import Info, Tiles, Values
+
+_SLICES = 8
+"""Runs of keys in a sample."""
+_SHARE = 64
+"""A sample is one key in this many."""
+_MOST_WORDS = 8
+_TILES = 8
+"""Tiles of queries that are looked at."""
+
+
+def attend(
+    activation: Activation,
+    index: Index,
+    values: Values,
+    cut: Callable[[int], Tiles],
+    *,
+    length: int,
+    heads: int,
+    plan: Plan,
+) -> tuple[jax.Array, Info]:
+    """Carries out a plan on an index.
+
+    Args:
+      activation: any that the plan was made for.
+      index: not reordered, batch axes *B = [B, K].
+      values: rows f[B, K, P, D].
+      cut: makes tiles of so many query positions.
+      length: T query positions.
+      heads: N query heads.
+      plan: "dense", "hsr" or, to choose here, "auto" with what is expected.
+
+    Returns:
+      f32[B, T, N, D] and Info, each [B, T, N]. Under vmap one choice is made for all
+      that is mapped over.
+    """
+
+    def scored() -> tuple[jax.Array, Info]:
+        return uncut(dense.attend(activation, index.keys, values, cut(length)))
+
+    def uncut(result):
+        return jax.tree.map(lambda x: from_tiles(x, length=length, heads=heads), result)
+
+    if plan.implementation == "dense":
+        return scored()
+    tiles = cut(plan.tile)
+    choose = lambda: reported.report(
+        activation, index, tiles, capacity=plan.capacity, parts=plan.parts
+    )
+    gather = lambda sets: uncut(
+        reported.attend_sets(
+            activation, index, values, tiles, sets, capacity=plan.capacity
+        )
+    )
+    expected = plan.expected
+    if expected is None:
+        return gather(choose())
+    passes = expected_passes(index, tiles, plan)
+    excess = expected.hsr + expected.one_pass * passes - expected.dense
+    dense_wins = _together(excess) > 0
+    shapes = jax.eval_shape(choose)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sets = jax.lax.cond(dense_wins, lambda: nothing, choose)
+    passes = jnp.sum(jax.vmap(lambda words: trips(words, plan.capacity))(sets.words))
+    excess = expected.one_pass * passes.astype(jnp.float32) - expected.dense
+    dense_wins |= _together(excess) > 0
+    # Under grad a cond keeps what either side needs: of dense attention its inputs.
+    return jax.lax.cond(dense_wins, jax.checkpoint(scored), lambda: gather(sets))
+
+
+@jax.custom_batching.custom_vmap
+def _together(excess: jax.Array) -> jax.Array:
+    """Under vmap the sum over what is mapped over: one choice, so a cond stays one."""
+    return excess
+
+
+@_together.def_vmap
+def _together_batched(axis_size, in_batched, excess):
+    del axis_size
+    (batched,) = in_batched
+    return _together(jnp.sum(excess, axis=0) if batched else excess), False
+
+
+def expected_passes(index: Index, tiles: Tiles, plan: Plan) -> jax.Array:
+    """Passes, f32, that all tiles are expected to need, from a sample of them."""
+    index, tiles = jax.lax.stop_gradient((index, tiles))
+    count = tiles.offsets.shape[0]
+    sampled = min(count, _TILES)
+    step = count / sampled
+    at = jnp.array([int((i + 0.5) * step) for i in range(sampled)], jnp.int32)
+    some = jax.tree.map(lambda x: x[at], tiles) if sampled < count else tiles
+    fullest = jax.lax.map(lambda tile: _expected_fullest(index, tile, plan.parts), some)
+    return step * jnp.sum(jnp.ceil(fullest / plan.capacity))
+
+
+def _expected_fullest(index: Index, tile: Tiles, parts: int) -> jax.Array:
+    """Size, f32, of the largest set that a tile is expected to report.
+
+    Bounds some keys in runs spread over those that the tile sees. A low estimate: where
+    it is too low, one scan is lost.
+    """
+    blocks = index.alive.shape[-1]
+    words = min(max(1, blocks // (_SHARE * _SLICES)), _MOST_WORDS)
+    runs = min(_SLICES, blocks // words)
+    low, high = tile.visible.spans()[-1]
+    step = (high - low) / runs
+
+    def look(i, tally):
+        middle = low.astype(jnp.float32) + (i.astype(jnp.float32) + 0.5) * step
+        first = middle.astype(jnp.int32) // WORD - words // 2
+        first = jnp.clip(first, 0, blocks - words)
+        passing, seen = _look(index, tile, first, words)
+        found = _sizes(passing & seen, parts), _sizes(seen, parts)
+        return jax.tree.map(jnp.add, tally, found)
+
+    zeros = jnp.zeros((*tile.offsets.shape[:-1], parts), jnp.int32)
+    hits, used = jax.lax.fori_loop(0, runs, look, (zeros, zeros))
+    there = tile.visible.count()
+    there = jnp.max(there.reshape(*zeros.shape, -1), axis=-1)
+    hits, used, there = (x.astype(jnp.float32) for x in (hits, used, there))
+    return jnp.max((hits - jnp.sqrt(hits)) * there / jnp.maximum(used, 1.0))
+
+
+def _look(index: Index, tile: Tiles, first: jax.Array, words: int):
+    """Which of 32 words keys may be members, and which are seen, bool[*B, Q, 32 words].
+
+    Args:
+      index: batch axes *B.
+      tile: Q queries.
+      first: i32 scalar, block that the run begins with.
+      words: blocks of the run, static.
+    """
+
+    def cut(x, unit=1):
+        start = first * unit
+        return jax.lax.dynamic_slice_in_dim(x, start, words * unit, axis=-1)
+
+    sketch = index.sketch
+    run = dataclasses.replace(
+        sketch,
+        codes=cut(sketch.codes, WORD),
+        scale=cut(sketch.scale),
+        spread=cut(sketch.spread),
+        radius=cut(sketch.radius),
+    )
+    query_sketch = bounds.sketch_query(run, tile.queries)
+    lowest = bounds.thresholds(query_sketch, tile.offsets)
+    products = bounds.code_products(run, query_sketch)
+    passing = products.reshape(*lowest.shape, WORD) >= lowest[..., None]
+    slots = first * WORD + bitset.positions(words * WORD, products.ndim)
+    alive = bitset.unpack(cut(index.alive))[..., None, :]
+    return passing.reshape(products.shape), tile.visible.mask(slots) & alive
+
+
+def _sizes(members: jax.Array, parts: int) -> jax.Array:
+    """Sizes i32[*B, J] of the unions over the parts of bool[*B, Q, S]."""
+    *lead, _, size = members.shape
+    unions = jnp.any(members.reshape(*lead, parts, -1, size), axis=-2)
+    return jnp.sum(unions, axis=-1, dtype=jnp.int32)

@@ -1,0 +1,238 @@
+"""implementation="auto" that chooses inside the call: exact whatever it chooses."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import extend
+
+import hsrjax
+from hsrjax import planner
+from tests.contract import AttentionContract, inputs, relative_error
+from tests.test_decode import fill
+
+pytestmark = pytest.mark.usefixtures("made_up_costs")
+
+KEYS = 1024
+# Biases, and whether so many keys pass them that dense is expected to be cheaper.
+BIASES = {"none": 1e4, "few": 2.0, "most": -1.0, "all": -1e4}
+CHOOSES_DENSE = {"none": False, "few": False, "most": True, "all": True}
+
+
+class TestPrefill(AttentionContract):
+    def attend(self, *arrays, **options):
+        return hsrjax.attention(
+            *arrays, **options, implementation="auto", capacity=7, return_info=True
+        )
+
+    # As dense or as hsr: the planner chooses these from their shapes alone.
+    test_epsilon_keeps_its_promises = None
+    test_zero_inputs = None
+    test_low_precision_inputs = None
+
+
+def cached(keys=KEYS, batch=1):
+    query, key, value, _ = inputs((batch, 1, keys, 4, 2, 16, 8))
+    return query, fill(key, value)
+
+
+def decode(query, cache, bias, implementation="auto", **options):
+    activation = hsrjax.ReLU(power=2, bias=bias, normalize="none")
+    return hsrjax.decode_attention(
+        query,
+        cache,
+        activation=activation,
+        implementation=implementation,
+        **{"capacity": 32} | options,
+    )
+
+
+def chose_dense(info, seen=KEYS):
+    """Whether every key was looked at, though not all are reported."""
+    everything = np.asarray(info.candidates == seen)
+    assert everything.all() or not everything.any()
+    return bool(everything.all())
+
+
+@pytest.mark.parametrize("share", BIASES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_decoding_takes_the_cheaper_way(share, batch):
+    query, cache = cached(batch=batch)
+    bias = jnp.float32(BIASES[share])
+    out, info = decode(query, cache, bias)
+    expected, dense_info = decode(query, cache, bias, "dense")
+    assert relative_error(out, expected) <= 1e-5
+    np.testing.assert_array_equal(info.count, dense_info.count)
+    assert chose_dense(info) == CHOOSES_DENSE[share]
+    assert chose_dense(dense_info)
+    if not CHOOSES_DENSE[share]:
+        _, reported = decode(query, cache, bias, "hsr")
+        chex.assert_trees_all_equal(info, reported)
+
+
+@pytest.mark.parametrize("share", BIASES)
+def test_prefill_takes_the_cheaper_way(share):
+    query, key, value, _ = inputs((2, 300, 300, 4, 2, 16, 8))
+    bias = jnp.float32(BIASES[share])
+    attend = functools.partial(
+        hsrjax.attention,
+        query,
+        key,
+        value,
+        activation=hsrjax.ReLU(power=2, bias=bias),
+        capacity=8,
+        return_info=True,
+    )
+    out, info = attend(implementation="auto")
+    expected, dense_info = attend(implementation="dense")
+    assert relative_error(out, expected) <= 1e-5
+    np.testing.assert_array_equal(info.count, dense_info.count)
+    assert chose_dense(info, 300) == (share != "none")  # few a query, many a tile
+
+
+def split_keys(sampled, rest):
+    """A cache in whose sample of the sketch other keys lie than elsewhere.
+
+    The sample are eight runs of one block in the middle of as many parts.
+    """
+    query = jnp.ones((1, 1, 2, 16))
+    position = jnp.arange(4096)
+    inside = jnp.abs(position % 512 - 256) < 64
+    level = jnp.where(inside, sampled, rest)
+    noise = 0.01 * jax.random.normal(jax.random.key(0), (1, 4096, 1, 16))
+    key = noise + level[None, :, None, None] / 16
+    return query, fill(key, jax.random.normal(jax.random.key(1), key.shape))
+
+
+@pytest.mark.parametrize(
+    ("sampled", "rest", "dense"), [(0.0, 2.0, True), (2.0, 0.0, True)]
+)
+def test_a_misleading_sample_changes_no_result(sampled, rest, dense, monkeypatch):
+    query, cache = split_keys(sampled, rest)
+    looks = {}
+    for way in ("auto", "dense", "hsr"):
+        out, info = decode(query, cache, 1.0, way, scale=1.0)
+        looks[way] = out
+    share = float(info.count.max()) / 4096
+    assert share < 0.3 if sampled else share > 0.7  # of all keys: the sample differs
+    out, info = decode(query, cache, 1.0, scale=1.0)
+    assert chose_dense(info, 4096) == dense
+    for way in ("auto", "hsr"):
+        assert relative_error(looks[way], looks["dense"]) <= 1e-5
+
+
+def test_the_sample_is_right_about_keys_in_any_order():
+    """Expected passes are those needed, but for chance, also in a half-full cache."""
+    from hsrjax import adaptive
+    from hsrjax.layout import query_tiles
+    from hsrjax.visible import of_decode
+
+    query, key, value, _ = inputs((1, 1, 8192, 2, 2, 16, 8))
+    cache = hsrjax.extend(hsrjax.init_cache(1, 16384, 2, 16, value_dim=8), key, value)
+    plan = planner.Plan("hsr", 32, 1, 1, None, "")
+
+    @jax.jit
+    def passes(bias, window):
+        activation = hsrjax.ReLU(bias=bias)
+        seen = of_decode(jnp.array([[8191]]), cache.length[:, None])
+        seen = seen._replace(low=seen.high - window)
+        tiles = query_tiles(activation, query, seen, scale=None, kv_heads=2, tile=1)
+        return adaptive.expected_passes(cache.index, tiles, plan)
+
+    for bias in (-0.5, 0.0, 0.5):
+        for window in (8192, 2048):
+            _, info = decode(query, cache, bias, "hsr", window=window)
+            needed = int(info.candidates.max()) / 32
+            assert 0.6 * needed < float(passes(bias, window)) < 1.15 * needed
+    assert float(passes(1e4, 8192)) == 0
+
+
+def test_one_compilation_serves_both_ways(count_traces):
+    counted = count_traces(decode)
+    step = jax.jit(counted)
+    query, cache = cached()
+    ways = {share: chose_dense(step(query, cache, b)[1]) for share, b in BIASES.items()}
+    assert ways == CHOOSES_DENSE and counted.traces == 1
+
+
+def test_under_vmap_one_choice_is_made_for_all():
+    query, cache = cached()
+    mapped = jax.vmap(decode, in_axes=(None, None, 0))
+    few, many, mixed = (
+        jnp.array([BIASES[x] for x in names])
+        for names in (("few", "none"), ("most", "all"), ("few", "most"))
+    )
+    for biases, dense in ((few, False), (many, True), (mixed, None)):
+        out, info = jax.jit(mapped)(query, cache, biases)
+        if dense is None:
+            chose_dense(info)  # one or the other
+        else:
+            assert chose_dense(info) == dense
+        for row, bias in enumerate(biases):
+            expected, _ = decode(query, cache, bias, "dense")
+            assert relative_error(out[row], expected) <= 1e-5
+    # The choice is one number, so that only one side is run.
+    jaxpr = jax.make_jaxpr(jax.vmap(mapped, in_axes=(None, None, 0)))(
+        query, cache, jnp.stack([few, many])
+    )
+    assert [x.shape for x in predicates(jaxpr.jaxpr)] == [(), ()]
+
+
+def predicates(jaxpr):
+    """What the conds of a program with two sides depend on."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "cond":
+            yield equation.invars[0].aval
+        else:
+            for inner in extend.core.jaxprs_in_params(equation.params):
+                yield from predicates(inner)
+
+
+def test_under_scan_every_step_chooses_for_itself():
+    query, cache = cached()
+
+    def step(_, bias):
+        return None, decode(query, cache, bias)
+
+    biases = jnp.array(list(BIASES.values()))
+    _, (out, info) = jax.jit(lambda b: jax.lax.scan(step, None, b))(biases)
+    for row, share in enumerate(BIASES):
+        assert (
+            chose_dense(jax.tree.map(lambda x, i=row: x[i], info))
+            == (CHOOSES_DENSE[share])
+        )
+        expected, _ = decode(query, cache, BIASES[share], "dense")
+        assert relative_error(out[row], expected) <= 1e-5
+
+
+def test_gradients_are_those_of_dense():
+    *arrays, cotangent = inputs((1, 40, 64, 4, 2, 8, 8))
+
+    def loss(arrays, bias, implementation):
+        out, info = hsrjax.attention(
+            *arrays,
+            activation=hsrjax.ReLU(power=2, bias=bias, normalize="none"),
+            implementation=implementation,
+            capacity=8,
+            return_info=True,
+        )
+        return jnp.vdot(out, cotangent), info
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+    for share in BIASES:
+        bias = jnp.float32(BIASES[share])
+        got, info = gradient(arrays, bias, "auto")
+        expected, _ = gradient(arrays, bias, "dense")
+        assert chose_dense(info, 64) == (share != "none")
+        for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+            assert relative_error(one, other) <= 1e-5
+
+
+def test_lowers_for_every_platform():
+    query, cache = cached()
+    shapes = jax.eval_shape(lambda: (query, cache, jnp.float32(0)))
+    exported = jax.export.export(jax.jit(decode), platforms=("cpu", "cuda", "tpu"))
+    assert "callback" not in exported(*shapes).mlir_module()
