@@ -2,8 +2,8 @@
 
 `build`, `query`, `count`, `insert`, `delete` report all stored keys k with
 <a, k> >= b. `attention`, and `init_cache`, `extend`, `decode_attention` for growing
-caches, look only at the keys that fire. `reference` is the slow oracle, `theory` the
-paper's formulas.
+caches, look only at the keys that fire; `explain` says what a call will do.
+`reference` is the slow oracle, `theory` the paper's formulas.
 """
 
 from hsrjax import reference as reference
@@ -15,6 +15,8 @@ from hsrjax.decode import KVCache as KVCache
 from hsrjax.decode import decode_attention as decode_attention
 from hsrjax.decode import extend as extend
 from hsrjax.decode import init_cache as init_cache
+from hsrjax.explain import Explanation as Explanation
+from hsrjax.explain import explain as explain
 from hsrjax.index import Index as Index
 from hsrjax.index import build as build
 from hsrjax.index import delete as delete
@@ -27,6 +29,7 @@ from hsrjax.reported import Info as Info
 __version__ = "0.1.0"
 
 __all__ = (
+    "Explanation",
     "Index",
     "Info",
     "KVCache",
@@ -38,6 +41,7 @@ __all__ = (
     "count",
     "decode_attention",
     "delete",
+    "explain",
     "extend",
     "init_cache",
     "insert",

@@ -16,13 +16,14 @@ FUNCTIONS = {
     "count",
     "decode_attention",
     "delete",
+    "explain",
     "extend",
     "init_cache",
     "insert",
     "query",
 }
 ACTIVATIONS = {"ReLU", "Softmax"}
-RESULTS = {"Index", "Info", "KVCache", "Report"}
+RESULTS = {"Explanation", "Index", "Info", "KVCache", "Report"}
 MODULES = {"reference", "theory"}
 
 

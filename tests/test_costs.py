@@ -1,0 +1,153 @@
+"""The table of costs: packaged, replaced by a file, noticed when it does not fit."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import hsrjax
+from hsrjax import costs
+
+
+def write(file, monkeypatch, **changes):
+    """A table of this machine in a file that HSRJAX_COSTS names, with changes."""
+    packaged = json.loads(costs.PACKAGED.read_text())["cpu"]
+    machine = costs.this_machine()._asdict()
+    backend = machine.pop("backend")
+    table = packaged | machine | {"origin": "measured"} | changes
+    table = {name: x for name, x in table.items() if x is not None}
+    file.write_text(json.dumps({backend: table}))
+    monkeypatch.setenv("HSRJAX_COSTS", str(file))
+    return table
+
+
+def explain():
+    query = jax.ShapeDtypeStruct((1, 1, 2, 8), jnp.float32)
+    key = jax.ShapeDtypeStruct((1, 99, 1, 8), jnp.float32)
+    return hsrjax.explain(query, key, key, activation=hsrjax.ReLU())
+
+
+def test_every_backend_has_packaged_costs():
+    found = json.loads(costs.PACKAGED.read_text())
+    assert set(found) == {"cpu", "gpu", "tpu"}
+    for backend in found:
+        table = costs.parse(found, backend, "costs.json")
+        again = json.loads(json.dumps(costs.to_json(table)))
+        assert again == {backend: found[backend]}
+    assert {found[name]["origin"] for name in ("gpu", "tpu")} == {"estimated"}
+
+
+def test_the_packaged_table_says_where_it_was_measured_and_does_not_warn(monkeypatch):
+    elsewhere = costs.Machine("cpu", "another processor", 64, "1.2.3")
+    monkeypatch.setattr(costs, "this_machine", lambda: elsewhere)
+    table = costs.current()
+    assert table.source == "packaged with hsrjax"
+    assert "another processor with 64 threads, jax 1.2.3" in table.differs
+    assert table.costs.machine.device in table.differs
+    assert table.differs in str(explain())
+
+
+@pytest.mark.parametrize("backend", ["tpu", "rocm"])
+def test_estimates_are_called_estimates(backend, monkeypatch):
+    elsewhere = costs.Machine(backend, "an accelerator", 0, jax.__version__)
+    monkeypatch.setattr(costs, "this_machine", lambda: elsewhere)
+    assert costs.current().differs.startswith("estimated for ")
+    assert "an accelerator" in costs.current().differs
+
+
+def test_a_table_of_this_machine_is_used(monkeypatch, tmp_path):
+    before = explain()
+    assert before.implementation == "dense"
+    write(
+        tmp_path / "mine.json", monkeypatch, dense=[[1.0, 7e6]], gather_row=0.0, probe=0
+    )
+    after = explain()
+    assert after.implementation != "dense" and after.dense_us > 100 * before.dense_us
+    assert after.costs == str(tmp_path / "mine.json") and not after.differs
+    assert "measured on this machine" in str(after)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"device": "A 1000"}, {"threads": 99}, {"jax": "0.0.7"}]
+)
+def test_a_table_of_elsewhere_is_used_with_one_warning(changes, monkeypatch, tmp_path):
+    write(tmp_path / "theirs.json", monkeypatch, probe=4321.0, **changes)
+    with pytest.warns(UserWarning, match=str(next(iter(changes.values())))) as warned:
+        table = costs.current()
+    assert len(warned) == 1 and "theirs.json" in str(warned[0].message)
+    assert str(costs.this_machine()) in str(warned[0].message)
+    assert table.costs.probe == 4321.0
+    with warnings.catch_warnings(action="error"):  # warned of already
+        assert table.differs in str(explain())
+
+
+def test_a_table_of_another_backend_is_not_used(monkeypatch, tmp_path):
+    table = write(tmp_path / "gpu.json", monkeypatch)
+    (tmp_path / "gpu.json").write_text(json.dumps({"gpu": table}))
+    with pytest.warns(UserWarning, match="holds costs of gpu, this is cpu"):
+        assert costs.current().source == "packaged with hsrjax"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"probe": None}, r"cpu\.probe must be a number >= 0, got None"),
+        ({"probe": -1}, r"cpu\.probe must be a number >= 0, got -1"),
+        ({"probe": "fast"}, r"cpu\.probe must be a number >= 0, got 'fast'"),
+        ({"build": float("nan")}, r"cpu\.build must be a number >= 0, got nan"),
+        ({"dense": []}, r"cpu\.dense must be a list of \[amount, ns\]"),
+        ({"scan": [[2, 1], [1, 2]]}, r"cpu\.scan must be .* ascending"),
+        ({"scan": [[0, 1]]}, r"cpu\.scan must be"),
+        ({"device": 3}, r"cpu\.device must be a string"),
+        ({"threads": 1.5}, r"cpu\.threads must be an integer"),
+        ({"origin": "guessed"}, r"cpu\.origin must be one of"),
+        ({"prob": 1}, r"unknown field cpu\.prob"),
+    ],
+)
+def test_mistakes_name_file_and_field(changes, message, monkeypatch, tmp_path):
+    write(tmp_path / "bad.json", monkeypatch, **changes)
+    with pytest.raises(ValueError, match=rf"bad\.json: .*{message}"):
+        explain()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "cpu must be an object"),
+        ("{}", "cpu must be an object"),
+        ('{"cpu": 3}', "cpu must be an object"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_other_files_are_named(text, message, monkeypatch, tmp_path):
+    file = tmp_path / "other.json"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setenv("HSRJAX_COSTS", str(file))
+    with pytest.raises(ValueError, match=rf"HSRJAX_COSTS=.*other\.json.*{message}"):
+        explain()
+
+
+def test_what_is_asked_for_needs_no_table(monkeypatch):
+    monkeypatch.setenv("HSRJAX_COSTS", "nowhere.json")
+    x = jnp.ones((1, 2, 1, 8))
+    for name in ("dense", "hsr"):
+        hsrjax.attention(x, x, x, activation=hsrjax.ReLU(), implementation=name)
+
+
+def test_curves_are_straight_between_their_points():
+    curve = ((10.0, 5.0), (1000.0, 500.0), (4000.0, 4000.0))
+    at = {1: 5, 10: 5, 100: 50, 1000: 500, 2000: 500 * 8**0.5, 4000: 4000, 8000: 8000}
+    for amount, ns in at.items():
+        assert costs.interpolate(curve, amount) == pytest.approx(ns)
+
+
+def test_the_default_device_can_be_another():
+    with jax.default_device(jax.devices()[3]):
+        assert costs.default_device() == jax.devices()[3]
+    with jax.default_device("cpu"):
+        assert costs.default_device().platform == "cpu"
+    assert costs.default_device() == jax.devices()[0]
