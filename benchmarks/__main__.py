@@ -1,7 +1,8 @@
 """`python -m benchmarks COMMAND`: measures, prints ratios, writes results.
 
 A command is a module here with a dataclass `Command`, made of `common.Settings`, and a
-function `run(command) -> common.Results`; naming it below is all that it takes.
+function `run(command) -> common.Results`; naming it below is all that it takes. One
+that writes something else than a folder of results has a function `finish` as well.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ COMMANDS = {
     "train": "the same with its gradients",
     "query": "half-space reporting against range search libraries",
     "grid": "auto against the better of dense and hsr, everywhere",
+    "calibrate": "what work costs here: the table that auto chooses by",
 }
 MODULES = {"train": "training"}
 """Where a command's module has another name."""
@@ -43,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         module = _module(words[0])
         command = parse(module.Command, words[1:], prog=f"{PROG} {words[0]}")
         results = module.run(command)
-        return _finish(words, command, results)
+        return getattr(module, "finish", _finish)(words, command, results)
     except (ValueError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2

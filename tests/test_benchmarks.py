@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 import hsrjax
 from benchmarks import (
+    calibrate,
     capture,
     causal,
     chunked,
@@ -34,6 +35,7 @@ from benchmarks import (
 )
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.common import Unavailable
+from hsrjax import costs, planner
 from models.config import ModelConfig
 from models.load import save_run
 from models.transformer import Transformer
@@ -97,7 +99,7 @@ def small_runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", list(COMMANDS))
+@pytest.mark.parametrize("name", list(COLUMNS))
 def test_small_run(name, small_runs, capsys):
     status, found, folder = small_runs(name, capsys)
     assert status == 0 and found["wrong"] == []
@@ -228,6 +230,7 @@ def test_interrupted_writing_leaves_what_was_there(monkeypatch, tmp_path):
         "query --batches 0",
         "grid --percents 0",
         "grid --inputs captured",
+        "calibrate --repeats 0",
     ],
 )
 def test_refusals_are_one_sentence(words, capsys, tmp_path):
@@ -236,6 +239,60 @@ def test_refusals_are_one_sentence(words, capsys, tmp_path):
     assert printed.out == "" and list(tmp_path.iterdir()) == []
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert "Error parsing" not in printed.err
+
+
+def test_calibrated_costs_are_those_of_this_machine(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "new" / "mine.json"
+    words = ["calibrate", "--quick", "--repeats", "1", "--json", "--out", str(file)]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    assert found["file"] == str(file) and list(file.parent.iterdir()) == [file]
+    assert "decode step" in printed and f"HSRJAX_COSTS={file}" in printed
+    monkeypatch.setenv("HSRJAX_COSTS", str(file))
+    table = costs.current()  # any warning is an error here
+    assert table.source == str(file) and table.differs == ""
+    named = {row["cost"]: row["ns"] for row in found["rows"] if "amount" not in row}
+    assert {name: getattr(table.costs, name) for name in named} == named
+    assert [list(x) for x in table.costs.dense] == [
+        [row["amount"], row["ns"]] for row in found["rows"] if row["cost"] == "dense"
+    ]
+    # Longer rows cost more, whatever else this machine is busy with.
+    assert table.costs.gather_row + table.costs.gather_number > 0
+    assert found["summary"]["machine"]["device"] == table.costs.machine.device
+
+
+def test_solved_costs_give_the_times_back():
+    """Times worked out from known costs lead to these costs, and to the same times."""
+    known = dict.fromkeys(
+        ("top_r_dense", "top_r_hsr", "epsilon_dense", "epsilon_hsr"), 3.0
+    )
+    known |= {"dense_product": 0.02, "scan_product": 0.004, "build": 1.5, "probe": 9e3}
+    known |= {"gather_row": 30.0, "gather_number": 0.3, "gather_product": 0.01}
+    curves = ((1e3, 4e4), (1e9, 9e8)), ((1e3, 1e5), (1e9, 2e8))
+    table = costs.Costs(
+        machine=costs.this_machine(),
+        origin="measured",
+        dense=curves[0],
+        scan=curves[1],
+        **known,
+    )
+    shape = hsrjax.shape.Shape(1, 2048, 2048, 8, 4, 64, 64)
+    plan = planner.slots(shape)
+    expected = planner.expect(hsrjax.ReLU(), shape, plan, table=table)
+    passes = -(-2048 // plan.capacity) * -(-2048 // plan.tile)
+    times = {
+        "dense": expected.dense,
+        "none": expected.hsr,
+        "all": expected.hsr + passes * expected.one_pass,
+        "build": 1.5 * 4 * 2048 * 64,
+        "shape": shape,
+        "plan": plan,
+    }
+    slots = [{"slot": 30.0 + 2 * h * (0.3 + 2 * 0.01), "probe": 9e3} for h in (64, 16)]
+    select = {name: known[name] for name in known if name[:3] in ("top", "eps")}
+    solved = calibrate.solve(*curves, *slots, select, times)
+    assert solved == pytest.approx(known, rel=1e-6)
 
 
 def test_help(capsys):

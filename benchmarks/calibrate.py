@@ -1,0 +1,335 @@
+"""`python -m benchmarks calibrate`: what work costs here, for implementation="auto".
+
+Times decode steps and one prefill of hsrjax itself, with inputs that isolate one cost
+each (no key fires, all fire, other head sizes), and solves for the numbers of
+`hsrjax.costs.Costs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import hsrjax
+from benchmarks import growing, inputs, tables
+from benchmarks.common import Results, Settings
+from benchmarks.inputs import Shape, Source
+from benchmarks.timing import Contestant, race
+from hsrjax import adaptive, costs, planner
+from hsrjax import shape as shapes
+from hsrjax.costs import Costs, Curve
+from hsrjax.layout import query_tiles
+from hsrjax.visible import of_decode
+
+OUT = Path("runs/costs.json")
+KEYS = (512, 2048, 8192, 32768, 131072, 524288)
+NONE, ALL = np.inf, -np.inf
+"""Thresholds over which no key fires, and all do."""
+DECODE_ROWS = 2
+"""Query rows of a key head in a decode step here."""
+FEW = 64
+"""Keys that softmax keeps where its choosing is timed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Settings):
+    """Measures the table by which implementation="auto" chooses, and writes it."""
+
+    out: Path | None = None
+    """File of the table: runs/costs.json. HSRJAX_COSTS=FILE makes hsrjax use it."""
+
+    @property
+    def file(self) -> Path:
+        """Where the table goes, with the default resolved."""
+        return self.out or OUT
+
+
+def run(command: Command) -> Results:
+    """Measures everything."""
+    quick = command.quick
+    keys = (512,) if quick else KEYS
+    middle, sequence = (512, 256) if quick else (16384, 2048)
+    steps = len(keys) + 4
+    with tqdm(total=steps * command.rounds, unit="round") as bar:
+        timed = functools.partial(_timed, rounds=command.rounds, bar=bar)
+        curves = _curves(timed, keys, command.seed)
+        wide, narrow = (_slot(timed, middle, h, command.seed) for h in (64, 16))
+        select = _select(timed, middle, command.seed)
+        found = _prefill(timed, sequence, command.seed)
+    dense, scan = curves
+    solved = solve(dense, scan, wide, narrow, select, found)
+    machine = costs.this_machine()
+    table = Costs(machine=machine, origin="measured", dense=dense, scan=scan, **solved)
+    rows = [{"cost": name, "ns": ns} for name, ns in solved.items()]
+    for name, curve in (("dense", dense), ("scan", scan)):
+        rows += [{"cost": name, "amount": amount, "ns": ns} for amount, ns in curve]
+    summary = {"machine": machine._asdict(), **summarize(table)}
+    return Results(rows, {"table": costs.to_json(table), **summary})
+
+
+def finish(words: Sequence[str], command: Command, results: Results) -> int:
+    """Prints, and writes the table whole or not at all."""
+    del words
+    summary = dict(results.summary)
+    table = summary.pop("table")
+    for row in results.rows:
+        amount = f" {row['amount']:>12,.0f}" if "amount" in row else " " * 13
+        print(f"{row['cost']:<15}{amount} {row['ns']:>14,.4g} ns")
+    print(in_words(summary))
+    file = command.file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".new-") as stage:
+        new = Path(stage) / file.name
+        new.write_text(json.dumps(table, indent=2) + "\n")
+        os.replace(new, file)
+    print(f"written: {file}. To use it: export {costs.VARIABLE}={file}")
+    if command.json:
+        found = {"rows": results.rows, "summary": summary, "wrong": results.wrong}
+        print(json.dumps(found | {"file": str(file)}))
+    return 0
+
+
+def summarize(table: Costs) -> dict[str, Any]:
+    """From how many keys on reporting may pay, and which share of them is too many."""
+    relu = hsrjax.ReLU()
+
+    def plan(keys):
+        step = shapes.Shape(1, 1, keys, 8, 4, 64, 64, cached=True)
+        return step, planner.plan(relu, "auto", step, table=table)
+
+    lengths = [2**i for i in range(8, 21)]
+    reported = [n for n in lengths if plan(n)[1].implementation != "dense"]
+    shares = {}
+    for keys in reported:
+        step, chosen = plan(keys)
+        expected = planner.expect(relu, step, chosen, table=table)
+        shares[str(keys)] = min(1.0, planner.break_even(step, chosen, expected))
+    return {"break_even_keys": min(reported, default=None), "break_even_share": shares}
+
+
+def in_words(summary: dict[str, Any]) -> str:
+    """The break-even for people."""
+    least = summary["break_even_keys"]
+    if least is None:
+        return "dense is expected to be faster at every length up to 1,048,576 keys"
+    shares = summary["break_even_share"]
+    some = ", ".join(
+        f"{100 * share:.2g} % at {int(keys):,}"
+        for keys, share in list(shares.items())[::2]
+    )
+    return (
+        f"one decode step, 8 query / 4 key heads of 64: dense below {least:,} keys; "
+        f"from there on dense where more than so many keys are reported: {some}"
+    )
+
+
+def _timed(
+    calls: dict[str, Callable[[], Any]], *, rounds: int, bar: tqdm
+) -> dict[str, float]:
+    """Median nanoseconds of each call; they take turns."""
+    contestants = [
+        Contestant(
+            name,
+            "part",
+            prepare=lambda call=call: lambda: call,
+            finish=lambda _: (),
+        )
+        for name, call in calls.items()
+    ]
+    timings = race(
+        contestants, rounds=rounds, score=lambda *_: None, tick=tables.ticker(bar)
+    )
+    return {name: 1e6 * (timing.ms or 0.0) for name, timing in timings.items()}
+
+
+def _curves(timed, lengths: tuple[int, ...], seed: int) -> tuple[Curve, Curve]:
+    """Dense steps and steps in which no key survives, over lengths."""
+    dense, scan = [], []
+    for keys in lengths:
+        cache = _Cache(Shape(keys=keys), seed)
+        ns = timed({"dense": cache.call("dense", NONE), "hsr": cache.call("hsr", NONE)})
+        numbers = 4 * cache.room * 64
+        dense.append((2 * numbers, ns["dense"]))
+        scan.append((numbers, ns["hsr"]))
+    return tuple(dense), tuple(scan)
+
+
+def _slot(timed, keys: int, head_dim: int, seed: int) -> dict[str, float]:
+    """Nanoseconds for one key and value of this head size; and for a probe."""
+    cache = _Cache(Shape(keys=keys, head_dim=head_dim, value_dim=head_dim), seed)
+    ns = timed(
+        {
+            "none": cache.call("hsr", NONE),
+            "all": cache.call("hsr", ALL),
+            "probe": cache.probe(),
+            "nothing": cache.nothing(),
+        }
+    )
+    capacity = cache.plan().capacity
+    slots = 4 * capacity * -(-keys // capacity)
+    slot = max(0.0, ns["all"] - ns["none"]) / slots
+    return {"slot": slot, "probe": max(0.0, ns["probe"] - ns["nothing"])}
+
+
+def _select(timed, keys: int, seed: int) -> dict[str, float]:
+    """Nanoseconds per score for softmax to choose its keys."""
+    cache = _Cache(Shape(keys=keys), seed)
+    kinds = {
+        "top_r": hsrjax.Softmax(top_r=FEW),
+        "epsilon": hsrjax.Softmax(epsilon=0.1),
+    }
+    ways = [(kind, way) for kind in (*kinds, "relu") for way in ("dense", "hsr")]
+    ns = timed(
+        {
+            # At scale 1 few Gaussian keys hold nearly all of the mass.
+            f"{kind}_{way}": cache.call(way, NONE, softmax=kinds.get(kind))
+            for kind, way in ways
+        }
+    )
+    scores = 8 * cache.room
+    found = {
+        f"{kind}_{way}": max(0.0, ns[f"{kind}_{way}"] - ns[f"relu_{way}"]) / scores
+        for kind, way in ways
+    }
+    return {name: cost for name, cost in found.items() if "relu" not in name}
+
+
+def _prefill(timed, sequence: int, seed: int) -> dict[str, Any]:
+    """A prefill in which no key fires, or all do, dense and reported."""
+    given = inputs.causal(Source(seed=seed), Shape(keys=sequence), 0.01, exact=False)
+    arrays = tuple(map(jnp.asarray, (given.query, given.key, given.value)))
+
+    def call(way, bias):
+        relu = hsrjax.ReLU(power=2, bias=bias, normalize="none")
+        attend = functools.partial(
+            hsrjax.attention, activation=relu, implementation=way
+        )
+        attend = jax.jit(attend)
+        return lambda: jax.block_until_ready(attend(*arrays))
+
+    build = jax.jit(functools.partial(hsrjax.build, reorder=False))
+    keys = jnp.moveaxis(arrays[1], 2, 1)
+    ns = timed(
+        {
+            "dense": call("dense", NONE),
+            "none": call("hsr", NONE),
+            "all": call("hsr", ALL),
+            "build": lambda: jax.block_until_ready(build(keys)),
+        }
+    )
+    step = shapes.of_prefill(*arrays, is_causal=False, window=None, devices=1)
+    return ns | {"shape": step, "plan": planner.plan(hsrjax.ReLU(), "hsr", step)}
+
+
+def solve(
+    dense_curve: Curve,
+    scan_curve: Curve,
+    wide: dict[str, float],
+    narrow: dict[str, float],
+    select: dict[str, float],
+    prefill: dict[str, Any],
+) -> dict[str, float]:
+    """The numbers of `Costs` from what was timed; noise makes none of them negative.
+
+    Args:
+      dense_curve: of `Costs`.
+      scan_curve: of `Costs`.
+      wide: of `_slot`, heads of 64.
+      narrow: of `_slot`, heads of 16.
+      select: costs for softmax to choose.
+      prefill: of `_prefill`.
+    """
+    step, plan = prefill["shape"], prefill["plan"]
+    codes = step.sets * step.keys * step.head_dim
+    further = step.rows - DECODE_ROWS
+    dense = prefill["dense"] - costs.interpolate(dense_curve, 2 * codes)
+    scan = prefill["none"] - prefill["build"]
+    scan -= costs.interpolate(scan_curve, codes)
+    # A slot costs row + 2 H (number + rows product).
+    number = max(0.0, wide["slot"] - narrow["slot"]) / (2 * (64 - 16))
+    row = max(0.0, narrow["slot"] - 2 * 16 * number)
+    part_rows = plan.tile * step.group / plan.parts
+    passes = -(-step.keys // plan.capacity) * -(-step.queries // plan.tile)
+    slots = step.sets * plan.parts * plan.capacity * passes
+    slot = (prefill["all"] - prefill["none"]) / slots
+    product = (slot - row) / (2 * step.head_dim) - number
+    product = max(0.0, product) / (part_rows - DECODE_ROWS)
+    number = max(0.0, number - DECODE_ROWS * product)
+    return {
+        "dense_product": max(0.0, dense) / (2 * codes * further),
+        "scan_product": max(0.0, scan) / (codes * further),
+        "build": prefill["build"] / codes,
+        "probe": wide["probe"],
+        "gather_row": row,
+        "gather_number": number,
+        "gather_product": product,
+        **select,
+    }
+
+
+class _Cache:
+    """Calls on one cache."""
+
+    def __init__(self, shape: Shape, seed: int):
+        given = inputs.decode(Source(seed=seed), shape, 1)
+        self.inner = growing.Growing(dataclasses.replace(given, normalize="none"))
+        self.inner.refresh()
+        assert self.inner.cache is not None
+        self.cache: hsrjax.KVCache = self.inner.cache
+        self.room = self.cache.index.keys.shape[-2]
+
+    def plan(self) -> planner.Plan:
+        """Of a step by hsr."""
+        keys, values = self.cache.index.keys, self.cache.values.rows
+        step = shapes.of_decode(self.inner.query, keys, values, devices=1)
+        return planner.plan(hsrjax.ReLU(), "hsr", step)
+
+    def call(self, way: Any, bias: float, *, softmax: Any = None):
+        """A step in which the keys above the bias fire."""
+        relu = hsrjax.ReLU(power=2, bias=bias, normalize="none")
+        step = functools.partial(
+            hsrjax.decode_attention,
+            activation=relu if softmax is None else softmax,
+            implementation=way,
+            scale=1.0,
+        )
+        step = jax.jit(step)
+        return lambda: jax.block_until_ready(step(self.inner.query, self.cache))
+
+    def probe(self):
+        """A look at the sample alone."""
+        return self._call(adaptive.expected_passes)
+
+    def nothing(self):
+        """What any call costs."""
+        return self._call(lambda index, tiles, plan: tiles.offsets)
+
+    def _call(self, function):
+        plan, relu = self.plan(), hsrjax.ReLU(bias=NONE)
+
+        @jax.jit
+        def called(query, cache):
+            length = cache.length[:, None]
+            seen = of_decode(length - 1, length)
+            tiles = query_tiles(
+                relu,
+                query,
+                seen,
+                scale=1.0,
+                kv_heads=cache.index.keys.shape[1],
+                tile=plan.tile,
+            )
+            return function(cache.index, tiles, plan)
+
+        return lambda: jax.block_until_ready(called(self.inner.query, self.cache))
