@@ -60,8 +60,8 @@ def attention(
       A row in which no key fires is zero, and so are its gradients. A NaN key makes
       exactly the rows that see it NaN; a NaN value spoils its coordinate in all rows
       but empty ones, as it does in a dense product. Cost and memory: see
-      `hsrjax.prefill` for "hsr"; "dense" takes O(B N T S) memory. First derivatives
-      only for "hsr".
+      `hsrjax.prefill` for "hsr"; "dense" costs O(B N T S) and takes memory O(T + S).
+      Forward mode and second derivatives only for "dense" with B N T S up to 2**22.
 
     Raises:
       ValueError: shapes that do not fit, unknown names, capacity < 1, window without
@@ -89,6 +89,7 @@ def attention(
         queries=query.shape[1],
         keys=key.shape[1],
         group=query.shape[2] // key.shape[2],
+        heads=query.shape[0] * query.shape[2],
         capacity=capacity,
     )
     out, info = _attend(
@@ -102,13 +103,27 @@ def attention(
         window=window,
         sinks=sinks,
         plan=plan,
+        counted=return_info,
     )
     return (out, info) if return_info else out
 
 
-@functools.partial(jax.jit, static_argnames=("is_causal", "window", "sinks", "plan"))
+@functools.partial(
+    jax.jit, static_argnames=("is_causal", "window", "sinks", "plan", "counted")
+)
 def _attend(
-    query, key, value, segment_ids, activation, scale, *, is_causal, window, sinks, plan
+    query,
+    key,
+    value,
+    segment_ids,
+    activation,
+    scale,
+    *,
+    is_causal,
+    window,
+    sinks,
+    plan,
+    counted,
 ):
     """Carries out the plan; jitted for the sake of callers outside jit."""
     t, n = query.shape[1:3]
@@ -122,10 +137,17 @@ def _attend(
         )
     else:
         tiles = query_tiles(
-            activation, query, seen, scale=scale, kv_heads=kv_heads, tile=t
+            activation, query, seen, scale=scale, kv_heads=kv_heads, tile=plan.tile
         )
         values = summarize_values(heads_first(value))
-        out, info = dense.attend(activation, heads_first(key), values, tiles)
+        out, info = dense.attend(
+            activation,
+            heads_first(key),
+            values,
+            tiles,
+            chunk=plan.chunk,
+            counted=counted,
+        )
         out, info = jax.tree.map(
             lambda x: from_tiles(x, length=t, heads=n), (out, info)
         )

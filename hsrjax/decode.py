@@ -226,6 +226,7 @@ def decode_attention(
         queries=query.shape[1],
         keys=cache.max_length,
         group=query.shape[2] // cache.index.keys.shape[1],
+        heads=query.shape[0] * query.shape[2],
         capacity=capacity,
     )
     return _decode(
@@ -261,7 +262,9 @@ def _decode(query, cache, activation, scale, positions, *, window, sinks, plan):
             parts=plan.parts,
         )
     else:
-        out, info = dense.attend(activation, keys, cache.values, tiles)
+        out, info = dense.attend(
+            activation, keys, cache.values, tiles, chunk=plan.chunk
+        )
     out, info = jax.tree.map(lambda x: from_tiles(x, length=t, heads=n), (out, info))
     return out.astype(query.dtype), info
 

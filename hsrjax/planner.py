@@ -20,6 +20,11 @@ _LEAST_KEYS = 4096
 _LEAST_SLOTS = 256
 _MOST_SLOTS = 1024
 _SLOT_SHARE = 64
+_LEAST_QUERIES = 8
+_SCORES_AT_ONCE = 2**22
+_CHUNK_SCORES = 2**20
+_LEAST_SIDE = 128
+_MOST_SIDE = 512
 
 
 class Plan(NamedTuple):
@@ -31,6 +36,7 @@ class Plan(NamedTuple):
       tile: query positions of one tile.
       parts: runs of a tile's positions that gather keys of their own.
       reason: one sentence for people.
+      chunk: keys that a dense tile scores at once, None is all.
     """
 
     implementation: str
@@ -38,6 +44,7 @@ class Plan(NamedTuple):
     tile: int
     parts: int
     reason: str
+    chunk: int | None = None
 
 
 def plan(
@@ -47,6 +54,7 @@ def plan(
     queries: int,
     keys: int,
     group: int,
+    heads: int | None = None,
     capacity: int | None = None,
 ) -> Plan:
     """Chooses for T query positions against S keys.
@@ -57,6 +65,7 @@ def plan(
       queries: T.
       keys: S.
       group: query heads per key head.
+      heads: query heads of all batch rows, N B; None is `group`.
       capacity: slots of one gather, or None to choose.
 
     Raises:
@@ -70,17 +79,52 @@ def plan(
         _round_up(keys),
         _round_up(min(max(_LEAST_SLOTS, keys // _SLOT_SHARE), _MOST_SLOTS)),
     )
+    rows, chunk = dense_tiling(
+        activation, queries=queries, keys=keys, heads=heads or group
+    )
     if isinstance(activation, Softmax) and activation.is_full:
-        return Plan("dense", slots, queries, 1, "full softmax leaves no key out")
+        return Plan("dense", slots, rows, 1, "full softmax leaves no key out", chunk)
     if implementation != "auto":
         if implementation == "dense":
-            return Plan("dense", slots, queries, 1, "asked for")
+            return Plan("dense", slots, rows, 1, "asked for", chunk)
         return Plan("hsr", slots, tile, parts, "asked for")
     if keys < _LEAST_KEYS:
         reason = f"below {_LEAST_KEYS} keys the sketch costs more than it saves"
-        return Plan("dense", slots, queries, 1, reason)
+        return Plan("dense", slots, rows, 1, reason, chunk)
     reason = f"from {_LEAST_KEYS} keys on reporting is cheaper"
     return Plan("hsr", slots, tile, parts, reason)
+
+
+def dense_tiling(
+    activation: Activation, *, queries: int, keys: int, heads: int
+) -> tuple[int, int | None]:
+    """How dense attention cuts its scores: not where they or the queries are few.
+
+    Args:
+      activation: Softmax(top_r or epsilon) needs whole rows.
+      queries: T.
+      keys: S.
+      heads: query heads of all batch rows.
+
+    Returns:
+      Query positions of a tile, and keys scored at once (None is all). On CPU the
+      scores of a tile against a chunk should stay in cache, and all temporaries of a
+      call below 32 MB: beyond, they are mapped anew at every call.
+    """
+    if queries < _LEAST_QUERIES or queries * keys * heads <= _SCORES_AT_ONCE:
+        return queries, None
+    if isinstance(activation, Softmax) and not activation.is_full:
+        return max(1, min(queries, _CHUNK_SCORES // (keys * heads))), None
+    room = _CHUNK_SCORES // heads
+    side = 2 ** ((room.bit_length() - 1) // 2)
+    tile = _even(queries, min(max(_LEAST_SIDE, side), _MOST_SIDE))
+    chunk = min(max(_LEAST_SIDE, room // tile), max(_MOST_SIDE, keys // 8))
+    return tile, min(keys, _round_up(_even(keys, chunk // 32 * 32)))
+
+
+def _even(total: int, most: int) -> int:
+    """The least size of as few parts of at most `most` as make up the total."""
+    return -(-total // -(-total // most))
 
 
 def _tile(queries: int, group: int) -> tuple[int, int]:
