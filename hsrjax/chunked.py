@@ -63,7 +63,7 @@ def _forward(power, chunk, counted, queries, keys, values, offsets, seen):
             weights = _weigh(power, scores, offset, _finite(peak))
             # For ReLU the mask comes last: XLA's CPU backend makes that a faster loop.
             weights = jnp.where(visible, weights, 0.0)
-            weighted += _product("...qc,...cd->...qd", weights, v)
+            weighted += bounds.product("...qc,...cd->...qd", weights, v)
             if not counted:
                 return (weighted, total + jnp.sum(weights, axis=-1), count), peak
             firing = fires(scores, offset[..., None], power=power) & visible
@@ -112,10 +112,10 @@ def _sums_backward(power, chunk, _, residuals, cotangents):
 
             weights, pull = jax.vjp(weights_of, bounds.dot(a, k), offset)
             scores_bar, new_offset = pull(bounds.dot(out_bar, v) + total_bar[..., None])
-            new_keys = _product("...hq,...qc->...hc", a_turned, scores_bar)
-            new_values = _product("...dq,...qc->...dc", out_bar_turned, weights)
+            new_keys = bounds.product("...hq,...qc->...hc", a_turned, scores_bar)
+            new_values = bounds.product("...dq,...qc->...dc", out_bar_turned, weights)
             return (
-                a_bar + _product("...qc,...ch->...qh", scores_bar, k),
+                a_bar + bounds.product("...qc,...ch->...qh", scores_bar, k),
                 offset_bar + new_offset,
                 _add(keys_bar, i, new_keys),
                 _add(values_bar, i, new_values),
@@ -187,10 +187,6 @@ def _sum_both(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     add = lambda sums, new: tuple(a + b for a, b in zip(sums, new, strict=True))
     zeros = jnp.zeros((), x.dtype), jnp.zeros((), y.dtype)
     return jax.lax.reduce((x, y), zeros, add, (x.ndim - 1,))
-
-
-def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def _turn(x: jax.Array) -> jax.Array:

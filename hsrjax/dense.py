@@ -108,12 +108,8 @@ def _attend_tile(activation, keys, values, tile):
     weights = weigh(
         scores, offset[..., None], shift[..., None], power=power, sinks=sinks
     )
-    weighted = jnp.einsum(
-        "...qs,...sd->...qd",
-        weights,
-        values.rows.astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    rows = values.rows.astype(jnp.float32)
+    weighted = bounds.product("...qs,...sd->...qd", weights, rows)
     total = jnp.sum(weights, axis=-1)
     seen = tile.visible.count()
     out = normalize_rows(activation, weighted, total, seen)
