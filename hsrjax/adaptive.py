@@ -41,6 +41,7 @@ def attend(
     length: int,
     heads: int,
     plan: Plan,
+    counted: bool = True,
 ) -> tuple[jax.Array, Info]:
     """Carries out a plan on an index.
 
@@ -52,6 +53,7 @@ def attend(
       length: T query positions.
       heads: N query heads.
       plan: "dense", "hsr" or, to choose here, "auto" with what is expected.
+      counted: False may leave Info.count zero, which saves time.
 
     Returns:
       f32[B, T, N, D] and Info, each [B, T, N]. Under vmap one choice is made for all
@@ -59,7 +61,11 @@ def attend(
     """
 
     def scored() -> tuple[jax.Array, Info]:
-        return uncut(dense.attend(activation, index.keys, values, cut(length)))
+        tiles = cut(plan.dense_tile)
+        found = dense.attend(
+            activation, index.keys, values, tiles, chunk=plan.chunk, counted=counted
+        )
+        return uncut(found)
 
     def uncut(result):
         return jax.tree.map(lambda x: from_tiles(x, length=length, heads=heads), result)
@@ -87,8 +93,10 @@ def attend(
     passes = jnp.sum(jax.vmap(lambda words: trips(words, plan.capacity))(sets.words))
     excess = expected.one_pass * passes.astype(jnp.float32) - expected.dense
     dense_wins |= _together(excess) > 0
-    # Under grad a cond keeps what either side needs: of dense attention its inputs.
-    return jax.lax.cond(dense_wins, jax.checkpoint(scored), lambda: gather(sets))
+    if plan.chunk is None:
+        # Under grad a cond keeps what either side needs: now not all scores.
+        scored = jax.checkpoint(scored)
+    return jax.lax.cond(dense_wins, scored, lambda: gather(sets))
 
 
 @jax.custom_batching.custom_vmap

@@ -43,7 +43,9 @@ def attention(
       value: f[B, S, K, D]; D may differ from H.
       activation: `hsrjax.ReLU` or `hsrjax.Softmax`.
       implementation: "dense" scores every key; "hsr" those that half-space reporting
-        finds; "auto" takes the one expected to be faster.
+        finds; "auto" takes the one expected to be faster, if need be after a look at
+        how many keys fire (`hsrjax.explain` says what it will do). Under vmap it
+        takes one way for all.
       is_causal: query i sees keys 0..i, as in `jax.nn.dot_product_attention`.
       segment_ids: i32[B, S] for rows that hold several documents, T = S. Every run of
         equal ids is a segment, whose queries see its keys alone; an id that comes back
@@ -62,12 +64,13 @@ def attention(
       A row in which no key fires is zero, and so are its gradients. A NaN key makes
       exactly the rows that see it NaN; a NaN value spoils its coordinate in all rows
       but empty ones, as it does in a dense product. Cost and memory: see
-      `hsrjax.prefill` for "hsr"; "dense" takes O(B N T S) memory. First derivatives
-      only for "hsr".
+      `hsrjax.prefill` for "hsr"; "dense" costs O(B N T S) and takes memory O(T + S).
+      Forward mode and second derivatives only for "dense" with B N T S up to 2**22.
 
     Raises:
       ValueError: shapes that do not fit, unknown names, capacity < 1, window without
-        is_causal, sinks where nothing leaves keys out, segment_ids where T != S.
+        is_causal, sinks where nothing leaves keys out, segment_ids where T != S,
+        sizes that do not fit into memory.
       TypeError: unsupported dtypes, or an activation of another kind.
 
     Example:
@@ -105,6 +108,7 @@ def attention(
         window=window,
         sinks=sinks,
         plan=plan,
+        counted=return_info,
     )
     return (out, info) if return_info else out
 
@@ -139,9 +143,22 @@ def plan_call(
     return shape, planner.plan(activation, implementation, shape, capacity=capacity)
 
 
-@functools.partial(jax.jit, static_argnames=("is_causal", "window", "sinks", "plan"))
+@functools.partial(
+    jax.jit, static_argnames=("is_causal", "window", "sinks", "plan", "counted")
+)
 def _attend(
-    query, key, value, segment_ids, activation, scale, *, is_causal, window, sinks, plan
+    query,
+    key,
+    value,
+    segment_ids,
+    activation,
+    scale,
+    *,
+    is_causal,
+    window,
+    sinks,
+    plan,
+    counted,
 ):
     """Carries out the plan; jitted for the sake of callers outside jit."""
     t, n = query.shape[1:3]
@@ -149,18 +166,35 @@ def _attend(
     seen = visible.of_prefill(
         t, s, is_causal=is_causal, window=window, sinks=sinks, segment_ids=segment_ids
     )
-    if plan.implementation != "dense":
-        out, info = prefill(
-            query, key, value, seen, activation=activation, scale=scale, plan=plan
-        )
-    else:
+    if plan.implementation == "dense":
         tiles = query_tiles(
-            activation, query, seen, scale=scale, kv_heads=kv_heads, tile=t
+            activation,
+            query,
+            seen,
+            scale=scale,
+            kv_heads=kv_heads,
+            tile=plan.dense_tile,
         )
         values = summarize_values(heads_first(value))
-        out, info = dense.attend(activation, heads_first(key), values, tiles)
-        out, info = jax.tree.map(
-            lambda x: from_tiles(x, length=t, heads=n), (out, info)
+        found = dense.attend(
+            activation,
+            heads_first(key),
+            values,
+            tiles,
+            chunk=plan.chunk,
+            counted=counted,
+        )
+        out, info = jax.tree.map(lambda x: from_tiles(x, length=t, heads=n), found)
+    else:
+        out, info = prefill(
+            query,
+            key,
+            value,
+            seen,
+            activation=activation,
+            scale=scale,
+            plan=plan,
+            counted=counted,
         )
     return out.astype(query.dtype), info
 

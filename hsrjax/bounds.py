@@ -117,10 +117,17 @@ def dot(queries: jax.Array, keys: jax.Array) -> jax.Array:
 
     This one product, float32 at highest precision, defines membership everywhere.
     """
+    return product(
+        "...qh,...sh->...qs", queries.astype(jnp.float32), keys.astype(jnp.float32)
+    )
+
+
+def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.einsum` of float32 arrays at highest precision."""
     return jnp.einsum(
-        "...qh,...sh->...qs",
-        queries.astype(jnp.float32),
-        keys.astype(jnp.float32),
+        spec,
+        x,
+        y,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )

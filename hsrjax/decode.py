@@ -189,7 +189,7 @@ def decode_attention(
         the keys up to and including that position.
       cache: holds the keys of these positions already.
       activation: `hsrjax.ReLU` or `hsrjax.Softmax`.
-      implementation: "dense", "hsr" or "auto".
+      implementation: "dense", "hsr" or "auto", as in `attention`.
       window: static; a query at position p sees positions p - window + 1 to p.
       sinks: static; the first so many tokens of each row stay visible outside the
         window, and under Softmax(top_r or epsilon) are always kept, as in `attention`.
@@ -205,7 +205,7 @@ def decode_attention(
 
     Raises:
       ValueError: shapes that do not fit, unknown names, capacity < 1, window < 1,
-        sinks where nothing leaves keys out.
+        sinks where nothing leaves keys out, sizes that do not fit into memory.
       TypeError: unsupported dtypes, or an activation of another kind.
 
     Example:

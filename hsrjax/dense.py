@@ -1,14 +1,19 @@
 """Dense attention: every visible key is scored.
 
-The oracle, and the fast path for short rows. Differentiated by JAX itself.
+The oracle, and the fast path for short rows. Short rows are scored at once and
+differentiated by JAX itself; long ones in chunks of keys (`hsrjax.chunked`) or, where
+softmax selects keys and so must see whole rows, one tile of queries after the other.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from hsrjax import bitset, bounds, certificates
+from hsrjax import bitset, bounds, certificates, chunked
 from hsrjax.activations import (
     Activation,
     Softmax,
@@ -19,9 +24,17 @@ from hsrjax.activations import (
 )
 from hsrjax.reported import Info, Tiles, Values
 
+_SELECTION = "selection"
+
 
 def attend(
-    activation: Activation, keys: jax.Array, values: Values, tiles: Tiles
+    activation: Activation,
+    keys: jax.Array,
+    values: Values,
+    tiles: Tiles,
+    *,
+    chunk: int | None = None,
+    counted: bool = True,
 ) -> tuple[jax.Array, Info]:
     """Attention of tiles of queries over all their visible keys.
 
@@ -29,42 +42,84 @@ def attend(
       activation: any.
       keys: f[*B, S, H].
       values: rows f[*B, S, D].
-      tiles: M tiles of Q queries; dense attention needs no more than one.
+      tiles: M tiles of Q queries, attended to one after the other.
+      chunk: C, keys scored at once; None is all of them, and needed by
+        Softmax(top_r or epsilon).
+      counted: False may leave Info.count zero, which saves time.
 
     Returns:
       Outputs f32[M, *B, Q, D] and Info, each [M, *B, Q]. Cost O(S (H + D)) a query,
-      memory O(M Q S).
+      memory O(Q C) beside operands and results. First derivatives only with chunks.
     """
+    if chunk is not None:
+        return _attend_chunks(
+            activation, keys, values, tiles, chunk=chunk, counted=counted
+        )
+    if tiles.offsets.shape[0] == 1:
+        tile = jax.tree.map(lambda x: x[0], tiles)
+        out = _attend_tile(activation, keys, values, tile)
+        return jax.tree.map(lambda x: x[None], out)
+    keys = keys.astype(jnp.float32)  # gradients are summed over tiles in this dtype
+    values = values._replace(rows=values.rows.astype(jnp.float32))
+
+    # The backward pass makes the scores again, but does not select again.
+    policy = jax.checkpoint_policies.save_only_these_names(_SELECTION)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+    def one_tile(tile):
+        return _attend_tile(activation, keys, values, tile)
+
+    return jax.lax.map(one_tile, tiles)
+
+
+def _attend_chunks(activation, keys, values, tiles, *, chunk, counted):
+    """`attend` in linear memory, for ReLU and full softmax."""
+    power, offsets = power_of(activation), tiles.offsets
+    weighted, total, count = chunked.sums(
+        power,
+        chunk,
+        counted,
+        tiles.queries,
+        keys,
+        values.rows,
+        jnp.full_like(offsets, -jnp.inf) if power is None else offsets,
+        tiles.visible,
+    )
+    weighted = weighted + values.poison[..., None, :][None]
+    seen = tiles.visible.count()
+    out = normalize_rows(activation, weighted, total, seen)
+    zeros = jnp.zeros_like(total)
+    info = Info(count, seen, jnp.zeros(count.shape, jnp.bool_), zeros, zeros)
+    return out, jax.lax.stop_gradient(info)
+
+
+def _attend_tile(activation, keys, values, tile):
+    """`attend` for one tile, its axis left out, with all scores at once."""
     power = power_of(activation)
-    slot = bitset.positions(keys.shape[-2], tiles.offsets.ndim + 1)
-    visible, sinks = tiles.visible.mask(slot), tiles.visible.sinks(slot)
-    scores = bounds.dot(tiles.queries, keys[None])
-    scores = jnp.where(visible, scores, -jnp.inf)
-    zeros = jnp.zeros_like(tiles.offsets)
-    selection = certificates.Selection(tiles.offsets, zeros, zeros, zeros)
+    slot = bitset.positions(keys.shape[-2], keys.ndim)
+    visible, sinks = tile.visible.mask(slot), tile.visible.sinks(slot)
+    scores = jnp.where(visible, bounds.dot(tile.queries, keys), -jnp.inf)
+    zeros = jnp.zeros_like(tile.offsets)
+    selection = certificates.Selection(tile.offsets, zeros, zeros, zeros)
     if isinstance(activation, Softmax):
         selection = _select(activation, jax.lax.stop_gradient(scores), sinks)
+        selection = checkpoint_name(selection, _SELECTION)
     offset, shift = selection.offset, selection.shift
     weights = weigh(
         scores, offset[..., None], shift[..., None], power=power, sinks=sinks
     )
-    weighted = jnp.einsum(
-        "...qs,...sd->...qd",
-        weights,
-        values.rows[None].astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    rows = values.rows.astype(jnp.float32)
+    weighted = bounds.product("...qs,...sd->...qd", weights, rows)
     total = jnp.sum(weights, axis=-1)
-    seen = tiles.visible.count()
+    seen = tile.visible.count()
     out = normalize_rows(activation, weighted, total, seen)
     firing = fires(scores, offset[..., None], power=power, sinks=sinks)
     count = jnp.sum(visible & firing, axis=-1, dtype=jnp.int32)
     missed = bound = jnp.zeros_like(total)
     if isinstance(activation, Softmax) and not activation.is_full:
-        rounding = _score_rounding(keys, tiles.queries)
-        value_bound = values.bound[..., None][None]
+        rounding = _score_rounding(keys, tile.queries)
         missed, bound = certificates.error_bound(
-            selection, total, count, value_bound, rounding
+            selection, total, count, values.bound[..., None], rounding
         )
     overflow = jnp.zeros(count.shape, jnp.bool_)
     info = Info(count, seen, overflow, missed, bound)
@@ -97,4 +152,4 @@ def _score_rounding(keys: jax.Array, queries: jax.Array) -> jax.Array:
     longest = jnp.max(bounds.norm(keys.astype(jnp.float32)), axis=-1)
     h = keys.shape[-1]
     length = bounds.norm(queries)
-    return (2 * h + 32) * 2.0**-24 * length * longest[..., None][None]
+    return (2 * h + 32) * 2.0**-24 * length * longest[..., None]

@@ -177,17 +177,14 @@ def explain(
         shape, plan = plan_decode(
             _shaped(query), cache, positions=_shaped(positions), **shared
         )
-    return _explain(activation, shape, plan, capacity)
+    return _explain(activation, shape, plan)
 
 
-def _explain(
-    activation: Activation, shape: Shape, plan: Plan, capacity: int | None
-) -> Explanation:
+def _explain(activation: Activation, shape: Shape, plan: Plan) -> Explanation:
     """Adds what a plan does not hold: times, memory, and the table they come from."""
-    hsr = planner.slots(shape, capacity)
     table = costs.current()
-    expected = planner.expect(activation, shape, hsr, table=table.costs)
-    tiles = -(-shape.queries // hsr.tile)
+    expected = planner.expect(activation, shape, plan, table=table.costs)
+    tiles = -(-shape.queries // plan.tile)
     softmax = isinstance(activation, Softmax)
     full = softmax and activation.is_full
     survivors = expected.survivors if softmax else tiles * expected.one_pass
@@ -199,14 +196,14 @@ def _explain(
     return Explanation(
         implementation=plan.implementation,
         reason=plan.reason,
-        capacity=hsr.capacity,
-        tile=hsr.tile,
+        capacity=plan.capacity,
+        tile=plan.tile,
         dense_us=expected.dense / 1e3,
         hsr_us=None if full else (expected.hsr + survivors) / 1e3,
-        share_us=tiles * expected.one_pass * shape.keys / hsr.capacity / 1e5,
-        break_even=planner.break_even(shape, hsr, expected),
-        dense_bytes=memory.of_dense(shape),
-        hsr_bytes=memory.of_hsr(shape, tile=hsr.tile, parts=hsr.parts),
+        share_us=tiles * expected.one_pass * shape.keys / plan.capacity / 1e5,
+        break_even=planner.break_even(shape, plan, expected),
+        dense_bytes=memory.of_dense(shape, plan),
+        hsr_bytes=memory.of_hsr(shape, plan),
         available_bytes=memory.available(),
         refused=refused,
         costs=table.source,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +18,33 @@ from hsrjax import checks, costs
 from hsrjax.bitset import WORD
 from hsrjax.shape import Shape
 
+if TYPE_CHECKING:
+    from hsrjax.planner import Plan
+
 VARIABLE = "HSRJAX_MEMORY"
 """Environment variable: bytes that a device may use, instead of all that it has."""
 
 MAX_SLOTS = 2**31 - WORD
 """Slots of a row, and one past the end, are counted in int32."""
 
+_PRODUCTS = 2**20
+"""Products that are held at a time at least; few queries hold all of theirs."""
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
-def of_dense(shape: Shape) -> int:
-    """Bytes of dense attention: float32 scores, weights and the output."""
-    scores = shape.sets * shape.rows * shape.keys
-    return 4 * (2 * scores + _outputs(shape))
+def of_dense(shape: Shape, plan: Plan) -> int:
+    """Bytes of dense attention: the scores of a tile, float32, and the output."""
+    scores = shape.sets * shape.group * plan.dense_tile * (plan.chunk or shape.keys)
+    return 4 * (scores + _outputs(shape))
 
 
-def of_hsr(shape: Shape, *, tile: int, parts: int) -> int:
-    """Bytes of reporting: the index if it is made, the reported sets, the output."""
-    words = -(-shape.queries // tile) * parts * shape.sets * -(-shape.keys // WORD)
-    found = 4 * (words + _outputs(shape))
+def of_hsr(shape: Shape, plan: Plan) -> int:
+    """Bytes of reporting: index if it is made, sets, products of a tile, the output."""
+    parts = -(-shape.queries // plan.tile) * plan.parts
+    words = parts * shape.sets * -(-shape.keys // WORD)
+    products = shape.sets * shape.group * plan.tile * shape.keys
+    found = 4 * (words + min(products, _PRODUCTS) + _outputs(shape))
     if not shape.cached:
         found += of_index(shape.sets, shape.keys, shape.head_dim, itemsize=4)
     return found

@@ -26,6 +26,11 @@ _MEASURED_ROWS = 2
 """Query rows of a key head that the curves of `Costs` were measured with."""
 _EPSILON_SHARE = 0.05
 """Keys that Softmax(epsilon) is expected to keep: what language models do at 0.1."""
+_LEAST_QUERIES = 8
+_SCORES_AT_ONCE = 2**22
+_CHUNK_SCORES = 2**20
+_LEAST_SIDE = 128
+_MOST_SIDE = 512
 
 
 class Expected(NamedTuple):
@@ -52,18 +57,22 @@ class Plan(NamedTuple):
     Attributes:
       implementation: "dense", "hsr", or "auto": the call itself chooses.
       capacity: slots of one gather.
-      tile: query positions of one tile.
+      tile: query positions of one tile of "hsr".
       parts: runs of a tile's positions that gather keys of their own.
-      expected: what the call chooses by, if it does.
+      dense_tile: query positions of one tile of "dense".
+      chunk: keys that a dense tile scores at once, None is all.
       reason: one sentence for people.
+      expected: what the call chooses by, if it does.
     """
 
     implementation: str
     capacity: int
     tile: int
     parts: int
-    expected: Expected | None
+    dense_tile: int
+    chunk: int | None
     reason: str
+    expected: Expected | None = None
 
 
 def plan(
@@ -89,25 +98,29 @@ def plan(
     checks.check_choice("implementation", implementation, IMPLEMENTATIONS)
     if capacity is not None:
         checks.check_positive("capacity", capacity)
-    hsr = slots(shape, capacity)
-    dense = hsr._replace(implementation="dense", tile=shape.queries, parts=1)
+    hsr = lay_out(activation, shape, capacity)
+    dense = hsr._replace(implementation="dense")
     if isinstance(activation, Softmax) and activation.is_full:
         return dense._replace(reason="full softmax leaves no key out")
     if implementation != "auto":
         return hsr if implementation == "hsr" else dense
-    if not memory.fits(memory.of_dense(shape), devices=shape.devices):
-        return hsr._replace(reason="dense attention does not fit into memory")
+    if not memory.fits(memory.of_hsr(shape, hsr), devices=shape.devices):
+        return dense._replace(reason="reporting does not fit into memory")
     expected = expect(activation, shape, hsr, table=table)
     return _choose(activation, shape, hsr, dense, expected)
 
 
-def slots(shape: Shape, capacity: int | None = None) -> Plan:
-    """The plan of reporting, with its tiles and slots."""
+def lay_out(activation: Activation, shape: Shape, capacity: int | None = None) -> Plan:
+    """Tiles, slots and chunks of either way, in a plan of "hsr"."""
     tile, parts = _tile(shape.queries, shape.group)
+    heads = shape.batch * shape.heads
+    dense_tile, chunk = dense_tiling(
+        activation, queries=shape.queries, keys=shape.keys, heads=heads
+    )
     if capacity is None:
         share = max(_LEAST_SLOTS, shape.keys // _SLOT_SHARE)
         capacity = _round_up(min(shape.keys, share, _MOST_SLOTS))
-    return Plan("hsr", capacity, tile, parts, None, "asked for")
+    return Plan("hsr", capacity, tile, parts, dense_tile, chunk, "asked for")
 
 
 def _choose(
@@ -140,15 +153,15 @@ def refuse(shape: Shape, plan: Plan) -> None:
       shape: of the call.
       plan: of the call.
     """
-    remedy = "use fewer queries a call or a smaller batch"
-    if plan.implementation == "dense":
-        what, needed = "dense attention", memory.of_dense(shape)
-        remedy += ", or implementation='hsr' with an activation that leaves keys out"
-    else:
-        what = "attention to reported keys"
-        needed = memory.of_hsr(shape, tile=plan.tile, parts=plan.parts)
-    what = f"{what} of {shape.queries} queries to {shape.keys} keys"
-    memory.check(what, needed, remedy=remedy, devices=shape.devices)
+    dense = plan.implementation == "dense"
+    what = "dense attention" if dense else "attention to reported keys"
+    memory.check(
+        f"{what} of {shape.queries} queries to {shape.keys} keys",
+        (memory.of_dense if dense else memory.of_hsr)(shape, plan),
+        remedy="use fewer queries a call, a smaller batch"
+        + (" or fewer keys" if dense else " or implementation='dense'"),
+        devices=shape.devices,
+    )
 
 
 def break_even(shape: Shape, plan: Plan, expected: Expected) -> float:
@@ -166,7 +179,7 @@ def expect(
     Args:
       activation: what is asked for.
       shape: of the call.
-      plan: tile, parts and capacity of reporting.
+      plan: from `lay_out`.
       table: costs, None is those of this machine.
     """
     table = costs.current().costs if table is None else table
@@ -175,7 +188,8 @@ def expect(
     width = shape.head_dim + shape.value_dim
     numbers, codes = sets * shape.keys * width, sets * shape.keys * shape.head_dim
     dense = costs.interpolate(table.dense, numbers)
-    dense += numbers * further * table.dense_product
+    looked_at = 1.0 if plan.chunk is None else shape.seen
+    dense += numbers * further * looked_at * table.dense_product
     hsr = costs.interpolate(table.scan, codes)
     hsr += codes * further * shape.seen * table.scan_product
     if not shape.cached:
@@ -195,6 +209,38 @@ def expect(
         passes = -(-kept // plan.capacity) * -(-shape.queries // plan.tile)
         survivors = passes * one_pass
     return Expected(dense, hsr, one_pass, survivors, table.probe)
+
+
+def dense_tiling(
+    activation: Activation, *, queries: int, keys: int, heads: int
+) -> tuple[int, int | None]:
+    """How dense attention cuts its scores: not where they or the queries are few.
+
+    Args:
+      activation: Softmax(top_r or epsilon) needs whole rows.
+      queries: T.
+      keys: S.
+      heads: query heads of all batch rows.
+
+    Returns:
+      Query positions of a tile, and keys scored at once (None is all). On CPU the
+      scores of a tile against a chunk should stay in cache, and all temporaries of a
+      call below 32 MB: beyond, they are mapped anew at every call.
+    """
+    if queries < _LEAST_QUERIES or queries * keys * heads <= _SCORES_AT_ONCE:
+        return queries, None
+    if isinstance(activation, Softmax) and not activation.is_full:
+        return max(1, min(queries, _CHUNK_SCORES // (keys * heads))), None
+    room = _CHUNK_SCORES // heads
+    side = 2 ** ((room.bit_length() - 1) // 2)
+    tile = _even(queries, min(max(_LEAST_SIDE, side), _MOST_SIDE))
+    chunk = min(max(_LEAST_SIDE, room // tile), max(_MOST_SIDE, keys // 8))
+    return tile, min(keys, _round_up(_even(keys, chunk // 32 * 32)))
+
+
+def _even(total: int, most: int) -> int:
+    """The least size of as few parts of at most `most` as make up the total."""
+    return -(-total // -(-total // most))
 
 
 def _tile(queries: int, group: int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ def prefill(
     activation: Activation,
     scale: jax.typing.ArrayLike | None,
     plan: Plan,
+    counted: bool = True,
 ) -> tuple[jax.Array, reported.Info]:
     """Exact attention over reported keys, all queries of a call.
 
@@ -38,7 +39,8 @@ def prefill(
       visible: i32[B, T], the keys that each row sees.
       activation: ReLU, or Softmax with top_r or epsilon.
       scale: of the scores, None is 1/sqrt(H).
-      plan: capacity of a gather and tile of queries.
+      plan: "hsr" or "auto".
+      counted: False may leave Info.count zero, which saves time.
 
     Returns:
       f32[B, T, N, D] and Info, each [B, T, N]. Cost O(S H) to build, T S H int8
@@ -54,4 +56,13 @@ def prefill(
     cut = lambda tile: query_tiles(
         activation, query, visible, scale=scale, kv_heads=key.shape[2], tile=tile
     )
-    return adaptive.attend(activation, index, values, cut, length=t, heads=n, plan=plan)
+    return adaptive.attend(
+        activation,
+        index,
+        values,
+        cut,
+        length=t,
+        heads=n,
+        plan=plan,
+        counted=counted,
+    )

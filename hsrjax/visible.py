@@ -82,16 +82,14 @@ class Visible(NamedTuple):
     def spans(self) -> list[tuple[jax.Array, jax.Array]]:
         """Ranges (low, high), i32 scalars, that hold all that any of the queries sees.
 
-        The range of the sinks comes first, where there are any. Ranges may overlap.
+        The range of the sinks comes first, where there are any, and begins first.
+        Ranges may overlap. Queries that see nothing, such as those that fill up the
+        last tile, do not widen them.
         """
         spans = [(self.low, self.high)]
         if self.sink_high is not None:
             spans.insert(0, (self.sink_low, self.sink_high))
-        zero = jnp.zeros((), jnp.int32)
-        return [
-            (zero if low is None else jnp.min(low), jnp.max(high))
-            for low, high in spans
-        ]
+        return [_hull(low, high) for low, high in spans]
 
 
 def of_prefill(
@@ -181,6 +179,14 @@ def check_segment_ids(
             "segment_ids need as many queries as keys, which share the ids, got "
             f"T = {queries} and S = {keys}; use segment_ids=None."
         )
+
+
+def _hull(low: jax.Array | None, high: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The range that holds all ranges low <= j < high but empty ones."""
+    last = jnp.max(high)
+    if low is None:
+        return jnp.zeros_like(last), last
+    return jnp.min(jnp.where(low < high, low, last)), last
 
 
 def _runs(ids: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -132,7 +132,7 @@ def test_the_sample_is_right_about_keys_in_any_order():
 
     query, key, value, _ = inputs((1, 1, 8192, 2, 2, 16, 8))
     cache = hsrjax.extend(hsrjax.init_cache(1, 16384, 2, 16, value_dim=8), key, value)
-    plan = planner.Plan("hsr", 32, 1, 1, None, "")
+    plan = planner.Plan("hsr", 32, 1, 1, 1, None, "")
 
     @jax.jit
     def passes(bias, window):

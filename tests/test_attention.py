@@ -25,6 +25,10 @@ class TestDense(AttentionContract):
         )
 
 
+class TestDenseInChunks(TestDense):
+    dense_in_chunks = True
+
+
 class TestHsr(AttentionContract):
     def attend(self, *arrays, **options):
         return hsrjax.attention(

@@ -278,7 +278,7 @@ def test_solved_costs_give_the_times_back():
         **known,
     )
     shape = hsrjax.shape.Shape(1, 2048, 2048, 8, 4, 64, 64)
-    plan = planner.slots(shape)
+    plan = planner.lay_out(hsrjax.ReLU(), shape)
     expected = planner.expect(hsrjax.ReLU(), shape, plan, table=table)
     passes = -(-2048 // plan.capacity) * -(-2048 // plan.tile)
     times = {

@@ -48,6 +48,10 @@ class TestDenseCache(CacheContract):
     pass
 
 
+class TestDenseCacheInChunks(CacheContract):
+    dense_in_chunks = True
+
+
 class TestHsrCache(CacheContract):
     implementation = "hsr"
 

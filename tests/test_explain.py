@@ -74,7 +74,7 @@ def test_sentences(made_up_costs):
     for words in told.values():
         assert "Expected: dense 33 us; hsr 4.1 us if few keys" in words
         assert "costs.json, measured on this machine." in words
-        assert "Memory beside the arguments: dense at least 16.2 KiB" in words
+        assert "Memory beside the arguments: dense at least 8.25 KiB" in words
 
 
 def test_full_softmax_has_no_other_way():

@@ -63,7 +63,7 @@ def test_short_rows_are_dense_long_ones_depend_on_how_many_keys_fire():
 
 def test_the_share_that_is_too_many_is_where_costs_meet():
     for shape in (DECODE, PREFILL, DECODE._replace(batch=3, heads=4, queries=2)):
-        hsr = planner.slots(shape)
+        hsr = planner.lay_out(RELU, shape)
         expected = planner.expect(RELU, shape, hsr, table=TABLE)
         share = planner.break_even(shape, hsr, expected)
         tiles = -(-shape.queries // hsr.tile)
@@ -74,7 +74,7 @@ def test_the_share_that_is_too_many_is_where_costs_meet():
 
 def test_costs_grow_with_every_size():
     for shape in (DECODE, PREFILL):
-        hsr = planner.slots(shape)
+        hsr = planner.lay_out(RELU, shape)._replace(chunk=128)
         least = planner.expect(RELU, shape, hsr, table=TABLE)
         for size in ("batch", "keys", "heads", "head_dim"):
             larger = shape._replace(**{size: 2 * getattr(shape, size)})
@@ -84,7 +84,11 @@ def test_costs_grow_with_every_size():
             assert more.dense > least.dense and more.hsr > least.hsr, size
             assert more.one_pass >= least.one_pass
     seen = planner.expect(RELU, PREFILL._replace(seen=0.5), hsr, table=TABLE)
-    assert seen.hsr < least.hsr and seen.dense == least.dense
+    assert seen.hsr < least.hsr and seen.dense < least.dense
+    at_once = planner.expect(
+        RELU, PREFILL._replace(seen=0.5), hsr._replace(chunk=None), table=TABLE
+    )
+    assert at_once.dense == least.dense  # hides what it has scored
 
 
 def test_other_costs_other_choices():
@@ -109,11 +113,13 @@ def test_softmax_is_decided_from_shapes_alone():
     assert plan("auto", hsrjax.Softmax(epsilon=0.1)).implementation == "dense"
 
 
-def test_where_dense_does_not_fit_keys_are_reported(monkeypatch):
-    monkeypatch.setenv("HSRJAX_MEMORY", str(2**28))
+def test_where_an_index_does_not_fit_dense_is_chosen(monkeypatch):
+    monkeypatch.setenv("HSRJAX_MEMORY", str(2**24))
     chosen = plan(shape=PREFILL)
-    assert chosen.implementation == "hsr" and "memory" in chosen.reason
+    assert chosen.implementation == "dense" and "memory" in chosen.reason
     assert plan(shape=PREFILL, devices=64).implementation == "auto"
+    with pytest.raises(ValueError, match="or implementation='dense'"):
+        planner.refuse(PREFILL, plan("hsr", shape=PREFILL))
 
 
 @pytest.mark.parametrize("keys", [1, 31, 32, 33, 5000])
@@ -125,3 +131,31 @@ def test_sizes_are_possible(keys, queries):
     assert chosen.capacity <= -(-keys // 32) * 32
     assert plan("hsr", **sizes, capacity=3).capacity == 3
     assert plan(**sizes).implementation in planner.IMPLEMENTATIONS
+
+
+def test_few_scores_are_made_at_once_many_in_chunks():
+    short = plan("dense", queries=1024, keys=1024, heads=4)
+    assert (short.dense_tile, short.chunk) == (1024, None)
+    for batch in (1, 4, 64):
+        long = plan("dense", queries=9000, keys=9000, heads=1, kv_heads=1, batch=batch)
+        assert long.dense_tile <= 512 and long.chunk is not None
+        assert batch * long.dense_tile * long.chunk <= 2**20
+    decoding = plan("dense", queries=16, keys=1_000_000, heads=8)
+    assert decoding.dense_tile == 16 and 512 < decoding.chunk <= 8192
+    assert plan("dense", queries=1, keys=1_000_000, heads=64).chunk is None
+
+
+def test_selecting_softmax_sees_whole_rows():
+    chosen = plan("dense", hsrjax.Softmax(top_r=4), queries=9000, keys=9000, heads=4)
+    assert chosen.chunk is None and 1 <= chosen.dense_tile < 200
+
+
+@pytest.mark.parametrize("keys", [1, 31, 33, 5001])
+@pytest.mark.parametrize("queries", [1, 5001])
+@pytest.mark.parametrize("heads", [1, 5000])
+def test_dense_sizes_are_possible(keys, queries, heads):
+    for activation in (hsrjax.ReLU(), hsrjax.Softmax(epsilon=0.1)):
+        sizes = {"keys": keys, "queries": queries, "heads": heads, "kv_heads": 1}
+        chosen = plan("dense", activation, **sizes)
+        assert 1 <= chosen.dense_tile <= queries
+        assert chosen.chunk is None or 1 <= chosen.chunk <= keys

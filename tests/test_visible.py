@@ -1,5 +1,6 @@
 """Ranges of visible keys are what the words say, key by key."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -106,6 +107,14 @@ def test_what_is_not_asked_for_costs_nothing():
     assert full.high.tolist() == [[1, 2, 3, 4]]
     windowed = visible.of_decode(jnp.array([[7]]), jnp.array([[9]]), window=3)
     assert windowed.sink_high is None and windowed.low.tolist() == [[5]]
+
+
+def test_spans_hold_what_is_seen_and_padding_does_not_widen_them():
+    ranges = visible.of_prefill(90, 90, is_causal=True, window=5, sinks=2)
+    tile = jax.tree.map(lambda x: jnp.pad(x[:, 70:80], [(0, 0), (0, 6)]), ranges)
+    assert [tuple(map(int, span)) for span in tile.spans()] == [(0, 2), (66, 80)]
+    nothing = jax.tree.map(jnp.zeros_like, tile)
+    assert all(int(low) == int(high) for low, high in nothing.spans())
 
 
 def test_windows_wider_than_any_integer():
