@@ -23,11 +23,11 @@ from hsrjax.planner import Plan
 from hsrjax.query import trips
 from hsrjax.reported import Info, Tiles, Values
 
-_SLICES = 8
+_SLICES = 4
 """Runs of keys in a sample."""
 _SHARE = 64
 """A sample is one key in this many."""
-_MOST_WORDS = 8
+_MOST_WORDS = 16
 _TILES = 8
 """Tiles of queries that are looked at."""
 
@@ -135,50 +135,50 @@ def _expected_fullest(index: Index, tile: Tiles, parts: int) -> jax.Array:
     runs = min(_SLICES, blocks // words)
     low, high = tile.visible.spans()[-1]
     step = (high - low) / runs
-
-    def look(i, tally):
-        middle = low.astype(jnp.float32) + (i.astype(jnp.float32) + 0.5) * step
-        first = middle.astype(jnp.int32) // WORD - words // 2
-        first = jnp.clip(first, 0, blocks - words)
-        passing, seen = _look(index, tile, first, words)
-        found = _sizes(passing & seen, parts), _sizes(seen, parts)
-        return jax.tree.map(jnp.add, tally, found)
-
-    zeros = jnp.zeros((*tile.offsets.shape[:-1], parts), jnp.int32)
-    hits, used = jax.lax.fori_loop(0, runs, look, (zeros, zeros))
+    middles = [low + ((i + 0.5) * step).astype(jnp.int32) for i in range(runs)]
+    firsts = [jnp.clip(x // WORD - words // 2, 0, blocks - words) for x in middles]
+    passing, seen = _look(index, tile, firsts, words)
+    hits, used = _sizes(passing & seen, parts), _sizes(seen, parts)
     there = tile.visible.count()
-    there = jnp.max(there.reshape(*zeros.shape, -1), axis=-1)
+    there = jnp.max(there.reshape(*hits.shape, -1), axis=-1)
     hits, used, there = (x.astype(jnp.float32) for x in (hits, used, there))
     return jnp.max((hits - jnp.sqrt(hits)) * there / jnp.maximum(used, 1.0))
 
 
-def _look(index: Index, tile: Tiles, first: jax.Array, words: int):
-    """Which of 32 words keys may be members, and which are seen, bool[*B, Q, 32 words].
+def _look(index: Index, tile: Tiles, firsts: list[jax.Array], words: int):
+    """Which keys of some runs may be members, and which are seen.
 
     Args:
       index: batch axes *B.
       tile: Q queries.
-      first: i32 scalar, block that the run begins with.
-      words: blocks of the run, static.
+      firsts: i32 scalars, the blocks that the runs begin with.
+      words: blocks of a run, static.
+
+    Returns:
+      bool[*B, Q, C] twice, for the C keys of all runs.
     """
 
     def cut(x, unit=1):
-        start = first * unit
-        return jax.lax.dynamic_slice_in_dim(x, start, words * unit, axis=-1)
+        size = words * unit
+        parts = [
+            jax.lax.dynamic_slice_in_dim(x, first * unit, size, axis=-1)
+            for first in firsts
+        ]
+        return jnp.concatenate(parts, axis=-1)
 
     sketch = index.sketch
-    run = dataclasses.replace(
+    runs = dataclasses.replace(
         sketch,
         codes=cut(sketch.codes, WORD),
         scale=cut(sketch.scale),
         spread=cut(sketch.spread),
         radius=cut(sketch.radius),
     )
-    query_sketch = bounds.sketch_query(run, tile.queries)
+    query_sketch = bounds.sketch_query(runs, tile.queries)
     lowest = bounds.thresholds(query_sketch, tile.offsets)
-    products = bounds.code_products(run, query_sketch)
+    products = bounds.code_products(runs, query_sketch)
     passing = products.reshape(*lowest.shape, WORD) >= lowest[..., None]
-    slots = first * WORD + bitset.positions(words * WORD, products.ndim)
+    slots = cut(bitset.positions(index.keys.shape[-2], products.ndim), WORD)
     alive = bitset.unpack(cut(index.alive))[..., None, :]
     return passing.reshape(products.shape), tile.visible.mask(slots) & alive
 
