@@ -96,11 +96,11 @@ def test_prefill_takes_the_cheaper_way(share):
 def split_keys(sampled, rest):
     """A cache in whose sample of the sketch other keys lie than elsewhere.
 
-    The sample are eight runs of one block in the middle of as many parts.
+    The sample are four runs of one block in the middle of as many parts.
     """
     query = jnp.ones((1, 1, 2, 16))
     position = jnp.arange(4096)
-    inside = jnp.abs(position % 512 - 256) < 64
+    inside = jnp.abs(position % 1024 - 512) < 128
     level = jnp.where(inside, sampled, rest)
     noise = 0.01 * jax.random.normal(jax.random.key(0), (1, 4096, 1, 16))
     key = noise + level[None, :, None, None] / 16
