@@ -27,6 +27,8 @@ _MANY_QUERIES = 16
 """Tiles of at least as many queries go over the sketch in chunks that stay in cache."""
 
 _CHUNK_PRODUCTS = 2**20
+_MOST_PRODUCTS = 2**22
+"""Never more at once: temporaries of 32 MB and up are fresh memory in every call."""
 _LEAST_CHUNK = 256
 
 
@@ -171,7 +173,8 @@ def survivors(
 
 def _sketch_survivors(index, normals, offsets, visible, parts):
     products = index.keys.shape[-2] * offsets.size
-    if normals.shape[-2] >= _MANY_QUERIES and products > _CHUNK_PRODUCTS:
+    most = _CHUNK_PRODUCTS if normals.shape[-2] >= _MANY_QUERIES else _MOST_PRODUCTS
+    if products > most:
         return _tile_survivors(index.sketch, normals, offsets, visible, parts)
     query_sketch = bounds.sketch_query(index.sketch, normals)
     products = bounds.code_products(index.sketch, query_sketch)
