@@ -60,7 +60,7 @@ class Ranked(NamedTuple):
 
     Attributes:
       words: u32[..., W].
-      below: i32[..., W], members in this word and all before it.
+      below: i32[..., W] or a few more, members in this word and all before it.
     """
 
     words: jax.Array
@@ -96,12 +96,12 @@ def select(ranked: Ranked, start: jax.Array, capacity: int) -> jax.Array:
         slot = inside * WORD + _nth_bit(word, rank - before)
         return jnp.where(at < width, slot, WORD * width)
 
-    flat = jax.tree.map(lambda x: x.reshape(-1, width), ranked)
+    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), ranked)
     return jax.vmap(one)(*flat).reshape(*lead, capacity)
 
 
 def _running_sum(counts: jax.Array) -> jax.Array:
-    """Inclusive running sum of i32[..., W] of at most 32 each.
+    """Inclusive running sum of i32[..., W] of at most 32 each, W rounded up to 64 more.
 
     In groups of 64 as a product with a triangle of ones, exact in float32: a quarter of
     the time of `jnp.cumsum` on CPU.
@@ -114,7 +114,7 @@ def _running_sum(counts: jax.Array) -> jax.Array:
     inside = jnp.dot(groups.astype(jnp.float32), ones).astype(jnp.int32)
     totals = jnp.cumsum(inside[..., -1], axis=-1, dtype=jnp.int32)
     sums = inside + (totals - inside[..., -1])[..., None]
-    return sums.reshape(*lead, -1)[..., :width]
+    return sums.reshape(*lead, -1)
 
 
 def _nth_bit(word: jax.Array, n: jax.Array) -> jax.Array:
