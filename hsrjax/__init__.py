@@ -1,8 +1,8 @@
 """Half-space reporting and exact sparse attention in JAX.
 
 `build`, `query`, `count`, `insert`, `delete` report all stored keys k with
-<a, k> >= b. `attention`, and `init_cache`, `extend`, `decode_attention` for growing
-caches, look only at the keys that fire; `explain` says what a call will do.
+<a, k> >= b. `attention`, and `init_cache`, `extend`, `reindex`, `decode_attention`
+for growing caches, look only at the keys that fire; `explain` says what a call will do.
 `reference` is the slow oracle, `theory` the paper's formulas.
 """
 
@@ -15,6 +15,7 @@ from hsrjax.decode import KVCache as KVCache
 from hsrjax.decode import decode_attention as decode_attention
 from hsrjax.decode import extend as extend
 from hsrjax.decode import init_cache as init_cache
+from hsrjax.decode import reindex as reindex
 from hsrjax.explain import Explanation as Explanation
 from hsrjax.explain import explain as explain
 from hsrjax.index import Index as Index
@@ -47,5 +48,6 @@ __all__ = (
     "insert",
     "query",
     "reference",
+    "reindex",
     "theory",
 )

@@ -47,7 +47,7 @@ def attend(
 
     Args:
       activation: any that the plan was made for.
-      index: not reordered, batch axes *B = [B, K].
+      index: batch axes *B = [B, K].
       values: rows f[B, K, P, D].
       cut: makes tiles of so many query positions.
       length: T query positions.
@@ -63,7 +63,13 @@ def attend(
     def scored() -> tuple[jax.Array, Info]:
         tiles = cut(plan.dense_tile)
         found = dense.attend(
-            activation, index.keys, values, tiles, chunk=plan.chunk, counted=counted
+            activation,
+            index.keys,
+            values,
+            tiles,
+            chunk=plan.chunk,
+            counted=counted,
+            ids=index.ids,
         )
         return uncut(found)
 
@@ -84,12 +90,16 @@ def attend(
     expected = plan.expected
     if expected is None:
         return gather(choose())
-    passes = expected_passes(index, tiles, plan)
-    excess = expected.hsr + expected.one_pass * passes - expected.dense
-    dense_wins = _together(excess) > 0
-    shapes = jax.eval_shape(choose)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    sets = jax.lax.cond(dense_wins, lambda: nothing, choose)
+    if index.ids is None:
+        passes = expected_passes(index, tiles, plan)
+        excess = expected.hsr + expected.one_pass * passes - expected.dense
+        dense_wins = _together(excess) > 0
+        shapes = jax.eval_shape(choose)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        sets = jax.lax.cond(dense_wins, lambda: nothing, choose)
+    else:
+        # Runs of keys in spatial order are no sample, and balls look sooner.
+        dense_wins, sets = jnp.zeros((), jnp.bool_), choose()
     passes = jnp.sum(jax.vmap(lambda words: trips(words, plan.capacity))(sets.words))
     excess = expected.one_pass * passes.astype(jnp.float32) - expected.dense
     dense_wins |= _together(excess) > 0

@@ -1,4 +1,4 @@
-r"""Certified bounds on inner products: the int8 sketch of the keys, and boxes.
+r"""Certified bounds on inner products: the int8 sketch of the keys, and balls.
 
 **The sketch.** Keys are cut into blocks of 32. With a common centre c, a block's scale
 s and int8 codes k8, every key is k = c + s k8 + e; a query is a = t a8 + f. Then
@@ -43,6 +43,29 @@ passes whole. NaN never fails the test.
 
 The same slack bounds S from both sides (`intervals`), which is what the softmax
 certificates are computed from.
+
+**Balls.** The keys of a cell lie in a ball around the cell's middle m and in one around
+a point c common to all cells, so that <a, k> <= <a, m> + |a| d for the largest distance
+d = |k - m|, and likewise for c. Let A be the computed norm of a, inflated as above and
+at least 2^-90, so that A >= |a|. The ball around m has the stored radius
+
+    r = inflate(d' + (4H + 64) u (|m| + d')) + 2^-118
+
+with d' the computed distance. The computed bound is fl(fl(<a, m>) + A r) + 2^-110.
+
+1.  d <= (1 + (H + 5) u) d' + 2^-121 by point 3 and the rounding of k - m, whose flushed
+    coordinates add at most sqrt(H) 2^-126. The inflation and 2^-118 cover both.
+2.  The score S exceeds <a, k> by at most g |a| (|m| + d), and the bound falls short of
+    its exact value by at most g |a| |m| + 4u (|a| |m| + A r): together less than
+    (4H + 64) u A (|m| + d') and the inflation of r, which are in A r. So is the error
+    of coordinates of a that are flushed, at most 2^-121 (|m| + d): A >= 2^-90.
+3.  Products flushed add at most (2H + 1) 2^-126 < 2^-114. Where A >= 16, what is left
+    of 2^-118 in A r is more. Elsewhere either A (|m| + d') < 2^-95, and then the bound
+    is small enough to feel 2^-110 added, or u A (|m| + d') is larger.
+4.  Where A or |m| + d' is 2^60 or more, or not a number, A r is +inf or NaN, and so is
+    the bound: it rules out nothing, as NaN never does. Elsewhere nothing overflows.
+
+The ball around c is the same with c for m.
 """
 
 from __future__ import annotations
@@ -55,10 +78,14 @@ import jax
 import jax.numpy as jnp
 
 from hsrjax.bitset import WORD
+from hsrjax.rows import max_rows, take_windows
 
 _UNIT = 2.0**-24
 _TINY = 2.0**-110
 _FLUSHED = 2.0**-122
+_SHORTEST = 2.0**-90
+_LEAST_RADIUS = 2.0**-118
+_FARTHEST = 2.0**60
 _SMALLEST_RANGE = 1e-35
 _SMALLEST_PRODUCT = 2.0**-125
 _LARGEST = 2.0**126
@@ -92,6 +119,30 @@ class Sketch:
     spread: jax.Array
     radius: jax.Array
     centre: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["middles", "radius", "reach", "centre"],
+    meta_fields=["size"],
+)
+@dataclasses.dataclass(frozen=True)
+class Balls:
+    """Where the keys of each cell are; W is the number of cells rounded up to 32 more.
+
+    Attributes:
+      middles: f32[*B, H, W].
+      radius: f32[*B, W], of the ball around the cell's own middle.
+      reach: f32[*B, W], of the ball around the common centre.
+      centre: f32[*B, H].
+      size: slots of a cell, static.
+    """
+
+    middles: jax.Array
+    radius: jax.Array
+    reach: jax.Array
+    centre: jax.Array
+    size: int
 
 
 class QuerySketch(NamedTuple):
@@ -240,34 +291,76 @@ def score_rounding(sketch: Sketch, queries: jax.Array) -> jax.Array:
     return (2 * h + 32) * _UNIT * length * key_norm[..., None] + _TINY
 
 
-def box_blocks(blocks: jax.Array, valid: jax.Array) -> jax.Array:
-    """Corners f32[*B, W, 2, H] (low, high) of the boxes around blocks of keys."""
-    keys = blocks.astype(jnp.float32)
-    inside = valid[..., None]
-    low = jnp.min(jnp.where(inside, keys, jnp.inf), axis=-2)
-    high = jnp.max(jnp.where(inside, keys, -jnp.inf), axis=-2)
-    nan = jnp.any(inside & jnp.isnan(keys), axis=-2)
-    corners = jnp.stack([low, high], axis=-2)
-    return jnp.where(nan[..., None, :], jnp.nan, corners)
+def bound_cells(
+    keys: jax.Array, valid: jax.Array, centre: jax.Array, *, size: int
+) -> Balls:
+    """Balls around runs of keys.
 
-
-def box_upper(boxes: jax.Array, queries: jax.Array) -> jax.Array:
-    """Upper bound f32[*B, Q, W] of the float32 scores of the keys in each box.
-
-    sum_h max(a_h low_h, a_h high_h) bounds <a, k>; every key has |k_h| at most the
-    larger corner, so float32 rounding of the score and of this sum is at most
-    (2H + 32) u sum_h |a_h| max(|low_h|, |high_h|), which is added. Empty boxes have
-    infinite corners and need no bound: no slot of theirs is in use.
+    Args:
+      keys: f[*B, P, H]; may hold NaN and infinities.
+      valid: bool[*B, P]; other slots are ignored.
+      centre: f32[*B, H], of the second ball; also where a cell has no middle.
+      size: slots of a cell, a divisor of P; static.
     """
+    *lead, slots, h = keys.shape
+    padding = [(0, 0)] * len(lead) + [(0, -slots % (size * WORD))]
+    valid = jnp.pad(valid, padding).reshape(*lead, -1, size)
+    cells = jnp.pad(keys, [*padding, (0, 0)]).reshape(*valid.shape, h)
+    cells = jnp.where(valid[..., None], cells.astype(jnp.float32), 0.0)
+    number = jnp.maximum(jnp.sum(valid, axis=-1, dtype=jnp.int32), 1)
+    middle = jnp.sum(cells, axis=-2) / number[..., None].astype(jnp.float32)
+    common = jnp.broadcast_to(centre[..., None, :], middle.shape)
+    usable = jnp.all(jnp.isfinite(middle), axis=-1) & jnp.any(valid, axis=-1)
+    # Worked out once: the radius has to be that of the very middle that is stored.
+    middle = jax.lax.optimization_barrier(jnp.where(usable[..., None], middle, common))
+    return Balls(
+        middles=jnp.moveaxis(middle, -1, -2),
+        radius=_radius(cells, valid, middle),
+        reach=_radius(cells, valid, common),
+        centre=centre,
+        size=size,
+    )
+
+
+def widen_cells(
+    balls: Balls, blocks: jax.Array, valid: jax.Array, cell: jax.Array
+) -> Balls:
+    """The balls with blocks of keys f[*B, U, 32, H] in their cells i32[*B, U] too."""
+    middle = take_windows(balls.middles, cell, 1)[..., 0]
+    common = jnp.broadcast_to(balls.centre[..., None, :], middle.shape)
+    return dataclasses.replace(
+        balls,
+        radius=max_rows(balls.radius, cell, _radius(blocks, valid, middle)),
+        reach=max_rows(balls.reach, cell, _radius(blocks, valid, common)),
+    )
+
+
+def ball_upper(balls: Balls, queries: jax.Array) -> jax.Array:
+    """Upper bound f32[*B, Q, W] of the float32 scores of the keys in each cell."""
     a = queries.astype(jnp.float32)
-    h = a.shape[-1]
-    low, high = boxes[..., None, :, 0, :], boxes[..., None, :, 1, :]
-    a = a[..., :, None, :]
-    best = jnp.sum(jnp.maximum(a * low, a * high), axis=-1)
-    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    size = jnp.sum(jnp.abs(a) * largest, axis=-1)
-    upper = best + (2 * h + 32) * _UNIT * size + _TINY
-    return jnp.where(size < _LARGEST, upper, jnp.inf)
+    length = jnp.maximum(_inflation(a.shape[-1]) * norm(a), _SHORTEST)[..., None]
+    length = jnp.where(length < _FARTHEST, length, jnp.inf)
+    own = jnp.einsum(
+        "...qh,...hw->...qw",
+        a,
+        balls.middles,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    own = own + length * balls.radius[..., None, :]
+    common = dot(a, balls.centre[..., None, :]) + length * balls.reach[..., None, :]
+    return jnp.minimum(own, common) + _TINY
+
+
+def _radius(keys: jax.Array, valid: jax.Array, middle: jax.Array) -> jax.Array:
+    """r f32[*B, W] of the keys f[*B, W, C, H] around middles f32[*B, W, H]."""
+    rest = keys.astype(jnp.float32) - middle[..., None, :]
+    distance = norm(jnp.where(valid[..., None], rest, 0.0))
+    far = norm(middle) + jnp.max(distance, axis=-1)
+    h = keys.shape[-1]
+    radius = jnp.max(distance, axis=-1) + (4 * h + 64) * _UNIT * far
+    radius = _inflation(h) * radius + _LEAST_RADIUS
+    return jnp.where(far < _FARTHEST, radius, jnp.inf)
 
 
 def _round_to_codes(x, scale):

@@ -22,9 +22,10 @@ from hsrjax.activations import fires, weigh
 from hsrjax.visible import Visible
 
 _Carry = TypeVar("_Carry")
+_Spans = list[tuple[jax.Array, jax.Array]]
 
 
-def _sum_tiles(power, chunk, counted, queries, keys, values, offsets, seen):
+def _sum_tiles(power, chunk, counted, queries, keys, values, ids, offsets, seen):
     """Sums over the visible keys of each query, differentiable once.
 
     Args:
@@ -34,6 +35,7 @@ def _sum_tiles(power, chunk, counted, queries, keys, values, offsets, seen):
       queries: f32[M, *B, Q, H].
       keys: f[*B, S, H].
       values: f[*B, S, D].
+      ids: i32[*B, S], the position of each key, or None where they are in order.
       offsets: f32[M, *B, Q], ReLU biases; -inf for softmax.
       seen: Visible, i32[M, *B, Q].
 
@@ -42,18 +44,19 @@ def _sum_tiles(power, chunk, counted, queries, keys, values, offsets, seen):
       per row for softmax, and how many keys fired, i32[M, *B, Q] (0 if not counted).
       Cost O(S (H + D)) a query, memory O((M Q + S) (H + D)), and O(Q C) for scores.
     """
-    return _forward(power, chunk, counted, queries, keys, values, offsets, seen)[0]
+    return _forward(power, chunk, counted, queries, keys, values, ids, offsets, seen)[0]
 
 
-def _forward(power, chunk, counted, queries, keys, values, offsets, seen):
+def _forward(power, chunk, counted, queries, keys, values, ids, offsets, seen):
     """The sums, and the score f32[M, *B, Q] that softmax weights are relative to."""
+    size = keys.shape[-2]
 
     def one_tile(tile):
         a, offset, tile_seen = tile
 
         def one_chunk(i, carry):
             (weighted, total, count), peak = carry
-            k, v, visible = _cut(i, chunk, keys, values, tile_seen)
+            k, v, visible = _cut(i, chunk, keys, values, ids, tile_seen)
             scores = bounds.dot(a, k)
             if power is None:
                 scores = jnp.where(visible, scores, -jnp.inf)
@@ -77,7 +80,9 @@ def _forward(power, chunk, counted, queries, keys, values, offsets, seen):
             jnp.zeros(rows, jnp.int32),
         )
         peak = jnp.full(rows, -jnp.inf, jnp.float32)
-        return _over_chunks(chunk, tile_seen, one_chunk, (sums, peak))
+        return _over_chunks(
+            chunk, _spans(tile_seen, ids, size), one_chunk, (sums, peak)
+        )
 
     sums, peaks = jax.lax.map(one_tile, (queries, offsets, seen))
     return sums, _finite(peaks)
@@ -94,8 +99,9 @@ def _sums_backward(power, chunk, _, residuals, cotangents):
     Those of keys and values are summed as [*B, H, S]: the products that make them so
     are several times faster on CPU than those that make [*B, S, H].
     """
-    (queries, keys, values, offsets, seen), shifts = residuals
+    (queries, keys, values, ids, offsets, seen), shifts = residuals
     weighted_bar, total_bar, _ = cotangents
+    size = keys.shape[-2]
 
     def one_tile(key_grads, tile):
         a, offset, tile_seen, shift, out_bar, total_bar = tile
@@ -103,7 +109,7 @@ def _sums_backward(power, chunk, _, residuals, cotangents):
 
         def one_chunk(i, grads):
             a_bar, offset_bar, keys_bar, values_bar = grads
-            k, v, visible = _cut(i, chunk, keys, values, tile_seen)
+            k, v, visible = _cut(i, chunk, keys, values, ids, tile_seen)
 
             def weights_of(scores, offset):
                 # First here: what overflows out of sight would make 0 * inf below.
@@ -122,7 +128,7 @@ def _sums_backward(power, chunk, _, residuals, cotangents):
             )
 
         start = (jnp.zeros_like(a), jnp.zeros_like(offset), *key_grads)
-        grads = _over_chunks(chunk, tile_seen, one_chunk, start)
+        grads = _over_chunks(chunk, _spans(tile_seen, ids, size), one_chunk, start)
         return grads[2:], grads[:2]
 
     start = tuple(jnp.zeros_like(_turn(x), jnp.float32) for x in (keys, values))
@@ -132,7 +138,7 @@ def _sums_backward(power, chunk, _, residuals, cotangents):
         _turn(bar).astype(x.dtype)
         for bar, x in zip(key_grads, (keys, values), strict=True)
     )
-    return queries_bar, keys_bar, values_bar, offsets_bar, None
+    return queries_bar, keys_bar, values_bar, None, offsets_bar, None
 
 
 sums = jax.custom_vjp(_sum_tiles, nondiff_argnums=(0, 1, 2))
@@ -140,15 +146,22 @@ sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _over_chunks(
-    chunk: int, seen: Visible, step: Callable[..., _Carry], carry: _Carry
+    chunk: int, spans: _Spans, step: Callable[..., _Carry], carry: _Carry
 ) -> _Carry:
-    """Carries step(i, carry) over the chunks that any query sees, each once."""
+    """Carries step(i, carry) over the chunks that reach into spans, each once."""
     done = jnp.zeros((), jnp.int32)
-    for low, high in seen.spans():
+    for low, high in spans:
         first = jnp.maximum(low // chunk, done)
         done = (high + (chunk - 1)) // chunk
         carry = jax.lax.fori_loop(first, done, step, carry)
     return carry
+
+
+def _spans(seen: Visible, ids: jax.Array | None, size: int) -> _Spans:
+    """Ranges of slots that hold all that any of the queries sees."""
+    if ids is None:
+        return seen.spans()
+    return [(jnp.zeros((), jnp.int32), jnp.asarray(size, jnp.int32))]
 
 
 def _start(i: jax.Array, chunk: int, size: int) -> jax.Array:
@@ -156,7 +169,7 @@ def _start(i: jax.Array, chunk: int, size: int) -> jax.Array:
     return jnp.minimum(i * chunk, size - chunk)
 
 
-def _cut(i, chunk, keys, values, seen):
+def _cut(i, chunk, keys, values, ids, seen):
     """Keys and values of chunk i, f32[*B, C, :], and which each query sees there."""
     size = keys.shape[-2]
     start = _start(i, chunk, size)
@@ -165,7 +178,10 @@ def _cut(i, chunk, keys, values, seen):
         for x in (keys, values)
     )
     slots = start + bitset.positions(chunk, keys.ndim)
-    visible = seen.mask(slots)
+    places = slots
+    if ids is not None:
+        places = jax.lax.dynamic_slice_in_dim(ids, start, chunk, axis=-1)[..., None, :]
+    visible = seen.mask(places)
     if size % chunk:
         visible &= slots >= i * chunk  # the others were in the chunk before
     return k, v, visible

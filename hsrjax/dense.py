@@ -35,6 +35,7 @@ def attend(
     *,
     chunk: int | None = None,
     counted: bool = True,
+    ids: jax.Array | None = None,
 ) -> tuple[jax.Array, Info]:
     """Attention of tiles of queries over all their visible keys.
 
@@ -46,6 +47,7 @@ def attend(
       chunk: C, keys scored at once; None is all of them, and needed by
         Softmax(top_r or epsilon).
       counted: False may leave Info.count zero, which saves time.
+      ids: i32[*B, S], the position of each key, None where they are in order.
 
     Returns:
       Outputs f32[M, *B, Q, D] and Info, each [M, *B, Q]. Cost O(S (H + D)) a query,
@@ -53,11 +55,11 @@ def attend(
     """
     if chunk is not None:
         return _attend_chunks(
-            activation, keys, values, tiles, chunk=chunk, counted=counted
+            activation, keys, values, ids, tiles, chunk=chunk, counted=counted
         )
     if tiles.offsets.shape[0] == 1:
         tile = jax.tree.map(lambda x: x[0], tiles)
-        out = _attend_tile(activation, keys, values, tile)
+        out = _attend_tile(activation, keys, values, ids, tile)
         return jax.tree.map(lambda x: x[None], out)
     keys = keys.astype(jnp.float32)  # gradients are summed over tiles in this dtype
     values = values._replace(rows=values.rows.astype(jnp.float32))
@@ -67,12 +69,12 @@ def attend(
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
     def one_tile(tile):
-        return _attend_tile(activation, keys, values, tile)
+        return _attend_tile(activation, keys, values, ids, tile)
 
     return jax.lax.map(one_tile, tiles)
 
 
-def _attend_chunks(activation, keys, values, tiles, *, chunk, counted):
+def _attend_chunks(activation, keys, values, ids, tiles, *, chunk, counted):
     """`attend` in linear memory, for ReLU and full softmax."""
     power, offsets = power_of(activation), tiles.offsets
     weighted, total, count = chunked.sums(
@@ -82,6 +84,7 @@ def _attend_chunks(activation, keys, values, tiles, *, chunk, counted):
         tiles.queries,
         keys,
         values.rows,
+        ids,
         jnp.full_like(offsets, -jnp.inf) if power is None else offsets,
         tiles.visible,
     )
@@ -93,10 +96,11 @@ def _attend_chunks(activation, keys, values, tiles, *, chunk, counted):
     return out, jax.lax.stop_gradient(info)
 
 
-def _attend_tile(activation, keys, values, tile):
+def _attend_tile(activation, keys, values, ids, tile):
     """`attend` for one tile, its axis left out, with all scores at once."""
     power = power_of(activation)
     slot = bitset.positions(keys.shape[-2], keys.ndim)
+    slot = slot if ids is None else ids[..., None, :]
     visible, sinks = tile.visible.mask(slot), tile.visible.sinks(slot)
     scores = jnp.where(visible, bounds.dot(tile.queries, keys), -jnp.inf)
     zeros = jnp.zeros_like(tile.offsets)

@@ -1,9 +1,10 @@
 """The half-space reporting structure: build (the paper's Init), insert and delete.
 
 Keys live in slots; 32 slots are a block. A block knows its 8-bit sketch
-(`hsrjax.bounds`) and, for head sizes up to 8, the box around its keys. For those small
-heads `build` also puts keys that are near each other into the same block, because there
-boxes prune whole blocks; above that no geometric bound does, at any block size.
+(`hsrjax.bounds`). For head sizes up to 8 `build` also puts keys that are near each
+other into the same cell, 128 slots with balls around them, because there balls rule out
+whole cells; above that no geometric bound does, at any cell size, unless training made
+the keys so.
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ import jax.numpy as jnp
 
 from hsrjax import bitset, bounds, checks, memory
 from hsrjax.bitset import WORD
+from hsrjax.rows import put_rows, take_rows
+from hsrjax.spatial import sample_median, spatial_order
 
-MAX_BOX_DIM = 8
-"""Largest head size for which `build` reorders keys and keeps boxes."""
+MAX_SPATIAL_DIM = 8
+"""Largest head size for which `build` puts keys in spatial order."""
 
-_CENTRE_SAMPLE = 256
+_CELL = 4
+"""Blocks of a cell, where there are at least `_MANY_BLOCKS`; else one."""
+_MANY_BLOCKS = 32
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "sketch", "boxes", "alive", "ids", "size", "dropped"],
+    data_fields=["keys", "sketch", "balls", "alive", "ids", "size", "dropped"],
     meta_fields=["max_keys"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Index:
     Attributes:
       keys: f[*B, P, H], by slot, in the dtype given.
       sketch: the certified 8-bit sketch of the keys.
-      boxes: f32[*B, P/32, 2, H], or None where keys are not reordered.
+      balls: around each cell's keys, or None where keys are not in spatial order.
       alive: u32[*B, P/32], a bit for each slot in use and not deleted.
       ids: i32[*B, P], the id of each slot, or None where slot and id are the same.
       size: i32[*B], ids given out so far (deleted keys included).
@@ -47,12 +52,19 @@ class Index:
 
     keys: jax.Array
     sketch: bounds.Sketch
-    boxes: jax.Array | None
+    balls: bounds.Balls | None
     alive: jax.Array
     ids: jax.Array | None
     size: jax.Array
     dropped: jax.Array
     max_keys: int
+
+    @property
+    def every_id(self) -> jax.Array:
+        """The id of each slot, i32[*B, P], or [1, ..., 1, P] where it is the slot."""
+        if self.ids is None:
+            return bitset.positions(self.keys.shape[-2], self.keys.ndim - 1)
+        return self.ids
 
 
 def build(
@@ -66,12 +78,13 @@ def build(
       keys: f[*B, S, H], float32, bfloat16 or float16. NaN and infinite keys are legal:
         their blocks are always looked at.
       max_keys: room for keys inserted later; None is S.
-      reorder: put near keys into the same block of 32; None does so where boxes are
-        kept (H <= 8). Ids are positions in `keys` either way.
+      reorder: put near keys into the same cell, so that balls around cells can rule
+        them out; None does so for H <= 8. Ids are positions in `keys` either way.
 
     Returns:
       Index. Cost O(S H), and O(S log^2 S) more where reordered; P (5 H + 1) bytes
-      for float32 keys, P being max_keys rounded up to a multiple of 32.
+      for float32 keys, P being max_keys rounded up to a multiple of 32, or of 128 from
+      1,024 keys on.
 
     Raises:
       ValueError: wrong rank, no keys, H > 1024, max_keys < S, or more room than there
@@ -99,40 +112,69 @@ def build(
         )
     memory.check_room("max_keys", max_keys, keys.shape[:-2], keys.shape[-1], keys.dtype)
     if reorder is None:
-        reorder = keys.shape[-1] <= MAX_BOX_DIM
+        reorder = keys.shape[-1] <= MAX_SPATIAL_DIM
     return _build(keys, max_keys=max_keys, reorder=reorder)
 
 
 @functools.partial(jax.jit, static_argnames=("max_keys", "reorder"))
 def _build(keys, *, max_keys, reorder):
-    lead, (count, h) = keys.shape[:-2], keys.shape[-2:]
-    padded = _padded(max_keys)
-    stored, ids = keys, None
-    if reorder:
-        order = spatial_order(jax.lax.stop_gradient(keys))
-        stored = jnp.take_along_axis(keys, order[..., None], axis=-2)
-        tail = jnp.arange(count, padded, dtype=jnp.int32)
-        tail = jnp.broadcast_to(tail, (*lead, tail.size))
-        ids = jnp.concatenate([order, tail], axis=-1)
-    stored = jnp.pad(stored, [(0, 0)] * len(lead) + [(0, padded - count), (0, 0)])
+    lead, count = keys.shape[:-2], keys.shape[-2]
+    # Cells need whole numbers of blocks; without them P stays as small as it can be.
+    padded = _padded(max_keys) if reorder else -(-max_keys // WORD) * WORD
+    stored = jnp.pad(keys, [(0, 0)] * len(lead) + [(0, padded - count), (0, 0)])
     slot = jnp.arange(padded, dtype=jnp.int32)
-    valid = jnp.broadcast_to(slot < count, stored.shape[:-1])
-    centre = sample_median(jax.lax.stop_gradient(keys))
-    blocks = jax.lax.stop_gradient(stored).reshape(*lead, -1, WORD, h)
-    valid_blocks = valid.reshape(*lead, -1, WORD)
-    codes, scale, spread, radius = bounds.sketch_blocks(blocks, valid_blocks, centre)
-    codes = jnp.moveaxis(codes.reshape(*lead, -1, h), -1, -2)
-    boxes = bounds.box_blocks(blocks, valid_blocks) if reorder else None
-    return Index(
+    alive = bitset.pack(jnp.broadcast_to(slot < count, stored.shape[:-1]))
+    size = jnp.full(lead, count, jnp.int32)
+    centre = sample_median(jax.lax.stop_gradient(keys), size)
+    index = Index(
         keys=stored,
-        sketch=bounds.Sketch(codes, scale, spread, radius, centre),
-        boxes=boxes,
-        alive=bitset.pack(valid),
-        ids=ids,
-        size=jnp.full(lead, count, jnp.int32),
+        sketch=_sketch(stored, alive, centre),
+        balls=None,
+        alive=alive,
+        ids=None,
+        size=size,
         dropped=jnp.zeros(lead, jnp.int32),
         max_keys=max_keys,
     )
+    return in_spatial_order(index)[0] if reorder else index
+
+
+def in_spatial_order(index: Index) -> tuple[Index, jax.Array]:
+    """The same keys with the same ids, near ones in the same cell.
+
+    Returns:
+      Index, and the slot i32[*B, P] that each slot's key had before.
+    """
+    frozen = jax.lax.stop_gradient(index.keys)
+    order = spatial_order(frozen, index.size)
+    keys = jnp.take_along_axis(index.keys, order[..., None], axis=-2)
+    valid = jnp.take_along_axis(bitset.unpack(index.alive), order, axis=-1)
+    centre = sample_median(frozen, index.size)
+    blocks = keys.shape[-2] // WORD
+    whole = blocks >= _MANY_BLOCKS and blocks % _CELL == 0
+    size = WORD * (_CELL if whole else 1)
+    frozen = jax.lax.stop_gradient(keys)
+    balls = bounds.bound_cells(frozen, valid, centre, size=size)
+    alive = bitset.pack(valid)
+    reordered = dataclasses.replace(
+        index,
+        keys=keys,
+        sketch=_sketch(keys, alive, centre),
+        balls=balls,
+        alive=alive,
+        ids=ids_of(index.ids, order),
+    )
+    return reordered, order
+
+
+def _sketch(keys: jax.Array, alive: jax.Array, centre: jax.Array) -> bounds.Sketch:
+    """The sketch of keys f[*B, P, H] in use."""
+    lead, h = keys.shape[:-2], keys.shape[-1]
+    blocks = jax.lax.stop_gradient(keys).reshape(*lead, -1, WORD, h)
+    valid = bitset.unpack(alive).reshape(*lead, -1, WORD)
+    codes, scale, spread, radius = bounds.sketch_blocks(blocks, valid, centre)
+    codes = jnp.moveaxis(codes.reshape(*lead, -1, h), -1, -2)
+    return bounds.Sketch(codes, scale, spread, radius, centre)
 
 
 def empty(
@@ -151,7 +193,7 @@ def empty(
             radius=zeros(),
             centre=jnp.zeros((*lead, head_dim), jnp.float32),
         ),
-        boxes=None,
+        balls=None,
         alive=jnp.zeros((*lead, blocks), jnp.uint32),
         ids=None,
         size=jnp.zeros(lead, jnp.int32),
@@ -236,11 +278,10 @@ def append(index: Index, keys: jax.Array, lengths: jax.Array) -> Index:
     put = lambda target, rows: put_rows(target[..., None], block, rows[..., None])[
         ..., 0
     ]
-    boxes = index.boxes
-    if boxes is not None:
-        fresh_boxes = bounds.box_blocks(blocks, valid).reshape(*lead, touched, 2 * h)
-        boxes = put_rows(boxes.reshape(*lead, -1, 2 * h), block, fresh_boxes)
-        boxes = boxes.reshape(*lead, -1, 2, h)
+    balls = index.balls
+    if balls is not None:
+        cell = block // (balls.size // WORD)
+        balls = bounds.widen_cells(balls, blocks, valid, cell)
     return dataclasses.replace(
         index,
         keys=all_keys,
@@ -251,7 +292,7 @@ def append(index: Index, keys: jax.Array, lengths: jax.Array) -> Index:
             radius=put(sketch.radius, radius),
             centre=centre,
         ),
-        boxes=boxes,
+        balls=balls,
         alive=put(index.alive, words),
         size=size,
         dropped=index.dropped + jnp.maximum(lengths - (size - index.size), 0),
@@ -307,98 +348,14 @@ def _delete(index, ids):
     return dataclasses.replace(index, alive=index.alive & ~bitset.pack(gone))
 
 
-def spatial_order(keys: jax.Array) -> jax.Array:
-    """Order i32[*B, S] in which runs of 32 keys are near each other.
-
-    A balanced k-d tree, built level by level: every node is sorted along the
-    coordinate in which it is widest and cut in half. Cost O(S log^2 S).
-    """
-    lead, (count, h) = keys.shape[:-2], keys.shape[-2:]
-    levels = max(0, (-(-count // WORD) - 1).bit_length())
-    padded = WORD << levels
-    points = jnp.nan_to_num(keys.astype(jnp.float32)).reshape(-1, count, h)
-    points = jnp.pad(points, [(0, 0), (0, padded - count), (0, 0)])
-    rows = points.shape[0]
-    order = jnp.arange(padded, dtype=jnp.int32)
-    order = jnp.broadcast_to(order, (rows, padded))
-    for level in range(levels):
-        nodes = order.reshape(rows, 1 << level, -1)
-        inside = (nodes < count)[..., None]
-        here = jnp.take_along_axis(points, order[..., None], axis=1)
-        here = here.reshape(*nodes.shape, h)
-        low = jnp.min(jnp.where(inside, here, jnp.inf), axis=2)
-        high = jnp.max(jnp.where(inside, here, -jnp.inf), axis=2)
-        widest = jnp.argmax(high - low, axis=-1).astype(jnp.int32)
-        axis = jnp.take_along_axis(here, widest[..., None, None], axis=-1)
-        axis = jnp.where(inside, axis, jnp.inf)[..., 0]
-        by_axis = jnp.argsort(axis, axis=-1).astype(jnp.int32)
-        order = jnp.take_along_axis(nodes, by_axis, axis=-1).reshape(rows, padded)
-    # Padding sorts last in its node, hence last of all.
-    return order[:, :count].reshape(*lead, count)
-
-
-def sample_median(keys: jax.Array) -> jax.Array:
-    """Coordinate-wise median f32[*B, H] of at most 256 keys, evenly spaced.
-
-    A few huge or NaN keys cannot move it, so they spoil only their own blocks.
-    """
-    stride = max(1, keys.shape[-2] // _CENTRE_SAMPLE)
-    sample = jnp.sort(keys[..., ::stride, :].astype(jnp.float32), axis=-2)
-    median = sample[..., sample.shape[-2] // 2, :]
-    return jnp.where(jnp.isfinite(median), median, 0.0)
-
-
-def take_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
-    """table[*B, S, D] at rows i32[*B, C]: [*B, C, D]; rows past the end are zeros."""
-    one = lambda t, r: t.at[r].get(mode="fill", fill_value=0)
-    return _over_rows(one, table, rows)
-
-
-def gather_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
-    """table f[*B, S, D] at rows i32[*B, ..., C]: f32[*B, ..., C, D], the fast way.
-
-    Rows past the end are zeros.
-    """
-    size, width = table.shape[-2:]
-    count = table.size // (size * width)
-
-    def batched(table, rows):
-        flat = rows.reshape(*table.shape[:-2], -1)
-        return take_rows(table, flat).astype(jnp.float32).reshape(*rows.shape, width)
-
-    def vectorized(table, rows):
-        # Left to itself, XLA's CPU backend copies a row number by number. With one
-        # index a row and a product in the loop it uses vectors, in a third of the time.
-        # It cannot know that the factor is one.
-        first = size * jnp.arange(count, dtype=jnp.int32)[:, None]
-        at = (jnp.minimum(rows, size - 1).reshape(count, -1) + first).reshape(-1)
-        one = (at >= 0).astype(jnp.float32)[:, None]
-        found = table.reshape(-1, width).at[at].get(mode="promise_in_bounds")
-        found = (found.astype(jnp.float32) * one).reshape(*rows.shape, width)
-        return jnp.where((rows < size)[..., None], found, 0.0)
-
-    if count * size >= 2**31:
-        return batched(table, rows)
-    return jax.lax.platform_dependent(table, rows, cpu=vectorized, default=batched)
-
-
-def put_rows(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
-    """Writes values[*B, C, D] into table[*B, S, D]; rows past the end are dropped."""
-    one = lambda t, r, v: t.at[r].set(v, mode="drop")
-    return _over_rows(one, table, rows, values)
-
-
-def add_rows(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
-    """Adds values[*B, C, D] to table[*B, S, D]; rows past the end are dropped."""
-    one = lambda t, r, v: t.at[r].add(v, mode="drop")
-    return _over_rows(one, table, rows, values)
-
-
-def _over_rows(one, *arrays):
-    rows = arrays[1]
-    for _ in range(rows.ndim - 1):
-        one = jax.vmap(one)
-    return one(*arrays)
+def ids_of(ids: jax.Array | None, slots: jax.Array) -> jax.Array:
+    """Ids of slots i32[*B, ..., C]; the slot past the end stays past the end."""
+    if ids is None:
+        return slots
+    past = ids.shape[-1]
+    flat = jnp.minimum(slots, past - 1).reshape(*ids.shape[:-1], -1)
+    found = jnp.take_along_axis(ids, flat, axis=-1, mode="promise_in_bounds")
+    return jnp.where(slots < past, found.reshape(slots.shape), past)
 
 
 def check_keys(name: str, keys: jax.Array) -> None:
@@ -423,8 +380,12 @@ def _first_centre(index: Index, keys: jax.Array, lengths: jax.Array) -> jax.Arra
     if keys.shape[-2] < WORD:
         return index.sketch.centre
     first = (index.size == 0) & (lengths >= keys.shape[-2] // 2)
-    return jnp.where(first[..., None], sample_median(keys), index.sketch.centre)
+    every = jnp.full_like(lengths, keys.shape[-2])
+    return jnp.where(first[..., None], sample_median(keys, every), index.sketch.centre)
 
 
 def _padded(max_keys: int) -> int:
-    return -(-max_keys // WORD) * WORD
+    blocks = -(-max_keys // WORD)
+    if blocks >= _MANY_BLOCKS:
+        blocks = -(-blocks // _CELL) * _CELL
+    return blocks * WORD

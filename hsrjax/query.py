@@ -1,8 +1,9 @@
 """Half-space reporting: which stored keys k have <a, k> >= b (the paper's Query).
 
-The certified cascade: boxes (head sizes up to 8, where they prune) -> int8 sketch with
-integer thresholds -> the survivors, compacted into a fixed number of slots -> their
-exact float32 scores -> members. Every stage only ever over-reports, so none is missed.
+The certified cascade: balls around cells (where keys are in spatial order and that
+prunes) -> int8 sketch with integer thresholds -> the survivors, compacted into a fixed
+number of slots -> their exact float32 scores -> members. Every stage only ever
+over-reports, so none is missed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import jax.numpy as jnp
 
 from hsrjax import bitset, bounds, checks
 from hsrjax.bitset import WORD
-from hsrjax.index import Index, take_rows
+from hsrjax.index import Index, ids_of
+from hsrjax.rows import put_rows, take_rows, take_windows
 from hsrjax.visible import Visible
 
-_BOX_SHARE = 8
-"""Boxes alone decide when at most one block in this many survives them."""
+_CELL_SHARE = 4
+"""Cells are read apart when at most one in this many is left; else all, in one go."""
+
+_PASS_BYTES = 2**19
+"""Of the sketch, read from cells in one pass: stays in cache."""
 
 _MANY_QUERIES = 16
 """Tiles of at least as many queries go over the sketch in chunks that stay in cache."""
@@ -118,7 +123,7 @@ def _report(index, normals, offsets, *, capacity):
     frozen, a, b = jax.lax.stop_gradient((index, normals, offsets))
     words = survivors(frozen, a, b)
     slots, count = _members(frozen, a, b, words, capacity=capacity)
-    ids = _ids(index.ids, slots)
+    ids = ids_of(index.ids, slots)
     found = ids < index.keys.shape[-2]
     ids = jnp.where(found, ids, index.max_keys)
     scores = jnp.where(found, _score_slots(index, normals, slots), -jnp.inf)
@@ -146,8 +151,7 @@ def survivors(
       normals: f[*B, Q, H].
       offsets: f32[*B, Q].
       visible: i32[*B, Q]: sets end where no query of theirs sees anything; within, the
-        exact stage has to look. None admits every slot in use. Needs an index that was
-        not reordered.
+        exact stage has to look. None admits every slot in use.
       parts: J, static: cut the Q queries into so many runs of equal length and give
         one set for each, the union of its queries; None is one set for each query.
 
@@ -155,20 +159,89 @@ def survivors(
       Bit sets u32[*B, J, P/32], J = Q without parts.
     """
     parts = normals.shape[-2] if parts is None else parts
-    sketched = functools.partial(_sketch_survivors, index, normals, offsets, visible)
     alive = index.alive[..., None, :]
+    if index.balls is None:
+        if visible is not None:
+            alive = alive & visible.cover(parts, alive.shape[-1])
+        return _sketch_survivors(index, normals, offsets, visible, parts) & alive
+    ranges = None
     if visible is not None:
-        alive = alive & visible.cover(parts, alive.shape[-1])
-    if index.boxes is None:
-        return sketched(parts) & alive
-    upper = bounds.box_upper(index.boxes, normals)
-    blocks = ~(upper < offsets[..., None]) & (index.alive[..., None, :] != 0)
-    boxed = pack_parts(jnp.repeat(blocks, WORD, axis=-1), parts)
-    share = jnp.sum(blocks, dtype=jnp.int32) * _BOX_SHARE
+        offsets = jnp.where(visible.count() > 0, offsets, jnp.inf)
+        # Without a window all but a few of the keys are seen: the exact stage can tell.
+        ranges = visible.hull(parts) if visible.low is not None else None
+    cells = _reached_cells(index, normals, offsets, parts)
+
+    def everywhere():
+        words = _sketch_survivors(index, normals, offsets, None, parts)
+        if ranges is None:
+            return words
+        return words & bitset.pack(ranges.mask(index.every_id[..., None, :]))
+
+    # One predicate for the whole batch: under vmap both sides would run for each row.
+    number = index.keys.shape[-2] // index.balls.size
     words = jax.lax.cond(
-        share <= blocks.size, lambda: boxed, lambda: boxed & sketched(parts)
+        jnp.max(bitset.size(cells)) * _CELL_SHARE <= number,
+        lambda: _cell_survivors(index, normals, offsets, ranges, cells),
+        everywhere,
     )
     return words & alive
+
+
+def _reached_cells(index, normals, offsets, parts):
+    """Sets of the cells that the half-spaces of each part reach, u32[*B, J, .]."""
+    reached = ~(bounds.ball_upper(index.balls, normals) < offsets[..., None])
+    blocks = index.balls.size // WORD
+    used = jnp.any(index.alive.reshape(*index.size.shape, -1, blocks) != 0, axis=-1)
+    padding = [(0, 0)] * (used.ndim - 1) + [(0, reached.shape[-1] - used.shape[-1])]
+    used = bitset.pack(jnp.pad(used, padding))
+    return pack_parts(reached, parts) & used[..., None, :]
+
+
+def _cell_survivors(index, normals, offsets, ranges, cells):
+    """What the sketch cannot rule out in the cells u32[*B, J, .], read cell by cell.
+
+    Each cell of a pass is a batch axis, C, of its own: what was next to each other in
+    the sketch stays so, and is copied and multiplied as it is.
+    """
+    sketch, (*lead, parts, _) = index.sketch, cells.shape
+    rows, h = normals.shape[-2] // parts, normals.shape[-1]
+    size = index.balls.size
+    number = index.keys.shape[-2] // size
+    a_pass = _PASS_BYTES // (math.prod(lead) * parts * size * h)
+    a_pass = min(max(a_pass, 1), number)
+    normals = normals.reshape(*lead, parts, 1, rows, h)
+    offsets = offsets.reshape(*lead, parts, 1, rows)
+    centre = jnp.broadcast_to(sketch.centre[..., None, None, :], (*lead, parts, 1, h))
+    ranked = bitset.rank(cells)
+
+    def one_pass(i, words):
+        chosen = bitset.select(ranked, i * a_pass, a_pass)
+
+        def take(x):
+            flat = x.reshape(*lead, -1, x.shape[-1])
+            return take_windows(flat, chosen, x.shape[-1] // number)
+
+        part = bounds.Sketch(
+            codes=take(sketch.codes),
+            scale=take(sketch.scale)[..., 0, :],
+            spread=take(sketch.spread)[..., 0, :],
+            radius=take(sketch.radius)[..., 0, :],
+            centre=centre,
+        )
+        tile = bounds.sketch_query(part, normals)
+        codes = jnp.broadcast_to(tile.codes, (*chosen.shape, rows, h))
+        products = bounds.code_products(part, tile._replace(codes=codes))
+        # Not to be worked out again for each key of a block.
+        lowest = jax.lax.optimization_barrier(bounds.thresholds(tile, offsets))
+        passing = jnp.any(_passing(products, lowest), axis=-2)
+        if ranges is not None:
+            at = take(index.every_id).reshape(*lead, parts, -1)
+            passing &= ranges.mask(at).reshape(passing.shape)
+        return put_rows(words, chosen, bitset.pack(passing))
+
+    words = jnp.zeros((*lead, parts, number, size // WORD), jnp.uint32)
+    words = jax.lax.fori_loop(0, trips(cells, a_pass), one_pass, words)
+    return words.reshape(*lead, parts, -1)
 
 
 def _sketch_survivors(index, normals, offsets, visible, parts):
@@ -262,7 +335,7 @@ def _members(index, normals, offsets, words, *, capacity):
         chunk = bitset.select(ranked, i * slots_a_pass, slots_a_pass)
         scores = _score_slots(index, normals, chunk)
         member = (chunk < past) & (scores >= offsets[..., None])
-        chunk_ids = _ids(index.ids, chunk)
+        chunk_ids = ids_of(index.ids, chunk)
         ids = jnp.concatenate([ids, jnp.where(member, chunk_ids, past)], axis=-1)
         slots = jnp.concatenate([slots, jnp.where(member, chunk, past)], axis=-1)
         ids, slots = jax.lax.sort((ids, slots), num_keys=1)
@@ -280,16 +353,6 @@ def _score_slots(index: Index, normals: jax.Array, slots: jax.Array) -> jax.Arra
     flat = slots.reshape(*slots.shape[:-2], -1)
     keys = take_rows(index.keys, flat).reshape(*slots.shape, -1)
     return bounds.dot(normals[..., None, :], keys)[..., 0, :]
-
-
-def _ids(ids: jax.Array | None, slots: jax.Array) -> jax.Array:
-    """Ids of slots i32[*B, T, C]; the slot past the end stays past the end."""
-    if ids is None:
-        return slots
-    flat = slots.reshape(*slots.shape[:-2], -1)
-    past = ids.shape[-1]
-    table = jnp.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, 1)], constant_values=past)
-    return jnp.take_along_axis(table, flat, axis=-1).reshape(slots.shape)
 
 
 def _check(index, normals, offsets) -> tuple[jax.Array, jax.Array]:

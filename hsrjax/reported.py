@@ -31,8 +31,9 @@ from hsrjax.activations import (
     power_of,
     weigh,
 )
-from hsrjax.index import Index, add_rows, gather_rows
+from hsrjax.index import Index, ids_of
 from hsrjax.query import pack_parts, survivors, trips
+from hsrjax.rows import add_rows, gather_rows
 from hsrjax.visible import Visible
 
 
@@ -125,7 +126,7 @@ def attend(
 
     Args:
       activation: ReLU, or Softmax with top_r or epsilon.
-      index: not reordered, batch axes *B. Differentiable in `index.keys`.
+      index: batch axes *B. Differentiable in `index.keys`.
       values: differentiable in `values.rows`.
       tiles: differentiable in queries and offsets.
       capacity: slots of a pass.
@@ -175,6 +176,7 @@ def attend_sets(
         cut.queries,
         index.keys,
         values.rows,
+        index.ids,
         selection.offset if softmax else cut.offsets,
         selection.shift,
         cut.visible,
@@ -222,7 +224,7 @@ def _choose(activation: Activation, index: Index, cut: Tiles, *, capacity: int) 
     query_sketch = bounds.sketch_query(index.sketch, a)
     products = bounds.code_products(index.sketch, query_sketch)
     lower, upper = bounds.intervals(query_sketch, products)
-    slot = bitset.positions(lower.shape[-1], lower.ndim)
+    slot = index.every_id[..., None, :]
     visible = seen.mask(slot) & bitset.unpack(index.alive)[..., None, :]
     sinks = seen.sinks(slot)
     lower = jnp.where(visible, lower, -jnp.inf)
@@ -231,7 +233,7 @@ def _choose(activation: Activation, index: Index, cut: Tiles, *, capacity: int) 
     kept = fires(upper, offset[..., None], power=None, sinks=sinks)
     words = pack_parts(visible & kept, parts)
     best = _best_scores(
-        activation, index.keys, cut.queries, cut.visible, words, capacity=capacity
+        activation, index, cut.queries, cut.visible, words, capacity=capacity
     )
     peak, top = jax.tree.map(lambda x: _join(x, batch), best)
     selection = certificates.select(activation, peak, top, offset, lower, upper, sinks)
@@ -240,7 +242,7 @@ def _choose(activation: Activation, index: Index, cut: Tiles, *, capacity: int) 
     return Sets(words, *chosen)
 
 
-def _best_scores(activation, keys, a, seen, words, *, capacity):
+def _best_scores(activation, index, a, seen, words, *, capacity):
     """The exact scores that `certificates.select` asks for, of the reported keys."""
     wanted = 0 if activation.top_r is None else activation.top_r + 1
     ranked = bitset.rank(words)
@@ -248,8 +250,8 @@ def _best_scores(activation, keys, a, seen, words, *, capacity):
     def one_pass(i, best):
         peak, top = best
         slots = bitset.select(ranked, i * capacity, capacity)
-        at = slots[..., None, :]
-        scores = bounds.dot(a, gather_rows(keys, slots))
+        at = ids_of(index.ids, slots)[..., None, :]
+        scores = bounds.dot(a, gather_rows(index.keys, slots))
         scores = jnp.where(seen.mask(at), scores, -jnp.inf)
         peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
         if top is not None:
@@ -263,7 +265,9 @@ def _best_scores(activation, keys, a, seen, words, *, capacity):
     return jax.lax.fori_loop(0, trips(words, capacity), one_pass, (lowest, top))
 
 
-def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, seen, words):
+def _sum_tiles(
+    power, capacity, queries, keys, values, ids, offsets, shifts, seen, words
+):
     """Sums over the reported keys of each part of each tile.
 
     Args:
@@ -272,6 +276,7 @@ def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, seen, wo
       queries: f32[M, *B, J, R, H].
       keys: f[*B, P, H].
       values: f[*B, P, D].
+      ids: i32[*B, P], the position of each slot's key, or None where it is the slot.
       offsets: f32[M, *B, J, R].
       shifts: f32[M, *B, J, R], no gradient.
       seen: i32[M, *B, J, R] each.
@@ -288,7 +293,7 @@ def _sum_tiles(power, capacity, queries, keys, values, offsets, shifts, seen, wo
 
         def one_pass(i, sums):
             slots = bitset.select(ranked, i * capacity, capacity)
-            at = slots[..., None, :]
+            at = ids_of(ids, slots)[..., None, :]
             visible, sinks = tile_seen.mask(at), tile_seen.sinks(at)
             k, v = (gather_rows(x, slots) for x in (keys, values))
             new = _pass_sums(power, a, k, v, offset, shift, visible, sinks)
@@ -328,7 +333,7 @@ def _weighted_sums_forward(power, capacity, *arrays):
 
 def _weighted_sums_backward(power, capacity, arrays, cotangents):
     """Gradients over the forward pass's sets; keys outside them have none."""
-    queries, keys, values, offsets, shifts, seen, words = arrays
+    queries, keys, values, ids, offsets, shifts, seen, words = arrays
     weighted_bar, total_bar, _, _ = cotangents
 
     def one_tile(key_grads, tile):
@@ -339,7 +344,7 @@ def _weighted_sums_backward(power, capacity, arrays, cotangents):
         def one_pass(i, grads):
             a_bar, offset_bar, keys_bar, values_bar = grads
             slots = bitset.select(ranked, i * capacity, capacity)
-            at = slots[..., None, :]
+            at = ids_of(ids, slots)[..., None, :]
             visible, sinks = tile_seen.mask(at), tile_seen.sinks(at)
             k, v = gather_rows(keys, slots), gather_rows(values, slots)
 
@@ -374,16 +379,9 @@ def _weighted_sums_backward(power, capacity, arrays, cotangents):
     start = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     tiles = (queries, offsets, shifts, seen, words, weighted_bar, total_bar)
     key_grads, (queries_bar, offsets_bar) = jax.lax.scan(one_tile, start, tiles)
-    keys_bar, values_bar = key_grads
-    return (
-        queries_bar,
-        keys_bar.astype(keys.dtype),
-        values_bar.astype(values.dtype),
-        offsets_bar,
-        None,
-        None,
-        None,
-    )
+    keys_bar, values_bar = key_grads[0].astype(keys.dtype), key_grads[1]
+    values_bar = values_bar.astype(values.dtype)
+    return queries_bar, keys_bar, values_bar, None, offsets_bar, None, None, None
 
 
 def _add(total: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:

@@ -60,24 +60,34 @@ class Visible(NamedTuple):
             seen = seen + self.sink_high
         return seen if self.sink_low is None else seen - self.sink_low
 
-    def cover(self, parts: int, width: int) -> jax.Array:
-        """Sets that hold all that the queries of each part see, u32[..., J, W].
+    def hull(self, parts: int) -> Visible:
+        """Ranges that hold all that the queries of each part see, i32[..., J].
 
         Args:
           parts: J, the Q queries are cut into so many runs of equal length.
-          width: W, words of a set.
         """
 
         def over(x, reduce):
-            zero = jnp.zeros_like(self.high)
-            x = zero if x is None else x
+            if x is None:
+                return None
             return reduce(x.reshape(*x.shape[:-1], parts, -1), axis=-1)
 
-        seen = bitset.interval(over(self.low, jnp.min), over(self.high, jnp.max), width)
-        if self.sink_high is None:
+        return Visible(
+            high=jnp.max(self.high.reshape(*self.high.shape[:-1], parts, -1), axis=-1),
+            low=over(self.low, jnp.min),
+            sink_high=over(self.sink_high, jnp.max),
+            sink_low=over(self.sink_low, jnp.min),
+        )
+
+    def cover(self, parts: int, width: int) -> jax.Array:
+        """Sets of the slots in `hull(parts)`, u32[..., J, W] of W words."""
+        high, low, sink_high, sink_low = self.hull(parts)
+        zero = jnp.zeros_like(high)
+        seen = bitset.interval(zero if low is None else low, high, width)
+        if sink_high is None:
             return seen
-        low, high = over(self.sink_low, jnp.min), over(self.sink_high, jnp.max)
-        return seen | bitset.interval(low, high, width)
+        low = zero if sink_low is None else sink_low
+        return seen | bitset.interval(low, sink_high, width)
 
     def spans(self) -> list[tuple[jax.Array, jax.Array]]:
         """Ranges (low, high), i32 scalars, that hold all that any of the queries sees.

@@ -74,6 +74,18 @@ def test_decoding_takes_the_cheaper_way(share, batch):
 
 
 @pytest.mark.parametrize("share", BIASES)
+def test_a_reindexed_cache_takes_the_cheaper_way(share):
+    """Without a look at a sample: keys in spatial order have none."""
+    query, cache = cached()
+    bias = jnp.float32(BIASES[share])
+    expected, dense_info = decode(query, cache, bias, "dense")
+    out, info = decode(query, hsrjax.reindex(cache), bias)
+    assert relative_error(out, expected) <= 1e-5
+    np.testing.assert_array_equal(info.count, dense_info.count)
+    assert chose_dense(info) == CHOOSES_DENSE[share]
+
+
+@pytest.mark.parametrize("share", BIASES)
 def test_prefill_takes_the_cheaper_way(share):
     query, key, value, _ = inputs((2, 300, 300, 4, 2, 16, 8))
     bias = jnp.float32(BIASES[share])

@@ -21,6 +21,7 @@ FUNCTIONS = {
     "init_cache",
     "insert",
     "query",
+    "reindex",
 }
 ACTIVATIONS = {"ReLU", "Softmax"}
 RESULTS = {"Explanation", "Index", "Info", "KVCache", "Report"}

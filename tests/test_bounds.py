@@ -20,10 +20,9 @@ def sketched(keys, queries):
     products = bounds.code_products(index.sketch, query)
     lower, upper = bounds.intervals(query, products)
     blocks = jax.lax.map(lambda b: bounds.thresholds(query, b), _offsets(keys, queries))
-    boxes = bounds.box_blocks(
-        keys.reshape(-1, 32, keys.shape[-1]), jnp.ones((KEYS // 32, 32), bool)
-    )
-    return lower, upper, products, blocks, bounds.box_upper(boxes, queries)
+    balls = bounds.bound_cells(keys, jnp.ones(KEYS, bool), index.sketch.centre, size=32)
+    cells = bounds.ball_upper(balls, queries)[:, : KEYS // 32]
+    return lower, upper, products, blocks, cells
 
 
 def _offsets(keys, queries):
@@ -49,13 +48,13 @@ def float32_scores(keys, queries):
 
 def check(keys, queries):
     keys, queries = keys.astype(np.float32), queries.astype(np.float32)
-    lower, upper, products, levels, box = (np.asarray(x) for x in run(keys, queries))
+    lower, upper, products, levels, cells = (np.asarray(x) for x in run(keys, queries))
     own = np.asarray(bounds.dot(queries, keys))
     for scores in [*float32_scores(keys, queries), own]:
         usable = ~np.isnan(scores)
         assert (lower <= scores)[usable].all() and (scores <= upper)[usable].all()
-        per_key = np.repeat(box, 32, axis=-1)
-        assert (scores <= per_key)[usable].all()
+        per_key = np.repeat(cells, 32, axis=-1)
+        assert not (per_key < scores)[usable].any()  # NaN rules out nothing
     # With its own score as the offset, no key is below its block's integer.
     for key, score in enumerate(own.T):
         passing = products[:, key] >= levels[key][:, key // 32]
@@ -105,10 +104,10 @@ def test_bad_keys_and_queries_are_never_ruled_out(bad):
     keys = rng.standard_normal((KEYS, 6)).astype(np.float32)
     queries = rng.standard_normal((QUERIES, 6)).astype(np.float32)
     keys[40, 2], queries[3, 0] = bad, bad
-    _, upper, products, levels, box = run(keys, queries)
+    _, upper, products, levels, cells = run(keys, queries)
     assert (np.asarray(upper)[:, 32:] == np.inf).all()
-    if not np.isfinite(bad):
-        assert (np.asarray(box)[:, 1] == np.inf).all()
+    cells = np.asarray(cells)
+    assert not (cells[:, 1] < np.inf).any() and not (cells[3] < np.inf).any()
     passing = np.asarray(products)[:, 40] >= np.asarray(levels)[40][:, 1]
     assert passing.all()
     assert (np.asarray(upper)[3] == np.inf).all()
@@ -130,6 +129,41 @@ def test_the_sketch_is_tight(h):
     levels = np.repeat(np.asarray(bounds.thresholds(query, offsets)), 32, axis=-1)
     passed = (products >= levels).mean()
     assert 0.01 <= passed <= 0.02
+
+
+def test_balls_hold_keys_that_come_later():
+    """Keys put into cells one after the other, and cells that hold none so far."""
+    rng = np.random.default_rng(3)
+    keys = rng.standard_normal((KEYS, 6)).astype(np.float32) * 10.0 ** rng.integers(
+        -9, 9, (KEYS, 1)
+    )
+    queries = rng.standard_normal((QUERIES, 6)).astype(np.float32)
+    slot = np.arange(KEYS)
+
+    def widened(first):
+        balls = bounds.bound_cells(keys, slot < first, jnp.ones(6), size=32)
+        for last in range(first, KEYS):
+            block = last // 32
+            valid = (slot <= last).reshape(-1, 32)[block][None]
+            blocks = keys.reshape(-1, 32, 6)[block][None]
+            balls = bounds.widen_cells(balls, blocks, valid, jnp.array([block]))
+        return np.asarray(bounds.ball_upper(balls, queries))
+
+    scores = np.asarray(bounds.dot(queries, keys))
+    for first in (0, 20, 40):
+        assert (np.repeat(widened(first)[:, :2], 32, axis=-1) >= scores).all()
+
+
+@pytest.mark.parametrize("size", [1e-33, 1e-20, 1.0, 1e17])
+def test_a_ball_bound_is_tight(size):
+    """For one key it is that key's score up to rounding, also at extreme sizes."""
+    rng = np.random.default_rng(4)
+    keys = (rng.standard_normal((1, 8)) * size).astype(np.float32)
+    queries = rng.standard_normal((QUERIES, 8)).astype(np.float32)
+    balls = bounds.bound_cells(keys, jnp.ones(1, bool), jnp.zeros(8), size=1)
+    slack = np.asarray(bounds.ball_upper(balls, queries))[:, :1] - queries @ keys.T
+    allowed = 2e-5 * np.linalg.norm(queries, axis=1) * np.linalg.norm(keys) + 1e-32
+    assert (slack[:, 0] <= allowed).all() and (slack >= 0).all()
 
 
 def test_norm_neither_overflows_nor_underflows():

@@ -8,16 +8,24 @@ import numpy as np
 import pytest
 
 import hsrjax
+from hsrjax import bitset, planner
 from tests.contract import AttentionContract, inputs, relative_error
 
 
-def fill(key, value, *, room=0, chunk=None):
-    """A cache that holds key and value, appended in chunks."""
+def fill(key, value, *, room=0, chunk=None, reindexed=None):
+    """A cache that holds key and value, appended in chunks.
+
+    It is put in spatial order when it holds `reindexed` tokens.
+    """
     b, s, kv_heads, h = key.shape
     cache = hsrjax.init_cache(
         b, s + room, kv_heads, h, value_dim=value.shape[-1], dtype=key.dtype
     )
-    for start in range(0, s, chunk or s):
+    if reindexed:
+        part = slice(0, reindexed)
+        cache = hsrjax.extend(cache, key[:, part], value[:, part])
+        cache = hsrjax.reindex(cache)
+    for start in range(reindexed or 0, s, chunk or s):
         part = slice(start, start + (chunk or s))
         cache = hsrjax.extend(cache, key[:, part], value[:, part])
     return cache
@@ -28,9 +36,13 @@ class CacheContract(AttentionContract):
     takes_segments = False
     implementation = "dense"
     chunk = None
+    appended = None
 
     def attend(self, query, key, value, *, activation, is_causal, **visible):
-        cache = fill(key, value, room=3, chunk=self.chunk)
+        reindexed = None
+        if self.appended is not None:
+            reindexed = max(1, key.shape[1] - self.appended)
+        cache = fill(key, value, room=3, chunk=self.chunk, reindexed=reindexed)
         positions = jnp.arange(query.shape[1], dtype=jnp.int32)
         if not is_causal:
             positions = jnp.full_like(positions, key.shape[1] - 1)
@@ -65,6 +77,140 @@ class TestHsrCacheGrownInPieces(CacheContract):
     test_compiles_once = None
     test_zero_inputs = None
     test_low_precision_inputs = None
+
+
+class TestReindexedCache(CacheContract):
+    implementation = "hsr"
+    appended = 5  # after it was reindexed
+
+    test_compiles_once = None  # that is below, without a compilation for each length
+
+
+def attend_both(query, key, value, lengths, *, implementation="hsr", **options):
+    """(output, info) of a cache in arrival order, dense, and of one reindexed.
+
+    The second gets its last ten tokens after it was reindexed.
+    """
+    b, s, kv_heads, h = key.shape
+    empty = hsrjax.init_cache(b, s + 40, kv_heads, h, value_dim=value.shape[-1])
+    arrived = hsrjax.extend(empty, key, value, lengths=lengths)
+    early = jnp.maximum(lengths - 10, 0)
+    cache = hsrjax.reindex(hsrjax.extend(empty, key, value, lengths=early))
+    late = early[:, None, None, None] + bitset.positions(10, 2)[..., None, None]
+    late = jnp.minimum(late, s - 1)
+    key, value = (jnp.take_along_axis(x, late, axis=1) for x in (key, value))
+    cache = hsrjax.extend(cache, key, value, lengths=lengths - early)
+    np.testing.assert_array_equal(cache.length, arrived.length)
+    return (
+        hsrjax.decode_attention(query, arrived, implementation="dense", **options),
+        hsrjax.decode_attention(query, cache, implementation=implementation, **options),
+    )
+
+
+BIG = (3, 5, 1500, 4, 2)
+"""Rows long enough for cells of 128 slots."""
+
+
+@pytest.mark.parametrize("visible", [{}, {"window": 700, "sinks": 3}])
+@pytest.mark.parametrize("h", [4, 8, 24])
+@pytest.mark.parametrize("fire", ["few", "many"])
+def test_reindexed_rows_attend_to_what_they_did_before(h, fire, visible):
+    """Several newest positions of rows of 1500, 600, 7 and no tokens."""
+    query, key, value, _ = inputs((4, *BIG[1:], h, 3), seed=h)
+    far = jnp.zeros(1500, bool).at[::37].set(True).at[-8:].set(True)
+    key = key * jnp.where(far, 4.0, 0.3)[None, :, None, None]
+    (expected, wanted), (out, info) = attend_both(
+        query,
+        key,
+        value,
+        jnp.array([1500, 600, 7, 0]),
+        activation=hsrjax.ReLU(2, {"few": 2.0, "many": -0.2}[fire], "none"),
+        **visible,
+    )
+    np.testing.assert_array_equal(info.count, wanted.count)
+    assert (info.candidates >= info.count).all()
+    assert (info.candidates <= wanted.candidates).all()
+    assert relative_error(out, expected) <= 1e-5
+    most = int(info.count.max())
+    assert 400 < most if fire == "many" else 3 < most < 30
+    assert (out[3] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [hsrjax.Softmax(), hsrjax.Softmax(top_r=9), hsrjax.Softmax(epsilon=0.1)],
+)
+def test_softmax_over_a_reindexed_cache(activation):
+    query, key, value, _ = inputs((*BIG, 8, 3))
+    (expected, wanted), (out, info) = attend_both(
+        query,
+        key,
+        value,
+        jnp.array([1500, 600, 7]),
+        activation=activation,
+        implementation="auto" if activation.is_full else "hsr",
+        window=100,
+        sinks=2,
+    )
+    if activation.epsilon is None:
+        np.testing.assert_array_equal(info.count, wanted.count)
+        assert relative_error(out, expected) <= 1e-5
+    assert (jnp.abs(out - expected).max(-1) <= 2 * info.error_bound + 1e-5).all()
+
+
+@pytest.mark.parametrize("activation", [hsrjax.Softmax(), hsrjax.ReLU(2, -0.2, "none")])
+def test_dense_attention_of_a_reindexed_cache_in_chunks(monkeypatch, activation):
+    monkeypatch.setattr(planner, "_SCORES_AT_ONCE", 0)
+    monkeypatch.setattr(planner, "_CHUNK_SCORES", 1)
+    query, key, value, _ = inputs((2, 9, 1500, 2, 1, 4, 3))
+    (expected, wanted), (out, info) = attend_both(
+        query,
+        key,
+        value,
+        jnp.array([1500, 1450]),
+        activation=activation,
+        implementation="dense",
+        window=500,
+        sinks=2,
+    )
+    np.testing.assert_array_equal(info.count, wanted.count)
+    assert relative_error(out, expected) <= 1e-5
+    assert int(info.candidates.max()) == 502
+
+
+def test_nan_in_a_reindexed_cache_reaches_all_that_see_it():
+    """Its cell is never ruled out, whatever else is in there."""
+    query, key, value, _ = inputs((1, 3, 1500, 2, 2, 4, 3))
+    key = key.at[0, 1498, 1, 2].set(jnp.nan).at[0, 5, 0].set(1e30)
+    cache = hsrjax.reindex(fill(key, value))
+    activation = hsrjax.ReLU(bias=2.0)
+    out, _ = hsrjax.decode_attention(
+        query, cache, activation=activation, implementation="hsr"
+    )
+    seen = np.array([[False, False], [False, True], [False, True]])
+    np.testing.assert_array_equal(np.isnan(out[0]).all(-1), seen)
+    assert not np.isnan(np.asarray(out)[0][~seen]).any()
+
+
+def test_reindex_and_what_follows_compile_once(count_traces):
+    decode = count_traces(hsrjax.decode_attention)
+    reindex = count_traces(hsrjax.reindex)
+
+    @jax.jit
+    def step(cache, query, key, value):
+        cache = hsrjax.extend(reindex(cache), key, value)
+        return cache, decode(
+            query, cache, activation=hsrjax.ReLU(bias=1.0), implementation="hsr"
+        )
+
+    query, key, value, _ = inputs((1, 1, 48, 1, 1, 8, 8))
+    cache = hsrjax.reindex(hsrjax.init_cache(1, 64, 1, 8))
+    for start in range(0, 48, 16):
+        part = slice(start, start + 16)
+        cache, (out, info) = step(cache, query, key[:, part], value[:, part])
+    assert decode.traces == reindex.traces == 1
+    expected = hsrjax.attention(query, key, value, activation=hsrjax.ReLU(bias=1.0))
+    assert relative_error(out, expected) <= 1e-5 and int(info.count[0, 0, 0]) > 0
 
 
 @pytest.mark.parametrize("visible", [{}, {"window": 9, "sinks": 2}])
@@ -205,6 +351,7 @@ def test_one_compilation_serves_every_length(count_traces):
             "lengths.shape",
         ),
         (lambda c, x: hsrjax.extend(x, x, x), TypeError, "init_cache"),
+        (lambda c, x: hsrjax.reindex(x), TypeError, "init_cache"),
         (
             lambda c, x: hsrjax.decode_attention(x[:, :, :1], c, activation=None),
             TypeError,

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import hsrjax
 from hsrjax import bitset
-from hsrjax.bounds import box_blocks, box_upper
-from hsrjax.index import spatial_order
+from hsrjax.bounds import ball_upper, bound_cells
+from hsrjax.index import in_spatial_order
+from hsrjax.spatial import spatial_order
 
 
 @given(
@@ -85,28 +86,71 @@ def test_ids_out_of_range():
 
 
 @pytest.mark.parametrize("h", [2, 4, 8])
-def test_boxes_prune_small_heads_and_only_after_reordering(h):
-    """Why `build` reorders up to H = 8: the share of blocks a box cannot rule out."""
+def test_balls_prune_small_heads_and_only_in_spatial_order(h):
+    """Why `build` reorders up to H = 8: the share of cells a ball cannot rule out."""
     rng = np.random.default_rng(0)
     keys = rng.standard_normal((16384, h)).astype(np.float32)
     normals = rng.standard_normal((16, h)).astype(np.float32)
     offsets = np.sort(normals @ keys.T, axis=1)[:, -64, None]
 
     def visited(reorder):
-        blocks = hsrjax.build(keys, reorder=reorder).keys.reshape(-1, 32, h)
-        boxes = box_blocks(blocks, jnp.ones(blocks.shape[:2], bool))
-        return float(np.mean(np.asarray(box_upper(boxes, normals)) >= offsets))
+        index = hsrjax.build(keys, reorder=reorder)
+        balls = index.balls or bound_cells(
+            index.keys, jnp.ones(16384, bool), jnp.zeros(h), size=128
+        )
+        assert balls.size == 128 and balls.radius.shape == (128,)
+        return float(np.mean(np.asarray(ball_upper(balls, normals)) >= offsets))
 
-    assert visited(True) < {2: 0.03, 4: 0.15, 8: 0.5}[h]
-    assert visited(False) > {2: 0.4, 4: 0.9, 8: 0.9}[h]
+    assert visited(True) < {2: 0.04, 4: 0.18, 8: 0.75}[h]
+    assert visited(False) > 0.95
 
 
-def test_spatial_order_is_a_permutation_even_with_nan():
+@pytest.mark.parametrize("keys", [1, 31, 33, 333, 1025, 5000])
+def test_spatial_order_is_a_permutation_even_with_nan(keys):
     rng = np.random.default_rng(0)
-    keys = rng.standard_normal((2, 333, 3)).astype(np.float32)
-    keys[0, 5], keys[1, 7, 1] = np.nan, np.inf
-    order = np.sort(np.asarray(spatial_order(keys)), axis=-1)
-    np.testing.assert_array_equal(order, np.broadcast_to(np.arange(333), (2, 333)))
+    points = rng.standard_normal((2, keys, 3)).astype(np.float32)
+    points[0, keys // 2], points[1, keys // 3, 1] = np.nan, np.inf
+    used = np.array([keys, keys // 2], np.int32)
+    order = np.asarray(jax.jit(spatial_order)(points, used))
+    slots = np.arange(keys)
+    for row, number in zip(order, used, strict=True):
+        np.testing.assert_array_equal(np.sort(row[:number]), slots[:number])
+        np.testing.assert_array_equal(row[number:], slots[number:])
+
+
+def test_spatial_order_keeps_its_leaves_small_despite_an_outlier():
+    """One key is far larger than the rest: integers of few bits must not care."""
+    rng = np.random.default_rng(0)
+    keys = rng.uniform(size=(4096, 2)).astype(np.float32)
+    keys[7] = 1e30
+    order = np.asarray(jax.jit(spatial_order)(keys, 4096))
+    leaves = keys[order].reshape(-1, 32, 2)
+    extent = np.sort((leaves.max(1) - leaves.min(1)).max(1))
+    assert np.median(extent) < 0.3 and (extent > 1.0).sum() == 1
+
+
+@pytest.mark.parametrize("keys", [100, 2000])
+def test_spatial_order_changes_no_id(keys):
+    """Also when it is made again, after inserts and deletes in between."""
+    rng = np.random.default_rng(0)
+    stored = rng.standard_normal((2, keys, 3)).astype(np.float32)
+    normals = rng.standard_normal((2, 4, 3)).astype(np.float32)
+    index = hsrjax.build(stored[:, :-20], max_keys=keys, reorder=False)
+    index = hsrjax.delete(index, jnp.array([[3, 50, 7], [0, 1, 79]]))
+    expected = hsrjax.insert(index, stored[:, -20:])
+    reordered, order = jax.jit(in_spatial_order)(index)
+    assert not (order == jnp.arange(order.shape[-1])[None]).all()
+    again, _ = jax.jit(in_spatial_order)(hsrjax.insert(reordered, stored[:, -20:]))
+    for grown in (hsrjax.insert(reordered, stored[:, -20:]), again):
+        got = hsrjax.query(grown, normals, 0.5, capacity=keys)
+        wanted = hsrjax.query(expected, normals, 0.5, capacity=keys)
+        np.testing.assert_array_equal(got.indices, wanted.indices)
+        np.testing.assert_array_equal(got.count, wanted.count)
+    gone = hsrjax.delete(again, jnp.array([[keys - 1, 10], [4, 5]]))
+    wanted = hsrjax.delete(expected, jnp.array([[keys - 1, 10], [4, 5]]))
+    np.testing.assert_array_equal(
+        hsrjax.count(gone, normals, 0.5), hsrjax.count(wanted, normals, 0.5)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import hsrjax
 from hsrjax import bitset, bounds
-from hsrjax.visible import of_prefill
+from hsrjax.visible import Visible, of_prefill
 
 QUERIES = 20_000
 KEYS = 90
@@ -297,3 +297,77 @@ def test_a_tile_in_chunks_reports_unions_of_its_queries(
     expected = np.asarray(bitset.unpack(jnp.asarray(expected))) & inside
     np.testing.assert_array_equal(bitset.unpack(together), expected)
     assert 0 < int(bitset.size(together).min()) < 640
+
+
+def spatial_survivors(monkeypatch, offset, parts, visible=None, **patched):
+    """`survivors` of two rows of 2,000 keys in spatial order, under patched names.
+
+    Returns the index, and bool[2, J, P] each: what must be reported, what may be, at
+    least nearly, and what is.
+    """
+    module = sys.modules["hsrjax.query"]
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((2, 2000, 3)).astype(np.float32)
+    normals = rng.standard_normal((2, 6, 3)).astype(np.float32)
+    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+    index = hsrjax.delete(hsrjax.build(keys, max_keys=2100), jnp.array([[1], [1999]]))
+    for name, value in patched.items():
+        monkeypatch.setattr(module, name, value)
+    offsets = jnp.full((2, 6), offset)
+    survive = lambda: module.survivors(
+        index, normals, offsets, visible=visible, parts=parts
+    )
+    words = bitset.unpack(jax.jit(survive)())
+    alive = np.asarray(bitset.unpack(index.alive))[:, None]
+    members = alive & (np.einsum("bqh,bsh->bqs", normals, index.keys) >= offset)
+    union = lambda x: x.reshape(2, parts or 6, -1, x.shape[-1]).any(axis=2)
+    if visible is None:
+        return index, union(members), union(members), np.asarray(words)
+    seen, hull = (
+        np.asarray(x.mask(index.ids[:, None]))
+        for x in (visible, visible.hull(parts or 6))
+    )
+    allowed = union(members & seen.any(axis=-1, keepdims=True)) & hull
+    return index, union(members & seen), allowed, np.asarray(words)
+
+
+@pytest.mark.parametrize("parts", [None, 2])
+@pytest.mark.parametrize("offset", [0.5, 2.8])
+@pytest.mark.parametrize("share", [0, 10**6])
+@pytest.mark.parametrize("windows", [False, True])
+def test_cells_and_the_whole_sketch_report_the_members(
+    monkeypatch, offset, parts, share, windows
+):
+    """Read apart (share 0, in five passes) or in one go: no member is missed."""
+    visible = None
+    if windows:
+        high = jnp.array([[2000] * 3 + [900] * 3, [0, 2000, 0] * 2])
+        low = jnp.maximum(high - 500, 0)
+        visible = Visible(high, low, jnp.minimum(high, 9), None)
+    _, members, allowed, words = spatial_survivors(
+        monkeypatch,
+        offset,
+        parts,
+        visible,
+        _CELL_SHARE=share,
+        _PASS_BYTES=2 * (parts or 6) * 128 * 3 * 4,
+    )
+    assert not (members & ~words).any()
+    assert words.sum() <= 1.1 * allowed.sum() + 20
+
+
+@pytest.mark.parametrize(("offset", "fewest"), [(2.8, True), (0.5, False)])
+def test_cells_are_read_apart_where_few_are_reached(monkeypatch, offset, fewest):
+    everything = lambda index, normals, *_: jnp.full(
+        (2, 6, index.alive.shape[-1]), 2**32 - 1, jnp.uint32
+    )
+    index, *_, words = spatial_survivors(
+        monkeypatch, offset, None, _cell_survivors=everything
+    )
+    alive = np.asarray(bitset.unpack(index.alive))[:, None]
+    assert (words == alive).all() == fewest
+    monkeypatch.undo()
+    *_, words = spatial_survivors(
+        monkeypatch, offset, None, _sketch_survivors=everything
+    )
+    assert (words == alive).all() != fewest
