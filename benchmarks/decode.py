@@ -18,6 +18,7 @@ from benchmarks.common import Results, Settings, chosen_peers
 from benchmarks.inputs import Shape, Source
 from benchmarks.timing import race, relative_error
 
+ARRIVED = "hsr (arrival order)"
 LEAST_FIRING = 5
 """So that a row is not a quotient of two weights next to zero, inexact in float32."""
 
@@ -31,12 +32,15 @@ class Case:
       shape: heads and sizes; its keys are replaced by `keys`.
       keys: lengths S.
       fires: keys that fire in each row, at most 1 % of S; None is at most 256.
+      reindexed: "hsr" has a cache in spatial order, made outside the timer, as a
+        prompt's is; a cache in order of arrival takes part beside it.
     """
 
     about: str
     shape: Shape
     keys: tuple[int, ...]
     fires: int | None = None
+    reindexed: bool = False
 
     def firing(self, keys: int) -> int:
         """Keys that fire among S."""
@@ -64,6 +68,7 @@ CASES = {
         Shape(keys=0, head_dim=8, value_dim=8),
         (16384, 65536, 262144, 1048576),
         fires=64,
+        reindexed=True,
     ),
 }
 QUICK_KEYS = (512, 1024)
@@ -128,9 +133,11 @@ def _cases(command: Command) -> dict[str, Case]:
 def _measure(case, source, keys, names, rounds, bar) -> list[dict[str, Any]]:
     shape = dataclasses.replace(case.shape, keys=keys)
     given = inputs.decode(source, shape, case.firing(keys))
-    cache = growing.Growing(given)
+    cache = growing.Growing(given, reindexed=case.reindexed)
+    arrived = growing.Growing(given) if case.reindexed else None
     contestants = [
         growing.contestant(cache, "hsr", "hsr"),
+        *([growing.contestant(arrived, ARRIVED, "hsr")] if arrived else []),
         growing.contestant(cache, "auto", "auto"),
         growing.append_contestant(cache),
         growing.contestant(cache, "hsrjax dense", "dense"),
@@ -159,6 +166,7 @@ def _measure(case, source, keys, names, rounds, bar) -> list[dict[str, Any]]:
             row["append_ms"] = append
             row["append_share"] = append / row["ms"]
             row["keys_looked_at"] = looked_at["hsr"]
+        row["reindex_ms"] = cache.reindex_ms if row["name"] == "hsr" else None
     return rows
 
 
@@ -173,7 +181,8 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "break_even_keys": report.crossing(list(ratios), list(ratios.values())),
             "log_log_slope": {
                 name: report.slope(*tables.series(mine, name))
-                for name in ("hsr", "dense")
+                for name in ("hsr", "dense", ARRIVED)
+                if any(row["name"] == name for row in mine)
             },
         }
     return summary

@@ -45,6 +45,7 @@ SHARED_COLUMNS = {"keys", "name", "ms", "timed_calls", "status", "detail"}
 COLUMNS = {
     "decode": SHARED_COLUMNS
     | {"case", "firing_keys", "append_ms", "append_share", "max_relative_error"}
+    | {"reindex_ms", "keys_looked_at"}
     | {"dense_over_this", "this_over_hsr"},
     "prefill": SHARED_COLUMNS
     | {"firing_keys", "max_relative_error", "dense_over_this", "this_over_hsr"},
@@ -149,6 +150,19 @@ def test_every_implementation_is_measured(small_runs, capsys):
     ]
     assert len(others) == 4 and dense[0]["ms"] == min(others)
     assert found["summary"]["gqa"]["dense_over_hsr"].keys() == {"96"}
+
+
+def test_small_heads_are_measured_in_both_orders(tmp_path, capsys):
+    words = ["decode", "--quick", "--json", "--cases", "heads-8", "--keys", "96", "192"]
+    words += ["--peers", "none", "--repeats", "1", "--out", str(tmp_path)]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    by_name = {r["name"]: r for r in found["rows"] if r["keys"] == 192}
+    spatial, arrived = by_name["hsr"], by_name["hsr (arrival order)"]
+    assert spatial["reindex_ms"] > 0 and arrived["reindex_ms"] is None
+    assert spatial["ms"] and arrived["ms"] and arrived["max_relative_error"] <= 1e-5
+    slopes = found["summary"]["heads-8"]["log_log_slope"]
+    assert slopes.keys() == {"hsr", "hsr (arrival order)", "dense"}
 
 
 def test_wrong_attention_is_noticed(monkeypatch, tmp_path, capsys):
