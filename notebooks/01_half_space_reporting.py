@@ -100,26 +100,24 @@ left.scatter(*keys[members].T, s=14, color=BLUE)
 left.set_title("members: keys with <a, k> >= b")
 draw_half_space(left)
 
-low, high = np.moveaxis(np.asarray(index.boxes), 1, 0)
-used = np.isfinite(low).all(axis=-1)
-best = np.maximum(normal[0] * low, normal[0] * high).sum(axis=-1)
-for (x, y), (x2, y2), top in zip(low[used], high[used], best[used], strict=True):
+balls, cells = index.balls, len(keys) // index.balls.size + 1
+best = np.asarray(bounds.ball_upper(balls, normal))[0, :cells]
+for middle, radius, top in zip(balls.middles.T, balls.radius, best, strict=False):
     color, width = (ORANGE, 2) if top >= offset else (GREY, 0.8)
-    box = plt.Rectangle((x, y), x2 - x, y2 - y, fill=False, ec=color, lw=width)
-    right.add_patch(box)
+    right.add_patch(plt.Circle(middle, radius, fill=False, ec=color, lw=width))
 right.scatter(*keys.T, s=4, color=GREY)
 right.scatter(*keys[members].T, s=10, color=BLUE)
-visited = int((best[used] >= offset).sum())
-right.set_title(f"boxes of 32 keys: {visited} of {used.sum()} must be opened")
+visited = int((best >= offset).sum())
+right.set_title(f"balls around 32 keys: {visited} of {cells} must be opened")
 draw_half_space(right)
 plt.tight_layout()
 
 # %% [markdown]
-# In the plane the classical idea works well. Put near keys together, draw a box around
-# each group, and bound every score in the box by its best corner:
-# $\max_{k \in \text{box}} \langle a, k\rangle = \sum_h \max(a_h\,\text{low}_h,
-# a_h\,\text{high}_h)$. A box whose bound is below $b$ holds no member and is never
-# opened. `hsrjax` does this too, for head sizes up to 8.
+# In the plane the classical idea works well. Put near keys together, draw a ball around
+# each group, and bound every score in it by that of its middle $m$ and its radius $r$:
+# $\langle a, k\rangle \le \langle a, m\rangle + |a|\,r$, or do the same with a box and
+# its best corner. A ball whose bound is below $b$ holds no member and is never opened.
+# `hsrjax` does this too, for head sizes up to 8.
 #
 # ## Why trees die with dimension
 #
