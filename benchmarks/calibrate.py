@@ -122,7 +122,7 @@ def in_words(summary: dict[str, Any]) -> str:
     """The break-even for people."""
     least = summary["break_even_keys"]
     if least is None:
-        return "dense is expected to be faster at every length up to 1,048,576 keys"
+        return "one decode step: dense is expected to be faster up to 1,048,576 keys"
     shares = summary["break_even_share"]
     some = ", ".join(
         f"{100 * share:.2g} % at {int(keys):,}"

@@ -125,7 +125,9 @@ def test_chunks_are_visited_once_and_only_where_something_is_seen(
     positions = jnp.array(rows)[None]
     seen = visible.of_decode(positions, jnp.array([[60]]), window=window, sinks=sinks)
     count = jnp.zeros(-(-60 // chunk), jnp.int32)
-    visits = chunked._over_chunks(chunk, seen, lambda i, x: x.at[i].add(1), count)
+    visits = chunked._over_chunks(
+        chunk, seen.spans(), lambda i, x: x.at[i].add(1), count
+    )
     mask = seen.mask(jnp.arange(60, dtype=jnp.int32)[None, None])[0].any(0)
     mask = np.resize(np.pad(mask, (0, -60 % chunk)), (len(count), chunk)).any(1)
     assert (np.asarray(visits)[mask] == 1).all() and (visits <= 1).all()
