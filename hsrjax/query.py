@@ -32,7 +32,7 @@ _MANY_QUERIES = 16
 """Tiles of at least as many queries go over the sketch in chunks that stay in cache."""
 
 _CHUNK_PRODUCTS = 2**20
-_MOST_PRODUCTS = 2**22
+_MOST_PRODUCTS = 3 * 2**21
 """Never more at once: temporaries of 32 MB and up are fresh memory in every call."""
 _LEAST_CHUNK = 256
 
