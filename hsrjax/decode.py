@@ -175,11 +175,11 @@ def _extend(cache, key, value, lengths):
 def reindex(cache: KVCache) -> KVCache:
     """Puts what the cache holds into spatial order: the same tokens, found faster.
 
-    For head sizes up to 8, and larger ones whose keys training made so: there a bound
-    on 128 keys that are near each other rules them out together, and the time of a
-    decode step grows far slower than the cache. It is worth its cost once a prompt is
-    in, and again when many tokens have followed: those stay in the order they came in,
-    where they are found no faster than before.
+    For head sizes up to 8, where a bound on 128 keys that are near each other rules
+    them out together, so that the time of a decode step grows far slower than the
+    cache. Larger heads gain only if their keys lie in few dimensions, and lose little.
+    It is worth its cost once a prompt is in, and again when many tokens have followed:
+    those stay in the order they came in, where they are found no faster than before.
 
     Args:
       cache: from `extend`; rows may differ in length.

@@ -3,8 +3,8 @@
 Keys live in slots; 32 slots are a block. A block knows its 8-bit sketch
 (`hsrjax.bounds`). For head sizes up to 8 `build` also puts keys that are near each
 other into the same cell, 128 slots with balls around them, because there balls rule out
-whole cells; above that no geometric bound does, at any cell size, unless training made
-the keys so.
+whole cells; above that no geometric bound does, at any cell size, unless the keys lie
+in few dimensions.
 """
 
 from __future__ import annotations
