@@ -260,9 +260,8 @@ def solve(
     number = max(0.0, wide["slot"] - narrow["slot"]) / (2 * (64 - 16))
     row = max(0.0, narrow["slot"] - 2 * 16 * number)
     part_rows = plan.tile * step.group / plan.parts
-    passes = -(-step.keys // plan.capacity) * -(-step.queries // plan.tile)
-    slots = step.sets * plan.parts * plan.capacity * passes
-    slot = (prefill["all"] - prefill["none"]) / slots
+    runs = -(-step.keys // plan.capacity) * planner.sets(step, plan)
+    slot = (prefill["all"] - prefill["none"]) / (runs * plan.capacity)
     product = (slot - row) / (2 * step.head_dim) - number
     product = max(0.0, product) / (part_rows - DECODE_ROWS)
     number = max(0.0, number - DECODE_ROWS * product)
@@ -309,7 +308,7 @@ class _Cache:
 
     def probe(self):
         """A look at the sample alone."""
-        return self._call(adaptive.expected_passes)
+        return self._call(adaptive.expected_runs)
 
     def nothing(self):
         """What any call costs."""

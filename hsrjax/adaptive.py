@@ -14,13 +14,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from hsrjax import bitset, bounds, dense, reported
+from hsrjax import bitset, bounds, dense, gathered, reported
 from hsrjax.activations import Activation
 from hsrjax.bitset import WORD
 from hsrjax.index import Index
 from hsrjax.layout import from_tiles
 from hsrjax.planner import Plan
-from hsrjax.query import trips
 from hsrjax.reported import Info, Tiles, Values
 
 _SLICES = 4
@@ -53,7 +52,7 @@ def attend(
       length: T query positions.
       heads: N query heads.
       plan: "dense", "hsr" or, to choose here, "auto" with what is expected.
-      counted: False may leave Info.count zero, which saves time.
+      counted: False may leave Info's numbers of keys zero, which saves time.
 
     Returns:
       f32[B, T, N, D] and Info, each [B, T, N]. Under vmap one choice is made for all
@@ -84,15 +83,21 @@ def attend(
     )
     gather = lambda sets: uncut(
         reported.attend_sets(
-            activation, index, values, tiles, sets, capacity=plan.capacity
+            activation,
+            index,
+            values,
+            tiles,
+            sets,
+            capacity=plan.capacity,
+            counted=counted,
         )
     )
     expected = plan.expected
     if expected is None:
         return gather(choose())
     if index.ids is None:
-        passes = expected_passes(index, tiles, plan)
-        excess = expected.hsr + expected.one_pass * passes - expected.dense
+        runs = expected_runs(index, tiles, plan)
+        excess = expected.hsr + expected.one_run * runs - expected.dense
         dense_wins = _together(excess) > 0
         shapes = jax.eval_shape(choose)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -100,8 +105,8 @@ def attend(
     else:
         # Runs of keys in spatial order are no sample, and balls look sooner.
         dense_wins, sets = jnp.zeros((), jnp.bool_), choose()
-    passes = jnp.sum(jax.vmap(lambda words: trips(words, plan.capacity))(sets.words))
-    excess = expected.one_pass * passes.astype(jnp.float32) - expected.dense
+    runs = jnp.sum(gathered.runs(sets.words, plan.capacity))
+    excess = expected.one_run * runs.astype(jnp.float32) - expected.dense
     dense_wins |= _together(excess) > 0
     if plan.chunk is None:
         # Under grad a cond keeps what either side needs: now not all scores.
@@ -122,20 +127,20 @@ def _together_batched(axis_size, in_batched, excess):
     return _together(jnp.sum(excess, axis=0) if batched else excess), False
 
 
-def expected_passes(index: Index, tiles: Tiles, plan: Plan) -> jax.Array:
-    """Passes, f32, that all tiles are expected to need, from a sample of them."""
+def expected_runs(index: Index, tiles: Tiles, plan: Plan) -> jax.Array:
+    """Runs, f32, that all tiles are expected to need, from a sample of them."""
     index, tiles = jax.lax.stop_gradient((index, tiles))
     count = tiles.offsets.shape[0]
     sampled = min(count, _TILES)
     step = count / sampled
     at = jnp.array([int((i + 0.5) * step) for i in range(sampled)], jnp.int32)
     some = jax.tree.map(lambda x: x[at], tiles) if sampled < count else tiles
-    fullest = jax.lax.map(lambda tile: _expected_fullest(index, tile, plan.parts), some)
-    return step * jnp.sum(jnp.ceil(fullest / plan.capacity))
+    sizes = jax.lax.map(lambda tile: _expected_sizes(index, tile, plan.parts), some)
+    return step * jnp.sum(jnp.ceil(sizes / plan.capacity))
 
 
-def _expected_fullest(index: Index, tile: Tiles, parts: int) -> jax.Array:
-    """Size, f32, of the largest set that a tile is expected to report.
+def _expected_sizes(index: Index, tile: Tiles, parts: int) -> jax.Array:
+    """Sizes f32[*B, J] of the sets that a tile is expected to report.
 
     Bounds some keys in runs spread over those that the tile sees. A low estimate: where
     it is too low, one scan is lost.
@@ -150,9 +155,10 @@ def _expected_fullest(index: Index, tile: Tiles, parts: int) -> jax.Array:
     passing, seen = _look(index, tile, firsts, words)
     hits, used = _sizes(passing & seen, parts), _sizes(seen, parts)
     there = tile.visible.count()
-    there = jnp.max(there.reshape(*hits.shape, -1), axis=-1)
+    there = jnp.max(there.reshape(*there.shape[:-1], parts, -1), axis=-1)
+    there = jnp.broadcast_to(there, hits.shape)
     hits, used, there = (x.astype(jnp.float32) for x in (hits, used, there))
-    return jnp.max((hits - jnp.sqrt(hits)) * there / jnp.maximum(used, 1.0))
+    return (hits - jnp.sqrt(hits)) * there / jnp.maximum(used, 1.0)
 
 
 def _look(index: Index, tile: Tiles, firsts: list[jax.Array], words: int):

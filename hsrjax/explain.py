@@ -184,10 +184,10 @@ def _explain(activation: Activation, shape: Shape, plan: Plan) -> Explanation:
     """Adds what a plan does not hold: times, memory, and the table they come from."""
     table = costs.current()
     expected = planner.expect(activation, shape, plan, table=table.costs)
-    tiles = -(-shape.queries // plan.tile)
+    one_run_each = planner.sets(shape, plan) * expected.one_run
     softmax = isinstance(activation, Softmax)
     full = softmax and activation.is_full
-    survivors = expected.survivors if softmax else tiles * expected.one_pass
+    survivors = expected.survivors if softmax else one_run_each
     refused = ""
     try:
         planner.refuse(shape, plan)
@@ -200,7 +200,7 @@ def _explain(activation: Activation, shape: Shape, plan: Plan) -> Explanation:
         tile=plan.tile,
         dense_us=expected.dense / 1e3,
         hsr_us=None if full else (expected.hsr + survivors) / 1e3,
-        share_us=tiles * expected.one_pass * shape.keys / plan.capacity / 1e5,
+        share_us=one_run_each * shape.keys / plan.capacity / 1e5,
         break_even=planner.break_even(shape, plan, expected),
         dense_bytes=memory.of_dense(shape, plan),
         hsr_bytes=memory.of_hsr(shape, plan),

@@ -17,8 +17,9 @@ from hsrjax.shape import Shape
 Implementation = Literal["dense", "hsr", "auto"]
 IMPLEMENTATIONS = ("dense", "hsr", "auto")
 
-_TILE_ROWS = 256
-_PART_ROWS = 32
+_TILE_ROWS = 512
+_PART_ROWS = 16
+_RUN_SLOTS = 64
 _LEAST_SLOTS = 256
 _MOST_SLOTS = 1024
 _SLOT_SHARE = 64
@@ -39,14 +40,14 @@ class Expected(NamedTuple):
     Attributes:
       dense: of dense attention.
       hsr: of bounding every key; what survives comes on top.
-      one_pass: of gathering and scoring one pass of survivors of one tile.
-      survivors: of all passes where the activation says how many there are, else 0.
+      one_run: of gathering and scoring `capacity` survivors of one set.
+      survivors: of all runs where the activation says how many there are, else 0.
       probe: of looking at a sample before choosing.
     """
 
     dense: float
     hsr: float
-    one_pass: float
+    one_run: float
     survivors: float
     probe: float
 
@@ -56,7 +57,7 @@ class Plan(NamedTuple):
 
     Attributes:
       implementation: "dense", "hsr", or "auto": the call itself chooses.
-      capacity: slots of one gather.
+      capacity: slots of a run of gathered keys.
       tile: query positions of one tile of "hsr".
       parts: runs of a tile's positions that gather keys of their own.
       dense_tile: query positions of one tile of "dense".
@@ -118,8 +119,10 @@ def lay_out(activation: Activation, shape: Shape, capacity: int | None = None) -
         activation, queries=shape.queries, keys=shape.keys, heads=heads
     )
     if capacity is None:
-        share = max(_LEAST_SLOTS, shape.keys // _SLOT_SHARE)
-        capacity = _round_up(min(shape.keys, share, _MOST_SLOTS))
+        # Few queries should need one run a set; of many sets, runs should end full.
+        share = min(max(_LEAST_SLOTS, shape.keys // _SLOT_SHARE), _MOST_SLOTS)
+        slots = share if tile * shape.group < _PART_ROWS else _RUN_SLOTS
+        capacity = _round_up(min(shape.keys, slots))
     return Plan("hsr", capacity, tile, parts, dense_tile, chunk, "asked for")
 
 
@@ -131,8 +134,8 @@ def _choose(
         if expected.hsr + expected.survivors < expected.dense:
             return hsr._replace(reason="reporting is expected to be cheaper")
         return dense._replace(reason="scoring every key is expected to be cheaper")
-    tiles = -(-shape.queries // hsr.tile)
-    if expected.hsr + tiles * expected.one_pass + expected.probe >= expected.dense:
+    least = sets(shape, hsr) * expected.one_run
+    if expected.hsr + least + expected.probe >= expected.dense:
         return dense._replace(
             reason=f"at {shape.keys} keys scoring all costs no more than bounding all"
         )
@@ -166,9 +169,13 @@ def refuse(shape: Shape, plan: Plan) -> None:
 
 def break_even(shape: Shape, plan: Plan, expected: Expected) -> float:
     """The share of the keys from which on gathering them costs more than dense."""
-    tiles = -(-shape.queries // plan.tile)
-    passes = (expected.dense - expected.hsr) / (tiles * expected.one_pass)
-    return max(0.0, passes * plan.capacity / shape.keys)
+    runs = (expected.dense - expected.hsr) / (sets(shape, plan) * expected.one_run)
+    return max(0.0, runs * plan.capacity / shape.keys)
+
+
+def sets(shape: Shape, plan: Plan) -> int:
+    """How many sets of keys a call reports: one for every part of every tile."""
+    return -(-shape.queries // plan.tile) * plan.parts * shape.sets
 
 
 def expect(
@@ -183,10 +190,11 @@ def expect(
       table: costs, None is those of this machine.
     """
     table = costs.current().costs if table is None else table
-    sets, rows = shape.sets, shape.rows
+    rows = shape.rows
     further = max(0, rows - _MEASURED_ROWS)
     width = shape.head_dim + shape.value_dim
-    numbers, codes = sets * shape.keys * width, sets * shape.keys * shape.head_dim
+    keys = shape.sets * shape.keys
+    numbers, codes = keys * width, keys * shape.head_dim
     dense = costs.interpolate(table.dense, numbers)
     looked_at = 1.0 if plan.chunk is None else shape.seen
     dense += numbers * further * looked_at * table.dense_product
@@ -196,19 +204,17 @@ def expect(
         hsr += codes * table.build
     part_rows = plan.tile * shape.group / plan.parts
     number = table.gather_number + part_rows * table.gather_product
-    slots = sets * plan.parts * plan.capacity
-    one_pass = slots * (table.gather_row + width * number)
+    one_run = plan.capacity * (table.gather_row + width * number)
     survivors = 0.0
     if isinstance(activation, Softmax) and not activation.is_full:
         top_r = activation.top_r
         kept = _EPSILON_SHARE * shape.keys if top_r is None else top_r
         kept = min(shape.keys, kept * part_rows)
-        scores = sets * shape.keys * rows
+        scores = keys * rows
         dense += scores * (table.epsilon_dense if top_r is None else table.top_r_dense)
         hsr += scores * (table.epsilon_hsr if top_r is None else table.top_r_hsr)
-        passes = -(-kept // plan.capacity) * -(-shape.queries // plan.tile)
-        survivors = passes * one_pass
-    return Expected(dense, hsr, one_pass, survivors, table.probe)
+        survivors = -(-kept // plan.capacity) * sets(shape, plan) * one_run
+    return Expected(dense, hsr, one_run, survivors, table.probe)
 
 
 def dense_tiling(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hsrjax import bitset, bounds, checks
 from hsrjax.bitset import WORD
@@ -215,7 +216,7 @@ def _cell_survivors(index, normals, offsets, ranges, cells):
     ranked = bitset.rank(cells)
 
     def one_pass(i, words):
-        chosen = bitset.select(ranked, i * a_pass, a_pass)
+        chosen = bitset.select(ranked, i * a_pass + bitset.positions(a_pass, 1))
 
         def take(x):
             flat = x.reshape(*lead, -1, x.shape[-1])
@@ -299,18 +300,21 @@ def pack_parts(passing: jax.Array, parts: int) -> jax.Array:
     part = rows // parts
 
     def union(passing):
-        return jnp.any(passing.reshape(*lead, parts, part, size), axis=-2)
+        return bitset.pack(
+            jnp.any(passing.reshape(*lead, parts, part, size), axis=-2)
+        )
 
     def apart(passing):
         # Kept apart from the packing: fused, XLA's CPU backend does both bit by bit.
         window = (*[1] * len(lead), part, 1)
-        return jax.lax.reduce_window(
-            passing, False, jax.lax.bitwise_or, window, window, "VALID"
-        )
+        either = jax.lax.bitwise_or
+        bits, zero = passing.astype(jnp.uint8), np.uint8(0)
+        bits = jax.lax.reduce_window(bits, zero, either, window, window, "VALID")
+        return bitset.pack_bytes(bits)
 
     if part < _MANY_QUERIES:
-        return bitset.pack(union(passing))
-    return bitset.pack(jax.lax.platform_dependent(passing, cpu=apart, default=union))
+        return union(passing)
+    return jax.lax.platform_dependent(passing, cpu=apart, default=union)
 
 
 def trips(words: jax.Array, capacity: int) -> jax.Array:
@@ -332,7 +336,8 @@ def _members(index, normals, offsets, words, *, capacity):
 
     def one_pass(i, carry):
         ids, slots, total = carry
-        chunk = bitset.select(ranked, i * slots_a_pass, slots_a_pass)
+        ranks = i * slots_a_pass + bitset.positions(slots_a_pass, 1)
+        chunk = bitset.select(ranked, ranks)
         scores = _score_slots(index, normals, chunk)
         member = (chunk < past) & (scores >= offsets[..., None])
         chunk_ids = ids_of(index.ids, chunk)

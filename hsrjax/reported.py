@@ -22,18 +22,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hsrjax import bitset, bounds, certificates
+from hsrjax import bitset, bounds, certificates, gathered
 from hsrjax.activations import (
     Activation,
     Softmax,
     fires,
     normalize_rows,
     power_of,
-    weigh,
 )
 from hsrjax.index import Index, ids_of
 from hsrjax.query import pack_parts, survivors, trips
-from hsrjax.rows import add_rows, gather_rows
+from hsrjax.rows import gather_rows
 from hsrjax.visible import Visible
 
 
@@ -164,15 +163,17 @@ def attend_sets(
     sets: Sets,
     *,
     capacity: int,
+    counted: bool = True,
 ) -> tuple[jax.Array, Info]:
     """The second half of `attend`: exact work over the keys of the sets."""
     words, selection, rounding = sets
     batch = tiles.offsets.ndim - 1
     cut = _in_parts(tiles, words.shape[-2])
     softmax = isinstance(activation, Softmax)
-    sums = _weighted_sums(
+    sums = gathered.sums(
         power_of(activation),
         capacity,
+        counted,
         cut.queries,
         index.keys,
         values.rows,
@@ -249,7 +250,7 @@ def _best_scores(activation, index, a, seen, words, *, capacity):
 
     def one_pass(i, best):
         peak, top = best
-        slots = bitset.select(ranked, i * capacity, capacity)
+        slots = bitset.select(ranked, i * capacity + bitset.positions(capacity, 1))
         at = ids_of(index.ids, slots)[..., None, :]
         scores = bounds.dot(a, gather_rows(index.keys, slots))
         scores = jnp.where(seen.mask(at), scores, -jnp.inf)
@@ -263,134 +264,3 @@ def _best_scores(activation, index, a, seen, words, *, capacity):
     lowest = jnp.full(a.shape[:-1], -jnp.inf, jnp.float32)
     top = jnp.repeat(lowest[..., None], wanted, axis=-1) if wanted else None
     return jax.lax.fori_loop(0, trips(words, capacity), one_pass, (lowest, top))
-
-
-def _sum_tiles(
-    power, capacity, queries, keys, values, ids, offsets, shifts, seen, words
-):
-    """Sums over the reported keys of each part of each tile.
-
-    Args:
-      power: p of ReLU^p or None for softmax; static.
-      capacity: slots of a pass; static.
-      queries: f32[M, *B, J, R, H].
-      keys: f[*B, P, H].
-      values: f[*B, P, D].
-      ids: i32[*B, P], the position of each slot's key, or None where it is the slot.
-      offsets: f32[M, *B, J, R].
-      shifts: f32[M, *B, J, R], no gradient.
-      seen: i32[M, *B, J, R] each.
-      words: u32[M, *B, J, P/32].
-
-    Returns:
-      Weighted values f32[M, *B, J, R, D], weights f32[M, *B, J, R], and how many keys
-      fired and how many were looked at, i32[M, *B, J, R] each.
-    """
-
-    def one_tile(tile):
-        a, offset, shift, tile_seen, tile_words = tile
-        ranked = bitset.rank(tile_words)
-
-        def one_pass(i, sums):
-            slots = bitset.select(ranked, i * capacity, capacity)
-            at = ids_of(ids, slots)[..., None, :]
-            visible, sinks = tile_seen.mask(at), tile_seen.sinks(at)
-            k, v = (gather_rows(x, slots) for x in (keys, values))
-            new = _pass_sums(power, a, k, v, offset, shift, visible, sinks)
-            scores = bounds.dot(a, k)
-            firing = fires(scores, offset[..., None], power=power, sinks=sinks)
-            firing &= visible
-            looked_at, counted = (
-                jnp.sum(x, axis=-1, dtype=jnp.int32) for x in (visible, firing)
-            )
-            return jax.tree.map(jnp.add, sums, (*new, counted, looked_at))
-
-        lead = a.shape[:-1]
-        start = (
-            jnp.zeros((*lead, values.shape[-1]), jnp.float32),
-            jnp.zeros(lead, jnp.float32),
-            jnp.zeros(lead, jnp.int32),
-            jnp.zeros(lead, jnp.int32),
-        )
-        return jax.lax.fori_loop(0, trips(tile_words, capacity), one_pass, start)
-
-    return jax.lax.map(one_tile, (queries, offsets, shifts, seen, words))
-
-
-def _pass_sums(power, a, keys, values, offset, shift, visible, sinks):
-    """What the keys of one pass add: weighted values f32[*B, J, R, D] and weights."""
-    scores = jnp.where(visible, bounds.dot(a, keys), -jnp.inf)
-    weights = weigh(
-        scores, offset[..., None], shift[..., None], power=power, sinks=sinks
-    )
-    weighted = bounds.product("...qc,...cd->...qd", weights, values)
-    return weighted, jnp.sum(weights, axis=-1)
-
-
-def _weighted_sums_forward(power, capacity, *arrays):
-    return _sum_tiles(power, capacity, *arrays), arrays
-
-
-def _weighted_sums_backward(power, capacity, arrays, cotangents):
-    """Gradients over the forward pass's sets; keys outside them have none."""
-    queries, keys, values, ids, offsets, shifts, seen, words = arrays
-    weighted_bar, total_bar, _, _ = cotangents
-
-    def one_tile(key_grads, tile):
-        a, offset, shift, tile_seen, tile_words, weighted_bar, total_bar = tile
-        a_turned, bar_turned = (jnp.swapaxes(x, -1, -2) for x in (a, weighted_bar))
-        ranked = bitset.rank(tile_words)
-
-        def one_pass(i, grads):
-            a_bar, offset_bar, keys_bar, values_bar = grads
-            slots = bitset.select(ranked, i * capacity, capacity)
-            at = ids_of(ids, slots)[..., None, :]
-            visible, sinks = tile_seen.mask(at), tile_seen.sinks(at)
-            k, v = gather_rows(keys, slots), gather_rows(values, slots)
-
-            def weights_of(scores, offset):
-                scores = jnp.where(visible, scores, -jnp.inf)
-                return weigh(
-                    scores,
-                    offset[..., None],
-                    shift[..., None],
-                    power=power,
-                    sinks=sinks,
-                )
-
-            weights, pull = jax.vjp(weights_of, bounds.dot(a, k), offset)
-            weights_bar = bounds.dot(weighted_bar, v) + total_bar[..., None]
-            scores_bar, offset_new = pull(weights_bar)
-            # As [H, C] first: several times faster on CPU than straight to [C, H].
-            keys_new = bounds.product("...hq,...qc->...hc", a_turned, scores_bar)
-            values_new = bounds.product("...dq,...qc->...dc", bar_turned, weights)
-            return (
-                a_bar + bounds.product("...qc,...ch->...qh", scores_bar, k),
-                offset_bar + offset_new,
-                _add(keys_bar, slots, jnp.swapaxes(keys_new, -1, -2)),
-                _add(values_bar, slots, jnp.swapaxes(values_new, -1, -2)),
-            )
-
-        start = (jnp.zeros_like(a), jnp.zeros_like(offset), *key_grads)
-        passes = trips(tile_words, capacity)
-        a_bar, offset_bar, *key_grads = jax.lax.fori_loop(0, passes, one_pass, start)
-        return tuple(key_grads), (a_bar, offset_bar)
-
-    start = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
-    tiles = (queries, offsets, shifts, seen, words, weighted_bar, total_bar)
-    key_grads, (queries_bar, offsets_bar) = jax.lax.scan(one_tile, start, tiles)
-    keys_bar, values_bar = key_grads[0].astype(keys.dtype), key_grads[1]
-    values_bar = values_bar.astype(values.dtype)
-    return queries_bar, keys_bar, values_bar, None, offsets_bar, None, None, None
-
-
-def _add(total: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
-    """Adds rows f[*B, J, C, D] at slots i32[*B, J, C] of f[*B, P, D]."""
-    lead = total.shape[:-2]
-    return add_rows(
-        total, slots.reshape(*lead, -1), rows.reshape(*lead, -1, total.shape[-1])
-    )
-
-
-_weighted_sums = jax.custom_vjp(_sum_tiles, nondiff_argnums=(0, 1))
-_weighted_sums.defvjp(_weighted_sums_forward, _weighted_sums_backward)

@@ -155,7 +155,8 @@ def test_spatial_order_changes_no_id(keys):
 
 @functools.partial(jax.jit, static_argnums=2)
 def select(words, start, capacity):
-    return bitset.select(bitset.rank(words), start, capacity)
+    ranks = start + jnp.arange(capacity, dtype=jnp.int32)
+    return bitset.select(bitset.rank(words[None]), ranks)[0]
 
 
 @given(
