@@ -7,6 +7,7 @@ to keep for the backward pass and because the c-th member is found by counting b
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -123,23 +124,21 @@ def _select(words, below, ranks, sets):
     if ends.shape[-1] <= _FEW_GROUPS:
         group = jnp.sum(ends[:, None] <= ranks[..., None], axis=-1, dtype=jnp.int32)
     else:
-        group = jax.vmap(lambda ends, ranks: jnp.searchsorted(ends, ranks, side="right"))
-        group = group(ends, ranks).astype(jnp.int32)
+        search = functools.partial(jnp.searchsorted, side="right")
+        group = jax.vmap(search)(ends, ranks).astype(jnp.int32)
     found = group < ends.shape[-1]
     group = jnp.minimum(group, ends.shape[-1] - 1)
     take = lambda x, at: x.reshape(-1).at[at].get(mode="promise_in_bounds")
     at, step = sets[:, None] * padded + group * _GROUP, _GROUP // 2
     while step:
-        at += step * (take(below, at + (step - 1)) <= ranks)
+        at = jnp.where(take(below, at + (step - 1)) <= ranks, at + step, at)
         step //= 2
-    # Else XLA works the search out again for every bit of the word that it finds.
-    at = jax.lax.optimization_barrier(at - sets[:, None] * padded)
-    at = jnp.minimum(at, width - 1)
+    at = jnp.minimum(at - sets[:, None] * padded, width - 1)
     word = take(words, sets[:, None] * width + at)
     before = take(below, sets[:, None] * padded + at)
     before -= jax.lax.population_count(word).astype(jnp.int32)
-    slot = at * WORD + _nth_bit(word, ranks - before)
-    return jnp.where(found, slot, WORD * width)
+    first = jnp.where(found, at, width) * WORD
+    return _nth_bit(word, jnp.where(found, ranks - before, -1), first)
 
 
 def _running_sum(counts: jax.Array) -> jax.Array:
@@ -159,13 +158,16 @@ def _running_sum(counts: jax.Array) -> jax.Array:
     return sums.reshape(*lead, -1)
 
 
-def _nth_bit(word: jax.Array, n: jax.Array) -> jax.Array:
-    """Position of the n-th (0-based) set bit of each word: as many prefixes hold less.
+def _nth_bit(word: jax.Array, n: jax.Array, first: jax.Array) -> jax.Array:
+    """first + position of the n-th (0-based) set bit: as many prefixes hold less.
 
     A sum, which XLA does not work out again for every number that is gathered at this
     position, as it would do with a chain of cheap operations.
     """
-    lanes = positions(WORD, word.ndim + 1).astype(jnp.uint32)
-    prefix = word[..., None] << (jnp.uint32(WORD - 1) - lanes)
+    lanes = positions(WORD, word.ndim + 1)
+    prefix = word[..., None] << (WORD - 1 - lanes).astype(jnp.uint32)
     held = jax.lax.population_count(prefix).astype(jnp.int32)
-    return jnp.sum(held <= n[..., None], axis=-1, dtype=jnp.int32)
+    less = (held <= n[..., None]).astype(jnp.int32)
+    return jnp.sum(
+        less + jnp.where(lanes == 0, first[..., None], 0), axis=-1, dtype=jnp.int32
+    )

@@ -12,10 +12,11 @@ in chunks of C.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hsrjax import bitset, bounds
 from hsrjax.activations import fires, weigh
@@ -70,7 +71,7 @@ def _forward(power, chunk, counted, queries, keys, values, ids, offsets, seen):
             if not counted:
                 return (weighted, total + jnp.sum(weights, axis=-1), count), peak
             firing = fires(scores, offset[..., None], power=power) & visible
-            new_total, new_count = _sum_both(weights, firing.astype(jnp.int32))
+            new_total, new_count = sum_both(weights, firing.astype(jnp.int32))
             return (weighted, total + new_total, count + new_count), peak
 
         rows = a.shape[:-1]
@@ -145,6 +146,21 @@ sums = jax.custom_vjp(_sum_tiles, nondiff_argnums=(0, 1, 2))
 sums.defvjp(_sums_forward, _sums_backward)
 
 
+@jax.custom_jvp
+def sum_both(x: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums of f32[..., S] and of i32[..., S] over the last axis, in one pass."""
+    add = lambda sums, new: tuple(a + b for a, b in zip(sums, new, strict=True))
+    zeros = jnp.zeros((), x.dtype), jnp.zeros((), numbers.dtype)
+    return jax.lax.reduce((x, numbers), zeros, add, (x.ndim - 1,))
+
+
+@sum_both.defjvp
+def _sum_both_jvp(primals, tangents):
+    sums = sum_both(*primals)
+    no_tangent: Any = np.zeros(sums[1].shape, jax.dtypes.float0)
+    return sums, (jnp.sum(tangents[0], axis=-1), no_tangent)
+
+
 def _over_chunks(
     chunk: int, spans: _Spans, step: Callable[..., _Carry], carry: _Carry
 ) -> _Carry:
@@ -196,13 +212,6 @@ def _add(total: jax.Array, i: jax.Array, part: jax.Array) -> jax.Array:
 
 def _weigh(power, scores, offset, shift):
     return weigh(scores, offset[..., None], shift[..., None], power=power)
-
-
-def _sum_both(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums over the last axis, in one pass over both."""
-    add = lambda sums, new: tuple(a + b for a, b in zip(sums, new, strict=True))
-    zeros = jnp.zeros((), x.dtype), jnp.zeros((), y.dtype)
-    return jax.lax.reduce((x, y), zeros, add, (x.ndim - 1,))
 
 
 def _turn(x: jax.Array) -> jax.Array:

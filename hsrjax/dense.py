@@ -98,6 +98,16 @@ def _attend_chunks(activation, keys, values, ids, tiles, *, chunk, counted):
 
 def _attend_tile(activation, keys, values, ids, tile):
     """`attend` for one tile, its axis left out, with all scores at once."""
+    lead = keys.shape[:-2]
+    flat = lambda x: x.reshape(-1, *x.shape[len(lead) :])
+    # With one batch axis XLA's CPU backend writes the weights over the scores.
+    arrays = jax.tree.map(flat, (keys, values, ids, tile))
+    found = _attend_flat(activation, *arrays)
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
+
+
+def _attend_flat(activation, keys, values, ids, tile):
+    """`_attend_tile` with a single batch axis."""
     power = power_of(activation)
     slot = bitset.positions(keys.shape[-2], keys.ndim)
     slot = slot if ids is None else ids[..., None, :]
@@ -108,17 +118,21 @@ def _attend_tile(activation, keys, values, ids, tile):
     if isinstance(activation, Softmax):
         selection = _select(activation, jax.lax.stop_gradient(scores), sinks)
         selection = checkpoint_name(selection, _SELECTION)
-    offset, shift = selection.offset, selection.shift
-    weights = weigh(
-        scores, offset[..., None], shift[..., None], power=power, sinks=sinks
+    offset, shift = selection.offset[..., None], selection.shift[..., None]
+    firing = visible & fires(scores, offset, power=power, sinks=sinks)
+    total, count = chunked.sum_both(
+        weigh(scores, offset, shift, power=power, sinks=sinks),
+        firing.astype(jnp.int32),
     )
+    # Weights for the product are made again once the sums are there, which the offset
+    # waits for: nothing reads the scores any more, and they are overwritten.
+    nothing = jnp.where(count < 0, jax.lax.stop_gradient(total), 0.0)
+    offset += nothing[..., None]
+    weights = weigh(scores, offset, shift, power=power, sinks=sinks)
     rows = values.rows.astype(jnp.float32)
     weighted = bounds.product("...qs,...sd->...qd", weights, rows)
-    total = jnp.sum(weights, axis=-1)
     seen = tile.visible.count()
     out = normalize_rows(activation, weighted, total, seen)
-    firing = fires(scores, offset[..., None], power=power, sinks=sinks)
-    count = jnp.sum(visible & firing, axis=-1, dtype=jnp.int32)
     missed = bound = jnp.zeros_like(total)
     if isinstance(activation, Softmax) and not activation.is_full:
         rounding = _score_rounding(keys, tile.queries)

@@ -10,11 +10,12 @@ A key outside the half-space has weight zero and gradient zero, so the backward 
 walks over the same runs.
 
 Shapes here: M tiles with batch axes *A and K key heads, in J parts of R queries each:
-queries f[M, *A, K, J, R, H]. The K J sets of a row of the batch are worked off together.
+queries f[M, *A, K, J, R, H]. The G = K J sets of a row of the batch share one list.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ import jax.numpy as jnp
 
 from hsrjax import bitset, bounds
 from hsrjax.activations import fires, weigh
-from hsrjax.rows import add_rows, gather_rows
+from hsrjax.index import ids_of
+from hsrjax.rows import add_rows, gather_rows, take_rows
 
 _SLOTS_AT_ONCE = 2**12
 """Of all runs of a pass."""
@@ -49,7 +51,8 @@ class Runs(NamedTuple):
     Attributes:
       sets: i32[*A, W], the set of each run, or None for each set in turn, W = G.
       slots: i32[*A, W, C], key slots, P (one past the end) where the run is shorter.
-      rows: i32[*A, W, C], the same among the slots of all heads, K P past the end.
+      rows: i32[*A, W, C], where the keys are gathered from: the slots or, with a list
+        of runs, the slots among those of all heads, K P past the end.
     """
 
     sets: jax.Array | None
@@ -81,22 +84,21 @@ def take(
     work: Work, i: jax.Array, *, count: int | None, capacity: int, parts: int
 ) -> Runs:
     """Runs of pass i; those past the last run hold nothing."""
-    sets, run = None, i
-    number = bitset.positions(work.end.shape[-1], work.end.ndim)
-    if count is not None:
-        number = i * count + bitset.positions(count, work.end.ndim)
-        before = work.end[..., None, :] <= number[..., None]
-        sets = jnp.sum(before, axis=-1, dtype=jnp.int32)
-        sets = jnp.minimum(sets, work.end.shape[-1] - 1)
-        first = work.end - work.runs
-        first = jnp.take_along_axis(first, sets, axis=-1, mode="promise_in_bounds")
-        number, run = sets, (number - first)[..., None]
-    ranks = run * capacity + bitset.positions(capacity, work.end.ndim + 1)
+    a_run = bitset.positions(capacity, work.end.ndim + 1)
+    if count is None:
+        slots = bitset.select(work.ranked, i * capacity + a_run)
+        return Runs(None, slots, slots)
+    number = i * count + bitset.positions(count, work.end.ndim)
+    before = work.end[..., None, :] <= number[..., None]
+    last = work.end.shape[-1] - 1
+    sets = jnp.minimum(jnp.sum(before, axis=-1, dtype=jnp.int32), last)
+    first = work.end - work.runs
+    first = jnp.take_along_axis(first, sets, axis=-1, mode="promise_in_bounds")
+    ranks = (number - first)[..., None] * capacity + a_run
     slots = bitset.select(work.ranked, ranks, sets)
     past = bitset.WORD * work.ranked.words.shape[-1]
-    rows = (number // parts)[..., None] * past + slots
-    no_row = work.end.shape[-1] // parts * past
-    return Runs(sets, slots, jnp.where(slots < past, rows, no_row))
+    rows = (sets // parts)[..., None] * past + slots
+    return Runs(sets, slots, jnp.where(slots < past, rows, (last + 1) // parts * past))
 
 
 def _sum_tiles(
@@ -140,10 +142,9 @@ def _sum_tiles(
             if not counted:
                 return *run.add(sums[:2], (weighted, total)), *sums[2:]
             firing = fires(scores, offset[..., None], power=power, sinks=sinks)
-            numbers = (
-                jnp.sum(x, axis=-1, dtype=jnp.int32) for x in (firing & visible, visible)
-            )
-            return run.add(sums, (weighted, total, *numbers))
+            count = lambda x: jnp.sum(x, axis=-1, dtype=jnp.int32)
+            new = weighted, total, count(firing & visible), count(visible)
+            return run.add(sums, new)
 
         lead = rows[1].shape
         start = (
@@ -198,10 +199,7 @@ def _sums_backward(power, capacity, _, arrays, cotangents):
         *row_grads, keys_bar, values_bar = walk.over(tile_words, one_pass, start)
         return (keys_bar, values_bar), walk.by_part(tuple(row_grads))
 
-    start = tuple(
-        jnp.zeros((*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1]), jnp.float32)
-        for x in (keys, values)
-    )
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (walk.keys, walk.values))
     rows = queries, offsets, shifts, seen, *cotangents[:2]
     key_grads, row_grads = jax.lax.scan(one_tile, start, (rows, words))
     keys_bar, values_bar = (
@@ -216,30 +214,35 @@ sums = jax.custom_vjp(_sum_tiles, nondiff_argnums=(0, 1, 2))
 sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _weigh(power, scores, offset, shift, sinks):
-    return weigh(scores, offset[..., None], shift[..., None], power=power, sinks=sinks)
-
-
 class _Walk:
-    """The way over the runs of a tile."""
+    """The way over the runs of a tile: what all its passes share.
+
+    Args:
+      capacity: C.
+      keys: f[*A, K, P, H].
+      values: f[*A, K, P, D].
+      ids: i32[*A, K, P] or None.
+      words: u32[M, *A, K, J, P/32], of all tiles; only the shape counts.
+    """
 
     def __init__(self, capacity, keys, values, ids, words):
-        *lead, heads, self.parts, _ = words.shape[1:]
-        self.capacity, self.padded = capacity, keys.shape[-2]
-        self.heads, self.batch = heads, len(lead)
-        a_row = _SLOTS_AT_ONCE // (capacity * math.prod(lead))
-        # Few sets are about as large as each other, and need no list.
-        self.count = min(max(1, a_row), heads * self.parts) if self.parts > 1 else None
-        flat = lambda x: x.reshape(*lead, heads * self.padded, *x.shape[len(lead) + 2 :])
-        self.keys, self.values = flat(keys), flat(values)
-        self.ids = None if ids is None else flat(ids)
+        *lead, self.heads, self.parts, _ = words.shape[1:]
+        self.capacity, self.batch = capacity, len(lead)
+        self.past = keys.shape[-2]
+        # The few sets of a tile in one part are as large as each other: no list.
+        self.count = None
+        if self.parts > 1:
+            most = _SLOTS_AT_ONCE // (capacity * math.prod(lead))
+            self.count = min(max(1, most), self.heads * self.parts)
+        self.keys, self.values, self.ids = keys, values, ids
+        if self.count is not None:
+            merge = functools.partial(_merge, axis=self.batch)
+            self.keys, self.values = merge(keys), merge(values)
+            self.ids = None if ids is None else merge(ids)
 
     def by_set(self, rows):
         """[*A, K, J, R, ...] to [*A, G, R, ...]."""
-        axis = self.batch
-        return jax.tree.map(
-            lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]), rows
-        )
+        return jax.tree.map(lambda x: _merge(x, axis=self.batch), rows)
 
     def by_part(self, rows):
         """Undoes `by_set`."""
@@ -249,16 +252,12 @@ class _Walk:
         )
 
     def over(self, words, one_pass, start):
-        """Carries one_pass(runs, carry) over all runs of a tile's sets."""
+        """Carries one_pass(_Pass, carry) over all runs of the sets of a tile."""
         todo = work(words, self.capacity)
 
         def step(i, carry):
             runs = take(
-                todo,
-                i,
-                count=self.count,
-                capacity=self.capacity,
-                parts=self.parts,
+                todo, i, count=self.count, capacity=self.capacity, parts=self.parts
             )
             return one_pass(_Pass(self, runs), carry)
 
@@ -266,57 +265,62 @@ class _Walk:
 
 
 class _Pass:
-    """The runs of one pass."""
+    """The runs of one pass: W of the list, or W = G, one of each set.
 
-    def __init__(self, walk, runs):
+    Attributes:
+      at: i32[*A, W, 1, C], the position of each run's keys, P and above for none.
+    """
+
+    def __init__(self, walk: _Walk, runs: Runs):
         self.walk, self.runs = walk, runs
-        at = runs.slots
-        if walk.ids is not None:
-            past = walk.padded
-            rows = jnp.minimum(runs.rows, walk.ids.shape[-1] - 1)
-            found = jnp.take_along_axis(
-                walk.ids, rows.reshape(*rows.shape[:-2], -1), axis=-1
-            ).reshape(rows.shape)
-            at = jnp.where(runs.slots < past, found, past)
+        at = runs.slots if walk.ids is None else ids_of(walk.ids, runs.rows)
         self.at = at[..., None, :]
 
     def of(self, rows):
         """Rows [*A, G, R, ...] of each run's set, [*A, W, R, ...]."""
-        if self.runs.sets is None:
-            return rows
-        return jax.tree.map(lambda x: _windows(x, self.runs.sets), rows)
+        sets = self.runs.sets
+        return rows if sets is None else jax.tree.map(lambda x: _take(x, sets), rows)
 
-    def gather(self):
-        return (gather_rows(x, self.runs.rows) for x in (self.walk.keys, self.walk.values))
-
-    def add(self, totals, new):
-        """Adds rows [*A, W, R, ...] of the runs to those of their sets."""
-        if self.runs.sets is None:
-            return jax.tree.map(jnp.add, totals, tuple(new))
-        return jax.tree.map(
-            lambda t, x: _add_windows(t, self.runs.sets, x), totals, tuple(new)
+    def gather(self) -> tuple[jax.Array, jax.Array]:
+        """Keys f32[*A, W, C, H] and values f32[*A, W, C, D]; zeros for none."""
+        walk = self.walk
+        return gather_rows(walk.keys, self.runs.rows), gather_rows(
+            walk.values, self.runs.rows
         )
 
-    def add_to_keys(self, total, new):
-        rows = self.runs.rows
-        flat = new.reshape(*new.shape[:-3], -1, new.shape[-1])
-        return add_rows(total, rows.reshape(*rows.shape[:-2], -1), flat)
+    def add(self, totals: tuple, new: tuple) -> tuple:
+        """Adds rows [*A, W, R, ...] of the runs to those of their sets."""
+        sets = self.runs.sets
+        if sets is None:
+            return jax.tree.map(jnp.add, totals, new)
+        return jax.tree.map(lambda total, x: _add(total, sets, x), totals, new)
+
+    def add_to_keys(self, total: jax.Array, new: jax.Array) -> jax.Array:
+        """Adds rows f32[*A, W, C, D] to those of the slots that they are of."""
+        lead = total.shape[:-2]
+        rows = self.runs.rows.reshape(*lead, -1)
+        return add_rows(total, rows, new.reshape(*lead, -1, new.shape[-1]))
 
 
-def _windows(x, sets):
-    batch = sets.ndim - 1
-    flat = x.reshape(*x.shape[: batch + 1], -1)
-    if x.dtype == jnp.float32:
-        found = gather_rows(flat, sets)
-    else:
-        one = lambda t, r: t.at[r].get(mode="promise_in_bounds")
-        for _ in range(batch):
-            one = jax.vmap(one)
-        found = one(flat, sets)
-    return found.reshape(*sets.shape, *x.shape[batch + 1 :])
+def _merge(x: jax.Array, *, axis: int) -> jax.Array:
+    """Makes one of two axes."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _add_windows(total, sets, new):
-    batch = sets.ndim - 1
-    flat = lambda x: x.reshape(*x.shape[: batch + 1], -1)
+def _take(x: jax.Array, sets: jax.Array) -> jax.Array:
+    """x[*A, G, ...] at sets i32[*A, W]: [*A, W, ...]."""
+    lead = sets.shape[:-1]
+    flat = x.reshape(*lead, x.shape[len(lead)], -1)
+    take = gather_rows if x.dtype == jnp.float32 else take_rows
+    return take(flat, sets).reshape(*sets.shape, *x.shape[len(lead) + 1 :])
+
+
+def _add(total: jax.Array, sets: jax.Array, new: jax.Array) -> jax.Array:
+    """Adds new[*A, W, ...] to total[*A, G, ...] at sets i32[*A, W]."""
+    lead = sets.shape[:-1]
+    flat = lambda x: x.reshape(*lead, x.shape[len(lead)], -1)
     return add_rows(flat(total), sets, flat(new)).reshape(total.shape)
+
+
+def _weigh(power, scores, offset, shift, sinks):
+    return weigh(scores, offset[..., None], shift[..., None], power=power, sinks=sinks)

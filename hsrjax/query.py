@@ -300,9 +300,7 @@ def pack_parts(passing: jax.Array, parts: int) -> jax.Array:
     part = rows // parts
 
     def union(passing):
-        return bitset.pack(
-            jnp.any(passing.reshape(*lead, parts, part, size), axis=-2)
-        )
+        return bitset.pack(jnp.any(passing.reshape(*lead, parts, part, size), axis=-2))
 
     def apart(passing):
         # Kept apart from the packing: fused, XLA's CPU backend does both bit by bit.

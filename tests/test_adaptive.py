@@ -102,7 +102,7 @@ def test_prefill_takes_the_cheaper_way(share):
     expected, dense_info = attend(implementation="dense")
     assert relative_error(out, expected) <= 1e-5
     np.testing.assert_array_equal(info.count, dense_info.count)
-    assert chose_dense(info, 300) == (share != "none")  # few a query, many a tile
+    assert chose_dense(info, 300) == CHOOSES_DENSE[share]
 
 
 def split_keys(sampled, rest):
@@ -137,7 +137,7 @@ def test_a_misleading_sample_changes_no_result(sampled, rest, dense, monkeypatch
 
 
 def test_the_sample_is_right_about_keys_in_any_order():
-    """Expected passes are those needed, but for chance, also in a half-full cache."""
+    """Expected runs are those needed, but for chance, also in a half-full cache."""
     from hsrjax import adaptive
     from hsrjax.layout import query_tiles
     from hsrjax.visible import of_decode
@@ -147,19 +147,19 @@ def test_the_sample_is_right_about_keys_in_any_order():
     plan = planner.Plan("hsr", 32, 1, 1, 1, None, "")
 
     @jax.jit
-    def passes(bias, window):
+    def runs(bias, window):
         activation = hsrjax.ReLU(bias=bias)
         seen = of_decode(jnp.array([[8191]]), cache.length[:, None])
         seen = seen._replace(low=seen.high - window)
         tiles = query_tiles(activation, query, seen, scale=None, kv_heads=2, tile=1)
-        return adaptive.expected_passes(cache.index, tiles, plan)
+        return adaptive.expected_runs(cache.index, tiles, plan)
 
     for bias in (-0.5, 0.0, 0.5):
         for window in (8192, 2048):
             _, info = decode(query, cache, bias, "hsr", window=window)
-            needed = int(info.candidates.max()) / 32
-            assert 0.6 * needed < float(passes(bias, window)) < 1.15 * needed
-    assert float(passes(1e4, 8192)) == 0
+            needed = int(info.candidates.sum()) / 32
+            assert 0.6 * needed < float(runs(bias, window)) < 1.15 * needed
+    assert float(runs(1e4, 8192)) == 0
 
 
 def test_one_compilation_serves_both_ways(count_traces):
@@ -238,7 +238,7 @@ def test_gradients_are_those_of_dense():
         bias = jnp.float32(BIASES[share])
         got, info = gradient(arrays, bias, "auto")
         expected, _ = gradient(arrays, bias, "dense")
-        assert chose_dense(info, 64) == (share != "none")
+        assert chose_dense(info, 64) == CHOOSES_DENSE[share]
         for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
             assert relative_error(one, other) <= 1e-5
 

@@ -294,11 +294,11 @@ def test_solved_costs_give_the_times_back():
     shape = hsrjax.shape.Shape(1, 2048, 2048, 8, 4, 64, 64)
     plan = planner.lay_out(hsrjax.ReLU(), shape)
     expected = planner.expect(hsrjax.ReLU(), shape, plan, table=table)
-    passes = -(-2048 // plan.capacity) * -(-2048 // plan.tile)
+    runs = -(-2048 // plan.capacity) * planner.sets(shape, plan)
     times = {
         "dense": expected.dense,
         "none": expected.hsr,
-        "all": expected.hsr + passes * expected.one_pass,
+        "all": expected.hsr + runs * expected.one_run,
         "build": 1.5 * 4 * 2048 * 64,
         "shape": shape,
         "plan": plan,

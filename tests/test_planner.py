@@ -66,9 +66,8 @@ def test_the_share_that_is_too_many_is_where_costs_meet():
         hsr = planner.lay_out(RELU, shape)
         expected = planner.expect(RELU, shape, hsr, table=TABLE)
         share = planner.break_even(shape, hsr, expected)
-        tiles = -(-shape.queries // hsr.tile)
-        passes = tiles * share * shape.keys / hsr.capacity
-        hsr_ns = expected.hsr + passes * expected.one_pass
+        runs = planner.sets(shape, hsr) * share * shape.keys / hsr.capacity
+        hsr_ns = expected.hsr + runs * expected.one_run
         assert hsr_ns == pytest.approx(expected.dense) and 0 < share < 1
 
 
@@ -82,7 +81,7 @@ def test_costs_grow_with_every_size():
                 larger = larger._replace(queries=8 * shape.queries)
             more = planner.expect(RELU, larger, hsr, table=TABLE)
             assert more.dense > least.dense and more.hsr > least.hsr, size
-            assert more.one_pass >= least.one_pass
+            assert more.one_run >= least.one_run
     seen = planner.expect(RELU, PREFILL._replace(seen=0.5), hsr, table=TABLE)
     assert seen.hsr < least.hsr and seen.dense < least.dense
     at_once = planner.expect(
