@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ OUT = Path("runs/costs.json")
 KEYS = (512, 2048, 8192, 32768, 131072, 524288)
 NONE, ALL = np.inf, -np.inf
 """Thresholds over which no key fires, and all do."""
+SHARE = 0.1
+"""Of the keys, for each row, where gathering is timed: about where dense takes over."""
 DECODE_ROWS = 2
 """Query rows of a key head in a decode step here."""
 FEW = 64
@@ -59,16 +62,17 @@ def run(command: Command) -> Results:
     """Measures everything."""
     quick = command.quick
     keys = (512,) if quick else KEYS
-    middle, sequence = (512, 256) if quick else (16384, 2048)
-    steps = len(keys) + 4
+    middle, far, sequence = (512, 512, 256) if quick else (16384, 131072, 2048)
+    steps = len(keys) + 5
     with tqdm(total=steps * command.rounds, unit="round") as bar:
         timed = functools.partial(_timed, rounds=command.rounds, bar=bar)
         curves = _curves(timed, keys, command.seed)
-        wide, narrow = (_slot(timed, middle, h, command.seed) for h in (64, 16))
+        wide, narrow = (_slot(timed, far, h, command.seed) for h in (64, 16))
+        probe = _probe(timed, middle, command.seed)
         select = _select(timed, middle, command.seed)
         found = _prefill(timed, sequence, command.seed)
     dense, scan = curves
-    solved = solve(dense, scan, wide, narrow, select, found)
+    solved = solve(dense, scan, wide, narrow, probe, select, found)
     machine = costs.this_machine()
     table = Costs(machine=machine, origin="measured", dense=dense, scan=scan, **solved)
     rows = [{"cost": name, "ns": ns} for name, ns in solved.items()]
@@ -137,7 +141,7 @@ def in_words(summary: dict[str, Any]) -> str:
 def _timed(
     calls: dict[str, Callable[[], Any]], *, rounds: int, bar: tqdm
 ) -> dict[str, float]:
-    """Median nanoseconds of each call; they take turns."""
+    """Nanoseconds of each call, in turns; the best round, as noise only adds."""
     contestants = [
         Contestant(
             name,
@@ -150,7 +154,7 @@ def _timed(
     timings = race(
         contestants, rounds=rounds, score=lambda *_: None, tick=tables.ticker(bar)
     )
-    return {name: 1e6 * (timing.ms or 0.0) for name, timing in timings.items()}
+    return {name: 1e9 * min(timing.rounds) for name, timing in timings.items()}
 
 
 def _curves(timed, lengths: tuple[int, ...], seed: int) -> tuple[Curve, Curve]:
@@ -165,21 +169,23 @@ def _curves(timed, lengths: tuple[int, ...], seed: int) -> tuple[Curve, Curve]:
     return tuple(dense), tuple(scan)
 
 
-def _slot(timed, keys: int, head_dim: int, seed: int) -> dict[str, float]:
-    """Nanoseconds for one key and value of this head size; and for a probe."""
+def _slot(timed, keys: int, head_dim: int, seed: int) -> float:
+    """Nanoseconds for one key and value of this head size, among many more."""
     cache = _Cache(Shape(keys=keys, head_dim=head_dim, value_dim=head_dim), seed)
-    ns = timed(
-        {
-            "none": cache.call("hsr", NONE),
-            "all": cache.call("hsr", ALL),
-            "probe": cache.probe(),
-            "nothing": cache.nothing(),
-        }
-    )
+    some = cache.threshold(SHARE)
+    ns = timed({"none": cache.call("hsr", NONE), "some": cache.call("hsr", some)})
+    _, info = cache.call("hsr", some)()
+    reported = np.asarray(info.candidates)[0, 0, ::DECODE_ROWS]
     capacity = cache.plan().capacity
-    slots = 4 * capacity * -(-keys // capacity)
-    slot = max(0.0, ns["all"] - ns["none"]) / slots
-    return {"slot": slot, "probe": max(0.0, ns["probe"] - ns["nothing"])}
+    slots = capacity * int(np.sum(-(-reported // capacity)))
+    return max(0.0, ns["some"] - ns["none"]) / slots
+
+
+def _probe(timed, keys: int, seed: int) -> float:
+    """Nanoseconds for a look at a sample."""
+    cache = _Cache(Shape(keys=keys), seed)
+    ns = timed({way: cache.call(way, NONE) for way in ("hsr", "auto")})
+    return max(0.0, ns["auto"] - ns["hsr"])
 
 
 def _select(timed, keys: int, seed: int) -> dict[str, float]:
@@ -235,8 +241,9 @@ def _prefill(timed, sequence: int, seed: int) -> dict[str, Any]:
 def solve(
     dense_curve: Curve,
     scan_curve: Curve,
-    wide: dict[str, float],
-    narrow: dict[str, float],
+    wide: float,
+    narrow: float,
+    probe: float,
     select: dict[str, float],
     prefill: dict[str, Any],
 ) -> dict[str, float]:
@@ -247,6 +254,7 @@ def solve(
       scan_curve: of `Costs`.
       wide: of `_slot`, heads of 64.
       narrow: of `_slot`, heads of 16.
+      probe: of `Costs`.
       select: costs for softmax to choose.
       prefill: of `_prefill`.
     """
@@ -257,8 +265,8 @@ def solve(
     scan = prefill["none"] - prefill["build"]
     scan -= costs.interpolate(scan_curve, codes)
     # A slot costs row + 2 H (number + rows product).
-    number = max(0.0, wide["slot"] - narrow["slot"]) / (2 * (64 - 16))
-    row = max(0.0, narrow["slot"] - 2 * 16 * number)
+    number = max(0.0, wide - narrow) / (2 * (64 - 16))
+    row = max(0.0, narrow - 2 * 16 * number)
     part_rows = plan.tile * step.group / plan.parts
     runs = -(-step.keys // plan.capacity) * planner.sets(step, plan)
     slot = (prefill["all"] - prefill["none"]) / (runs * plan.capacity)
@@ -269,7 +277,7 @@ def solve(
         "dense_product": max(0.0, dense) / (2 * codes * further),
         "scan_product": max(0.0, scan) / (codes * further),
         "build": prefill["build"] / codes,
-        "probe": wide["probe"],
+        "probe": probe,
         "gather_row": row,
         "gather_number": number,
         "gather_product": product,
@@ -286,49 +294,45 @@ class _Cache:
         self.inner.refresh()
         assert self.inner.cache is not None
         self.cache: hsrjax.KVCache = self.inner.cache
-        self.room = self.cache.index.keys.shape[-2]
+        self.room, self.kv_heads = self.cache.index.keys.shape[-2], shape.kv_heads
 
-    def plan(self) -> planner.Plan:
+    def plan(self, activation: Any = None) -> planner.Plan:
         """Of a step by hsr."""
         keys, values = self.cache.index.keys, self.cache.values.rows
         step = shapes.of_decode(self.inner.query, keys, values, devices=1)
-        return planner.plan(hsrjax.ReLU(), "hsr", step)
+        return planner.plan(activation or hsrjax.ReLU(), "hsr", step)
 
-    def call(self, way: Any, bias: float, *, softmax: Any = None):
-        """A step in which the keys above the bias fire."""
-        relu = hsrjax.ReLU(power=2, bias=bias, normalize="none")
-        step = functools.partial(
-            hsrjax.decode_attention,
-            activation=relu if softmax is None else softmax,
-            implementation=way,
-            scale=1.0,
-        )
-        step = jax.jit(step)
-        return lambda: jax.block_until_ready(step(self.inner.query, self.cache))
+    def threshold(self, share: float) -> np.ndarray:
+        """Biases over which such a share of the keys fires."""
+        query, key = self.inner.inputs.query, self.inner.inputs.key
+        fires = max(1, round(share * key.shape[1]))
+        return inputs.thresholds(query, key, lambda _: fires, causal=False)
 
-    def probe(self):
-        """A look at the sample alone."""
-        return self._call(adaptive.expected_runs)
-
-    def nothing(self):
-        """What any call costs."""
-        return self._call(lambda index, tiles, plan: tiles.offsets)
-
-    def _call(self, function):
-        plan, relu = self.plan(), hsrjax.ReLU(bias=NONE)
+    def call(self, way: str, bias: Any, *, softmax: Any = None):
+        """A step in which the keys above the bias fire; "auto" never turns to dense."""
+        query, cache = self.inner.query, self.cache
+        relu = hsrjax.ReLU(power=2, bias=jnp.asarray(bias), normalize="none")
+        activation = relu if softmax is None else softmax
+        plan = self.plan(activation)._replace(implementation=way)
+        if way == "auto":
+            far = planner.Expected(math.inf, 0.0, 0.0, 0.0, 0.0)
+            plan = plan._replace(expected=far)
 
         @jax.jit
-        def called(query, cache):
+        def step(query, cache):
             length = cache.length[:, None]
             seen = of_decode(length - 1, length)
-            tiles = query_tiles(
-                relu,
-                query,
-                seen,
-                scale=1.0,
-                kv_heads=cache.index.keys.shape[1],
-                tile=plan.tile,
+            cut = functools.partial(
+                query_tiles, activation, query, seen, scale=1.0, kv_heads=self.kv_heads
             )
-            return function(cache.index, tiles, plan)
+            return adaptive.attend(
+                activation,
+                cache.index,
+                cache.values,
+                lambda tile: cut(tile=tile),
+                length=1,
+                heads=query.shape[2],
+                plan=plan,
+            )
 
-        return lambda: jax.block_until_ready(called(self.inner.query, self.cache))
+        return lambda: jax.block_until_ready(step(query, cache))

@@ -9,6 +9,7 @@ sample which promised too little costs one scan and no more. Exact either way.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -26,7 +27,7 @@ _SLICES = 4
 """Runs of keys in a sample."""
 _SHARE = 64
 """A sample is one key in this many."""
-_MOST_WORDS = 16
+_MOST_WORDS = 8
 _TILES = 8
 """Tiles of queries that are looked at."""
 
@@ -135,11 +136,15 @@ def expected_runs(index: Index, tiles: Tiles, plan: Plan) -> jax.Array:
     step = count / sampled
     at = jnp.array([int((i + 0.5) * step) for i in range(sampled)], jnp.int32)
     some = jax.tree.map(lambda x: x[at], tiles) if sampled < count else tiles
-    sizes = jax.lax.map(lambda tile: _expected_sizes(index, tile, plan.parts), some)
+    look = functools.partial(_expected_sizes, index, parts=plan.parts)
+    if sampled == 1:
+        sizes = look(jax.tree.map(lambda x: x[0], some))
+    else:
+        sizes = jax.lax.map(look, some)
     return step * jnp.sum(jnp.ceil(sizes / plan.capacity))
 
 
-def _expected_sizes(index: Index, tile: Tiles, parts: int) -> jax.Array:
+def _expected_sizes(index: Index, tile: Tiles, *, parts: int) -> jax.Array:
     """Sizes f32[*B, J] of the sets that a tile is expected to report.
 
     Bounds some keys in runs spread over those that the tile sees. A low estimate: where

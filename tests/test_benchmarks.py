@@ -303,9 +303,9 @@ def test_solved_costs_give_the_times_back():
         "shape": shape,
         "plan": plan,
     }
-    slots = [{"slot": 30.0 + 2 * h * (0.3 + 2 * 0.01), "probe": 9e3} for h in (64, 16)]
+    slots = [30.0 + 2 * h * (0.3 + 2 * 0.01) for h in (64, 16)]
     select = {name: known[name] for name in known if name[:3] in ("top", "eps")}
-    solved = calibrate.solve(*curves, *slots, select, times)
+    solved = calibrate.solve(*curves, *slots, 9e3, select, times)
     assert solved == pytest.approx(known, rel=1e-6)
 
 
