@@ -27,6 +27,8 @@ _MEASURED_ROWS = 2
 """Query rows of a key head that the curves of `Costs` were measured with."""
 _EPSILON_SHARE = 0.05
 """Keys that Softmax(epsilon) is expected to keep: what language models do at 0.1."""
+_CLEARLY_LESS = 0.75
+"""Of dense, for "auto" to choose inside the call: that costs time as well."""
 _LEAST_QUERIES = 8
 _SCORES_AT_ONCE = 2**22
 _CHUNK_SCORES = 2**20
@@ -135,7 +137,7 @@ def _choose(
             return hsr._replace(reason="reporting is expected to be cheaper")
         return dense._replace(reason="scoring every key is expected to be cheaper")
     least = sets(shape, hsr) * expected.one_run
-    if expected.hsr + least + expected.probe >= expected.dense:
+    if expected.hsr + least + expected.probe >= _CLEARLY_LESS * expected.dense:
         return dense._replace(
             reason=f"at {shape.keys} keys scoring all costs no more than bounding all"
         )
@@ -204,7 +206,7 @@ def expect(
         hsr += codes * table.build
     part_rows = plan.tile * shape.group / plan.parts
     number = table.gather_number + part_rows * table.gather_product
-    one_run = plan.capacity * (table.gather_row + width * number)
+    one_run = max(1.0, plan.capacity * (table.gather_row + width * number))
     survivors = 0.0
     if isinstance(activation, Softmax) and not activation.is_full:
         top_r = activation.top_r
