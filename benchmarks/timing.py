@@ -95,7 +95,7 @@ def race(
     tick: Callable[[str], None],
     budget: float = BUDGET,
 ) -> dict[str, Timing]:
-    """Times all contestants in turns.
+    """Times all contestants in turns, each round beginning with the next of them.
 
     Args:
       contestants: names must differ.
@@ -108,8 +108,10 @@ def race(
       Timings by name, in the order given.
     """
     timings = {one.name: Timing(one) for one in contestants}
-    for _ in range(rounds):
-        for timing in timings.values():
+    for number in range(rounds):
+        turns = list(timings.values())
+        first = number % len(turns)
+        for timing in turns[first:] + turns[:first]:
             if timing.failure or timing.spent > budget:
                 continue
             tick(timing.contestant.name)

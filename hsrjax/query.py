@@ -30,11 +30,12 @@ _PASS_BYTES = 2**19
 """Of the sketch, read from cells in one pass: stays in cache."""
 
 _MANY_QUERIES = 16
-"""Tiles of at least as many queries go over the sketch in chunks that stay in cache."""
+"""Tiles of at least as many queries go over the sketch in chunks that stay in cache.
+
+Fewer make fewer products than there are codes, which would be copied chunk by chunk.
+"""
 
 _CHUNK_PRODUCTS = 2**20
-_MOST_PRODUCTS = 3 * 2**21
-"""Never more at once: temporaries of 32 MB and up are fresh memory in every call."""
 _LEAST_CHUNK = 256
 
 
@@ -246,9 +247,8 @@ def _cell_survivors(index, normals, offsets, ranges, cells):
 
 
 def _sketch_survivors(index, normals, offsets, visible, parts):
-    products = index.keys.shape[-2] * offsets.size
-    most = _CHUNK_PRODUCTS if normals.shape[-2] >= _MANY_QUERIES else _MOST_PRODUCTS
-    if products > most:
+    many = normals.shape[-2] >= _MANY_QUERIES
+    if many and index.keys.shape[-2] * offsets.size > _CHUNK_PRODUCTS:
         return _tile_survivors(index.sketch, normals, offsets, visible, parts)
     query_sketch = bounds.sketch_query(index.sketch, normals)
     products = bounds.code_products(index.sketch, query_sketch)

@@ -1,14 +1,9 @@
-"""Attention over reported keys: fixed-capacity masked gathers, forward and backward.
+"""Attention over reported keys: which they are, and what comes of them.
 
 Queries are bounded by tiles, in large int8 products, and gather by the parts of a tile,
-whose sets are smaller: the set of a part is the union of what its queries report. It is
-a bit set over key slots; pass number i of a loop gathers its members
-i C ... (i+1) C - 1 into C slots, scores them against the whole part as one matrix
-product and adds what they contribute. The number of passes is computed, not fixed: a
-small set costs one pass, a set larger than C costs more, and no key is ever dropped.
-
-A key outside the half-space has weight zero and gradient zero, so the backward pass
-walks over the same sets.
+whose sets are smaller: the set of a part is the union of what its queries report, a bit
+set over key slots. `hsrjax.gathered` then scores its members exactly, in runs of at
+most `capacity`: a larger set takes more runs, and no key is ever dropped.
 
 Shapes here: M tiles of Q queries (positions and the heads that share a key head), with
 batch axes *B (batch, key heads): queries f[M, *B, Q, H]; in J parts of R queries:
@@ -43,8 +38,8 @@ class Info(NamedTuple):
       count: i32, keys with a weight other than zero.
       candidates: i32, visible keys whose exact score was computed for the row: those
         that its whole tile of queries reports.
-      overflow: bool, the tile reports more keys than capacity: further exact passes
-        were made.
+      overflow: bool, the row's part of a tile reports more keys than capacity: they
+        took further runs, exact as well.
       missed_mass: f32, bound on the fraction of softmax mass left out; 0 for ReLU.
       error_bound: f32, bound on the maximum-norm distance to full softmax in exact
         arithmetic, before rounding to the output's dtype; 0 where nothing is left out
