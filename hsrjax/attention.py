@@ -84,7 +84,8 @@ def attention(
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     if segment_ids is not None:
         segment_ids = jnp.asarray(segment_ids)
-    shape, plan = plan_call(
+    call = functools.partial(
+        plan_call,
         query,
         key,
         value,
@@ -96,20 +97,17 @@ def attention(
         sinks=sinks,
         capacity=capacity,
     )
+    shape, plan = call()
     planner.refuse(shape, plan)
-    out, info = _attend(
-        query,
-        key,
-        value,
-        segment_ids,
-        activation,
-        scale,
-        is_causal=is_causal,
-        window=window,
-        sinks=sinks,
-        plan=plan,
-        counted=return_info,
+    attend = functools.partial(
+        _attend, is_causal=is_causal, window=window, sinks=sinks, counted=return_info
     )
+    arrays = query, key, value, segment_ids, activation, scale
+    differentiated = call(gradients=True)[1]
+    if plan == differentiated or plan.chunk is None:
+        out, info = attend(*arrays, plan=plan)
+    else:
+        out, info = _by_use(attend, arrays, plan=plan, differentiated=differentiated)
     return (out, info) if return_info else out
 
 
@@ -125,6 +123,7 @@ def plan_call(
     window: int | None,
     sinks: int,
     capacity: int | None,
+    gradients: bool = False,
 ) -> tuple[Shape, planner.Plan]:
     """Static checks of a call of `attention`, its sizes and its plan."""
     _check(query, key, value, activation)
@@ -140,7 +139,28 @@ def plan_call(
         window=window,
         devices=memory.devices(query, key, value),
     )
-    return shape, planner.plan(activation, implementation, shape, capacity=capacity)
+    plan = planner.plan(
+        activation, implementation, shape, capacity=capacity, gradients=gradients
+    )
+    return shape, plan
+
+
+def _by_use(attend, arrays, *, plan, differentiated):
+    """attend(*arrays, plan=...) by one plan, or by another where it is differentiated.
+
+    Gradients cost dense attention more than they cost hsr, and only JAX knows whether
+    they are asked for: it calls `forward` if they are.
+    """
+
+    @jax.custom_vjp
+    def attended(arrays):
+        return attend(*arrays, plan=plan)
+
+    def forward(arrays):
+        return jax.vjp(lambda arrays: attend(*arrays, plan=differentiated), arrays)
+
+    attended.defvjp(forward, lambda pull, cotangents: pull(cotangents))
+    return attended(arrays)
 
 
 @functools.partial(

@@ -29,6 +29,10 @@ _EPSILON_SHARE = 0.05
 """Keys that Softmax(epsilon) is expected to keep: what language models do at 0.1."""
 _CLEARLY_LESS = 0.75
 """Of dense, for "auto" to choose inside the call: that costs time as well."""
+_GRADIENTS_DENSE = 3.5
+"""Times what dense takes without its gradients: seven products instead of two."""
+_GRADIENTS_RUN = 3.0
+"""The same of a run of reported keys; which they are is found once."""
 _LEAST_QUERIES = 8
 _SCORES_AT_ONCE = 2**22
 _CHUNK_SCORES = 2**20
@@ -84,6 +88,7 @@ def plan(
     shape: Shape,
     *,
     capacity: int | None = None,
+    gradients: bool = False,
     table: Costs | None = None,
 ) -> Plan:
     """Chooses how a call is carried out.
@@ -93,6 +98,7 @@ def plan(
       implementation: "dense", "hsr" or "auto".
       shape: of the call.
       capacity: slots of one gather, or None to choose.
+      gradients: choose for a call that is differentiated.
       table: costs, None is those of this machine.
 
     Raises:
@@ -110,6 +116,12 @@ def plan(
     if not memory.fits(memory.of_hsr(shape, hsr), devices=shape.devices):
         return dense._replace(reason="reporting does not fit into memory")
     expected = expect(activation, shape, hsr, table=table)
+    if gradients:
+        expected = expected._replace(
+            dense=_GRADIENTS_DENSE * expected.dense,
+            one_run=_GRADIENTS_RUN * expected.one_run,
+            survivors=_GRADIENTS_RUN * expected.survivors,
+        )
     return _choose(activation, shape, hsr, dense, expected)
 
 

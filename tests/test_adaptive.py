@@ -1,5 +1,6 @@
 """implementation="auto" that chooses inside the call: exact whatever it chooses."""
 
+import dataclasses
 import functools
 
 import chex
@@ -10,7 +11,7 @@ import pytest
 from jax import extend
 
 import hsrjax
-from hsrjax import planner
+from hsrjax import costs, planner
 from tests.contract import AttentionContract, inputs, relative_error
 from tests.test_decode import fill
 
@@ -248,3 +249,34 @@ def test_lowers_for_every_platform():
     shapes = jax.eval_shape(lambda: (query, cache, jnp.float32(0)))
     exported = jax.export.export(jax.jit(decode), platforms=("cpu", "cuda", "tpu"))
     assert "callback" not in exported(*shapes).mlir_module()
+
+
+def test_auto_reports_where_gradients_are_asked_for(monkeypatch):
+    """Bounding costs as much as dense here: not worth it, but for the gradients."""
+    products = {"dense_product": 1e-3, "scan_product": 2e-3, "gather_product": 0.0}
+    close = dataclasses.replace(costs.current().costs, gather_row=0.1, **products)
+    table = costs.Table(close, "here", "")
+    monkeypatch.setattr(costs, "current", lambda: table)
+    *arrays, cotangent = inputs((1, 1200, 1200, 4, 2, 16, 8))
+
+    def loss(arrays, bias, implementation):
+        activation = hsrjax.ReLU(power=2, bias=bias, normalize="none")
+        out, info = hsrjax.attention(
+            *arrays,
+            activation=activation,
+            implementation=implementation,
+            return_info=True,
+        )
+        return jnp.vdot(out, cotangent), info
+
+    bias = jnp.full(4, 3.0)
+    assert chose_dense(loss(arrays, bias, "auto")[1], 1200)
+    gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    got, info = jax.jit(gradient, static_argnums=2)(arrays, bias, "auto")
+    assert not chose_dense(info, 1200)
+    expected, _ = jax.jit(gradient, static_argnums=2)(arrays, bias, "dense")
+    for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        assert relative_error(one, other) <= 1e-5
+    eager, _ = gradient(arrays, bias, "auto")
+    for one, other in zip(*map(jax.tree.leaves, (eager, got)), strict=True):
+        assert relative_error(one, other) <= 1e-5

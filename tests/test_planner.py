@@ -158,3 +158,15 @@ def test_dense_sizes_are_possible(keys, queries, heads):
         chosen = plan("dense", activation, **sizes)
         assert 1 <= chosen.dense_tile <= queries
         assert chosen.chunk is None or 1 <= chosen.chunk <= keys
+
+
+def test_gradients_turn_the_choice_to_hsr():
+    """Dense takes 3.5 times as long with them, bounding no longer."""
+    close = dataclasses.replace(TABLE, scan_product=0.04)
+    plans = [
+        planner.plan(RELU, "auto", PREFILL, gradients=gradients, table=close)
+        for gradients in (False, True)
+    ]
+    assert [plan.implementation for plan in plans] == ["dense", "auto"]
+    asked = planner.plan(RELU, "dense", PREFILL, gradients=True, table=close)
+    assert asked.implementation == "dense"
