@@ -482,7 +482,7 @@ def test_turns_are_interleaved():
     found = timing.race(
         contestants, rounds=2, score=lambda *_: 0.0, tick=lambda name: None
     )
-    assert "".join(log) == "aaaabbbb" * 2
+    assert "".join(log) == "aaaabbbb" + "bbbbaaaa"  # nobody always comes first
     assert found["a"].calls == 6 and len(found["a"].rounds) == 2
 
 
