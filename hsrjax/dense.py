@@ -25,6 +25,8 @@ from hsrjax.activations import (
 from hsrjax.reported import Info, Tiles, Values
 
 _SELECTION = "selection"
+_FEW_QUERIES = 16
+"""Rows below which a decode step's scores, not its tiles, fill the memory."""
 
 
 def attend(
@@ -98,16 +100,18 @@ def _attend_chunks(activation, keys, values, ids, tiles, *, chunk, counted):
 
 def _attend_tile(activation, keys, values, ids, tile):
     """`attend` for one tile, its axis left out, with all scores at once."""
+    if tile.offsets.shape[-1] >= _FEW_QUERIES:
+        return _attend_whole(activation, keys, values, ids, tile)
     lead = keys.shape[:-2]
     flat = lambda x: x.reshape(-1, *x.shape[len(lead) :])
     # With one batch axis XLA's CPU backend writes the weights over the scores.
     arrays = jax.tree.map(flat, (keys, values, ids, tile))
-    found = _attend_flat(activation, *arrays)
+    found = _attend_whole(activation, *arrays)
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 
-def _attend_flat(activation, keys, values, ids, tile):
-    """`_attend_tile` with a single batch axis."""
+def _attend_whole(activation, keys, values, ids, tile):
+    """`_attend_tile`, whatever the batch axes."""
     power = power_of(activation)
     slot = bitset.positions(keys.shape[-2], keys.ndim)
     slot = slot if ids is None else ids[..., None, :]
@@ -120,15 +124,17 @@ def _attend_flat(activation, keys, values, ids, tile):
         selection = checkpoint_name(selection, _SELECTION)
     offset, shift = selection.offset[..., None], selection.shift[..., None]
     firing = visible & fires(scores, offset, power=power, sinks=sinks)
-    total, count = chunked.sum_both(
-        weigh(scores, offset, shift, power=power, sinks=sinks),
-        firing.astype(jnp.int32),
-    )
-    # Weights for the product are made again once the sums are there, which the offset
-    # waits for: nothing reads the scores any more, and they are overwritten.
-    nothing = jnp.where(count < 0, jax.lax.stop_gradient(total), 0.0)
-    offset += nothing[..., None]
     weights = weigh(scores, offset, shift, power=power, sinks=sinks)
+    if scores.shape[-2] < _FEW_QUERIES:
+        # Weights for the product are made again once the sums are there, which the
+        # offset waits for: nothing reads the scores any more, and XLA overwrites them.
+        total, count = chunked.sum_both(weights, firing.astype(jnp.int32))
+        nothing = jnp.where(count < 0, jax.lax.stop_gradient(total), 0.0)
+        offset += nothing[..., None]
+        weights = weigh(scores, offset, shift, power=power, sinks=sinks)
+    else:
+        total = jnp.sum(weights, axis=-1)
+        count = jnp.sum(firing, axis=-1, dtype=jnp.int32)
     rows = values.rows.astype(jnp.float32)
     weighted = bounds.product("...qs,...sd->...qd", weights, rows)
     seen = tile.visible.count()

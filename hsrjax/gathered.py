@@ -229,9 +229,10 @@ class _Walk:
         *lead, self.heads, self.parts, _ = words.shape[1:]
         self.capacity, self.batch = capacity, len(lead)
         self.past = keys.shape[-2]
-        # The few sets of a tile in one part are as large as each other: no list.
+        # The few sets of a tile in one part are as large as each other: no list. Nor is
+        # there one where rows of all heads could not be counted in int32.
         self.count = None
-        if self.parts > 1:
+        if self.parts > 1 and self.heads * self.past < 2**31:
             most = _SLOTS_AT_ONCE // (capacity * math.prod(lead))
             self.count = min(max(1, most), self.heads * self.parts)
         self.keys, self.values, self.ids = keys, values, ids
@@ -283,10 +284,8 @@ class _Pass:
 
     def gather(self) -> tuple[jax.Array, jax.Array]:
         """Keys f32[*A, W, C, H] and values f32[*A, W, C, D]; zeros for none."""
-        walk = self.walk
-        return gather_rows(walk.keys, self.runs.rows), gather_rows(
-            walk.values, self.runs.rows
-        )
+        walk, rows = self.walk, self.runs.rows
+        return gather_rows(walk.keys, rows), gather_rows(walk.values, rows)
 
     def add(self, totals: tuple, new: tuple) -> tuple:
         """Adds rows [*A, W, R, ...] of the runs to those of their sets."""
