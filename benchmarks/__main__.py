@@ -12,6 +12,7 @@ import json
 import sys
 from types import ModuleType
 
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.common import Results, Settings, sentence
 from models.command import parse
 
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if words else 2
     try:
         module = _module(words[0])
+        keep_freed_memory()
         command = parse(module.Command, words[1:], prog=f"{PROG} {words[0]}")
         results = module.run(command)
         return getattr(module, "finish", _finish)(words, command, results)
