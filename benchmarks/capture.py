@@ -135,11 +135,12 @@ def capture(model: Transformer, tokens: np.ndarray, *, layer: int) -> dict[str, 
 
     query, key, value, bias = run(state, jnp.asarray(tokens, jnp.int32)[None])
     config = model.config
-    thresholded = config.attention_kind == "threshold_relu"
+    normalize = {"threshold_relu": "none", "differential_relu": "none"}
+    normalize |= {"relu_length": "length"}
     about = {
         "attention_kind": config.attention_kind,
-        "power": config.relu_power,
-        "normalize": "none" if thresholded else "row_sum",
+        "power": 2 if config.attention_kind == "entmax" else config.relu_power,
+        "normalize": normalize.get(config.attention_kind, "row_sum"),
     }
     arrays = {"query": query, "key": key, "value": value, "bias": bias}
     found = {k: None if x is None else np.asarray(x) for k, x in arrays.items()}
@@ -164,9 +165,11 @@ def _operands(model: Transformer, tokens: jax.Array, layer: int):
     attention = block.attention
     projected = attention.project(block.attention_norm(stream), positions)
     query, key, value = (x.astype(jnp.float32) for x in projected)
-    factor = attention.scale
-    query = query * (query.shape[-1] ** -0.5 if factor is None else factor)
-    activation: Any = attention.activation(positions, scale)
+    value = jnp.tile(value, (1, 1, key.shape[2] // value.shape[2], 1))  # every view's
+    activation, factor = attention.rule(
+        query, key, positions, scale, key_positions=positions
+    )
+    query = query * factor
     if not isinstance(activation, hsrjax.ReLU):
         return query, key, value, None
     bias = jnp.asarray(activation.bias, jnp.float32)

@@ -6,8 +6,12 @@ are <q, k> / sqrt(d). References are to Chen et al. 2024 (arXiv 2410.10165).
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def score_sigma(
@@ -220,19 +224,28 @@ def relu_threshold(
     head_dim: int,
     *,
     scale: jax.typing.ArrayLike = 1.0,
+    law: Literal["gaussian", "cap"] = "gaussian",
 ) -> jax.Array:
     """Threshold scale sqrt(2 log(i) / d) for unit queries and keys, i keys visible.
 
-    On the unit sphere scores have standard deviation about 1/sqrt(d), so scale = 1
-    lets O(1) unrelated keys through and scale = sqrt(1 - gamma) lets i^gamma.
+    On the unit sphere scores have standard deviation 1/sqrt(d), so scale = 1
+    lets O(1) unrelated keys through and scale = sqrt(1 - gamma) lets i^gamma. Scores
+    are not quite normal, though: at d = 8 the same threshold leaves a fifth of the keys
+    it is meant to leave. "cap" puts it where the share of the sphere beyond it is
+    exactly the share of a normal variable beyond z = scale sqrt(2 log i).
 
     Args:
       visible: i >= 1, number of keys the row sees, f or i[...].
-      head_dim: d.
+      head_dim: d >= 2.
       scale: beta, f[...], usually learned per head.
+      law: "gaussian" or "cap", of the scores.
 
     Returns:
-      f32[...], a bias for `hsrjax.ReLU` with scale=1.
+      f32[...], a bias for `hsrjax.ReLU` with scale=1. With "cap" it is interpolated, to
+      about 1e-5, and differentiable in `scale` as well.
+
+    Raises:
+      ValueError: an unknown law.
 
     Example:
       >>> import hsrjax
@@ -242,4 +255,26 @@ def relu_threshold(
     Source: Lemma 6.1 with sigma = 1/sqrt(d); Huang et al. 2026 (TDA).
     """
     log_i = jnp.log(jnp.asarray(visible, jnp.float32))
-    return jnp.asarray(scale, jnp.float32) * jnp.sqrt(2.0 * log_i / head_dim)
+    z = jnp.asarray(scale, jnp.float32) * jnp.sqrt(2.0 * log_i)
+    if law == "gaussian":
+        return z / jnp.sqrt(float(head_dim))
+    if law == "cap":
+        return _cap(z, head_dim)
+    raise ValueError(f"law must be gaussian or cap, got {law!r}.")
+
+
+def _cap(z: jax.Array, head_dim: int) -> jax.Array:
+    """The cosine f32[...] beyond which a sphere has the share 1 - Phi(z) of its area.
+
+    The cosine of the angle to a fixed direction is sin(t) with density cos(t)^(d - 2).
+    """
+    t = np.linspace(0.0, np.pi / 2, 4097)
+    density = np.cos(t) ** (head_dim - 2)
+    slices = 0.5 * (density[1:] + density[:-1])
+    beyond = np.append(np.cumsum(slices[::-1])[::-1], 0.0)
+    share = np.maximum(0.5 * beyond / beyond[0], 1e-300)
+    knots = np.linspace(0.0, 9.0, 1025)
+    wanted = [0.5 * math.erfc(knot / math.sqrt(2.0)) for knot in knots]
+    cosine = np.interp(np.log(wanted), np.log(share[::-1]), np.sin(t[::-1]))
+    table = [jnp.asarray(x, jnp.float32) for x in (knots, cosine)]
+    return jnp.sign(z) * jnp.interp(jnp.abs(z), *table)

@@ -1,4 +1,4 @@
-"""Self-attention by hsrjax: the three kinds, RoPE, grouped heads, the flax adapter."""
+"""Self-attention by hsrjax: its kinds, RoPE, grouped heads, the flax adapter."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from flax import nnx
 
 import hsrjax
 from models.config import Implementation, ModelConfig
+from models.entmax import entmax_threshold
 from models.layers import RMSNorm, lecun_normal, residual_init, rotate, unit_norm
 
 
@@ -37,8 +38,9 @@ class Attention(nnx.Module):
                 rngs=rngs,
             )
 
-        self.query = project((heads, config.head_dim))
-        self.key = project((kv_heads, config.head_dim))
+        views = config.views
+        self.query = project((views * heads, config.head_dim))
+        self.key = project((views * kv_heads, config.head_dim))
         self.value = project((kv_heads, config.value_size))
         self.out = nnx.LinearGeneral(
             (heads, config.value_size),
@@ -49,10 +51,19 @@ class Attention(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        if config.attention_kind == "relu":
-            self.bias = nnx.Param(jnp.zeros(heads, jnp.float32))
-        if config.attention_kind == "threshold_relu":
-            self.beta = nnx.Param(jnp.ones(heads, jnp.float32))
+
+        def per_head(value: float) -> nnx.Param:
+            return nnx.Param(jnp.full(heads, value, jnp.float32))
+
+        if config.attention_kind in ("relu", "relu_length"):
+            self.bias = per_head(0.0)
+        if config.is_thresholded:
+            self.beta = per_head(1.0)
+        if views == 2:
+            self.subtracted = per_head(0.5)
+        if config.keep_self:
+            self.self_weight = per_head(0.05)
+        if config.normalizes_output:
             self.out_norm = RMSNorm(config.value_size, config, rngs=rngs)
 
     def __call__(
@@ -75,19 +86,22 @@ class Attention(nnx.Module):
           f[B, T, E], and hsrjax's info (None unless asked for).
         """
         query, key, value = self.project(inputs, positions)
+        activation, scale = self.rule(
+            query, key, positions, threshold_scale, key_positions=positions
+        )
         result: Any = hsrjax.attention(
             query,
             key,
-            value,
-            activation=self.activation(positions, threshold_scale),
+            self._in_views(value),
+            activation=activation,
             implementation=self.config.attention,
             is_causal=True,
-            scale=self.scale,
+            scale=scale,
             capacity=self.config.capacity,
             return_info=return_info,
         )
         attended, info = result if return_info else (result, None)
-        return self._finish(attended), info
+        return self._finish(attended, value), info
 
     def step(
         self,
@@ -112,53 +126,95 @@ class Attention(nnx.Module):
           attend to nothing.
         """
         query, key, value = self.project(inputs, positions)
-        cache = hsrjax.extend(cache, key, value, lengths=lengths)
+        cache = hsrjax.extend(cache, key, self._in_views(value), lengths=lengths)
         offsets = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None, :]
         seen_from = jnp.where(offsets < lengths[:, None], positions, -1)
+        activation, scale = self.rule(
+            query,
+            jnp.moveaxis(cache.index.keys, 1, 2),
+            seen_from,
+            threshold_scale,
+            key_positions=jnp.arange(cache.index.keys.shape[2], dtype=jnp.int32)[None],
+        )
         attended, info = hsrjax.decode_attention(
             query,
             cache,
-            activation=self.activation(positions, threshold_scale),
+            activation=activation,
             implementation=self.config.attention,
-            scale=self.scale,
+            scale=scale,
             positions=seen_from,
             capacity=self.config.capacity,
         )
-        return self._finish(attended), cache, info
-
-    @property
-    def scale(self) -> float | None:
-        """Of the scores: 1 between unit vectors, else None for 1/sqrt(H)."""
-        return 1.0 if self.config.attention_kind == "threshold_relu" else None
+        return self._finish(attended, value), cache, info
 
     def project(
         self, inputs: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries f[B, T, N, H], keys f[B, T, K, H] and values f[B, T, K, D]."""
+        """Queries f[B, T, W N, H], keys f[B, T, W K, H] and values f[B, T, K, D].
+
+        W is the number of views; heads of one view stand side by side.
+        """
         query = rotate(self.query(inputs), positions, theta=self.config.rope_theta)
         key = rotate(self.key(inputs), positions, theta=self.config.rope_theta)
-        if self.config.attention_kind == "threshold_relu":
+        if self.config.is_thresholded:
             query, key = unit_norm(query), unit_norm(key)
         return query, key, self.value(inputs)
 
-    def activation(
-        self, positions: jax.Array, threshold_scale: jax.Array
-    ) -> hsrjax.ReLU | hsrjax.Softmax:
-        """The weight function at positions i32[B, T], with its biases [B, T, N]."""
-        config = self.config
-        if config.attention_kind == "softmax":
-            return hsrjax.Softmax(top_r=config.top_r, epsilon=config.epsilon)
-        if config.attention_kind == "relu":
-            bias = self.bias[...][None, None, :]
-            return hsrjax.ReLU(power=config.relu_power, bias=bias, normalize="row_sum")
-        growth = hsrjax.theory.relu_threshold(positions + 1, config.head_dim)  # [B, T]
-        beta = threshold_scale * self.beta[...]
-        tau = growth[..., None] * beta[None, None, :]  # [B, T, N]
-        return hsrjax.ReLU(power=config.relu_power, bias=tau, normalize="none")
+    def rule(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        positions: jax.Array,
+        threshold_scale: jax.Array,
+        *,
+        key_positions: jax.Array,
+    ) -> tuple[hsrjax.ReLU | hsrjax.Softmax, float]:
+        """The weight function of queries, and what multiplies their scores.
 
-    def _finish(self, attended: jax.Array) -> jax.Array:
-        attended = attended.astype(jnp.dtype(self.config.dtype))
-        if self.config.attention_kind == "threshold_relu":
+        Args:
+          query: f[B, T, W N, H].
+          key: f[B, S, W K, H]; only "entmax" looks at them.
+          positions: i32[B, T]; a query sees keys up to its own position.
+          threshold_scale: f32[].
+          key_positions: i32[B, S]; B may be 1.
+        """
+        config = self.config
+        kind, scale = config.attention_kind, config.head_dim**-0.5
+        if kind == "softmax":
+            return hsrjax.Softmax(top_r=config.top_r, epsilon=config.epsilon), scale
+        if kind == "entmax":
+            visible = key_positions[:, None, :] <= positions[:, :, None]
+            tau = entmax_threshold(query, key, visible, scale=scale / 2)
+            return hsrjax.ReLU(power=2, bias=tau, normalize="row_sum"), scale / 2
+        if not config.is_thresholded:
+            bias = self.bias[...][None, None, :]
+            normalize = "length" if kind == "relu_length" else "row_sum"
+            return hsrjax.ReLU(config.relu_power, bias, normalize), scale
+        beta = jnp.tile(threshold_scale * self.beta[...], config.views)
+        tau = hsrjax.theory.relu_threshold(
+            positions[..., None] + 1,
+            config.head_dim,
+            scale=beta[None, None, :],
+            law=config.threshold,
+        )  # [B, T, W N]
+        return hsrjax.ReLU(config.relu_power, tau, "none"), 1.0
+
+    def _in_views(self, value: jax.Array) -> jax.Array:
+        """Every view attends to the same values: f[B, T, K, D] -> f[B, T, W K, D]."""
+        return jnp.tile(value, (1, 1, self.config.views, 1))
+
+    def _finish(self, attended: jax.Array, value: jax.Array) -> jax.Array:
+        """From what the views attended to, f[B, T, W N, D], to f[B, T, E]."""
+        config, heads = self.config, self.config.num_heads
+        if config.views == 2:
+            share = self.subtracted[...].astype(attended.dtype)[None, None, :, None]
+            attended = attended[:, :, :heads] - share * attended[:, :, heads:]
+        if config.keep_self:
+            weight = self.self_weight[...].astype(value.dtype)[None, None, :, None]
+            own = jnp.repeat(value, heads // config.num_kv_heads, axis=2)
+            attended = attended + weight * own
+        attended = attended.astype(jnp.dtype(config.dtype))
+        if config.normalizes_output:
             attended = self.out_norm(attended)
         return self.out(attended)
 

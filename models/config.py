@@ -6,7 +6,10 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-AttentionKind = Literal["softmax", "relu", "threshold_relu"]
+AttentionKind = Literal[
+    "softmax", "relu", "relu_length", "threshold_relu", "differential_relu", "entmax"
+]
+Threshold = Literal["gaussian", "cap"]
 Implementation = Literal["dense", "hsr", "auto"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -14,6 +17,7 @@ _CHOICES = {
     "attention_kind": get_args(AttentionKind),
     "attention": get_args(Implementation),
     "dtype": get_args(ComputeDtype),
+    "threshold": get_args(Threshold),
 }
 # The largest value of each integer field: far above any model that fits a machine, so
 # that a damaged file is refused before anything is allocated.
@@ -30,7 +34,7 @@ _LARGEST = {
     "capacity": 2**31 - 1,
     "top_r": 2**31 - 1,
 }
-_MAY_BE_NONE = ("value_dim", "capacity", "top_r", "epsilon")
+_MAY_BE_NONE = ("value_dim", "output_norm", "capacity", "top_r", "epsilon")
 _FLOATS = ("rope_theta", "norm_eps", "epsilon")
 
 
@@ -48,9 +52,18 @@ class ModelConfig:
       value_dim: value head size; None is head_dim.
       vocab_size: 256 for models that read bytes.
       attention_kind: "softmax"; "relu", the paper's ReLU^p with a learnable bias per
-        head and row sums; "threshold_relu", ReLU^p on unit-norm queries and keys above
-        a threshold that grows with the visible length, RMSNorm on the output.
-      relu_power: p of the two ReLU kinds.
+        head and row sums; "relu_length", the same divided by the visible length;
+        "threshold_relu", ReLU^p on unit-norm queries and keys above a threshold that
+        grows with the visible length, RMSNorm on the output; "differential_relu", one
+        such view minus a learnable share of a second one (twice the query and key
+        heads); "entmax", 1.5-entmax, whose threshold only dense scores yield.
+      relu_power: p of the ReLU kinds.
+      threshold: thresholded kinds: "gaussian" takes scores between unit vectors for
+        normal, "cap" uses their exact law, which matters for head_dim up to 16.
+      keep_self: adds a learnable multiple of a position's own value, so that no row is
+        empty.
+      output_norm: RMSNorm on the output of attention; None is the kind's own choice,
+        True for thresholded kinds.
       attention: which hsrjax implementation computes it. It changes speed and, beyond
         rounding, never the result, and the parameters are the same for all three.
       capacity: slots of the hsr implementation; None lets hsrjax choose.
@@ -81,6 +94,9 @@ class ModelConfig:
     vocab_size: int = 256
     attention_kind: AttentionKind = "threshold_relu"
     relu_power: int = 2
+    threshold: Threshold = "gaussian"
+    keep_self: bool = False
+    output_norm: bool | None = None
     attention: Implementation = "auto"
     capacity: int | None = None
     top_r: int | None = None
@@ -99,6 +115,21 @@ class ModelConfig:
     def value_size(self) -> int:
         """The value head size with None resolved."""
         return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def is_thresholded(self) -> bool:
+        """Whether thresholds grow with the length and follow a schedule."""
+        return self.attention_kind in ("threshold_relu", "differential_relu")
+
+    @property
+    def normalizes_output(self) -> bool:
+        """`output_norm` with None resolved."""
+        return self.is_thresholded if self.output_norm is None else self.output_norm
+
+    @property
+    def views(self) -> int:
+        """Query heads per head of the output: two where one is subtracted."""
+        return 2 if self.attention_kind == "differential_relu" else 1
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from models.config import Implementation
 from models.decoding import Counts, Sampling, Session, check_request
 from models.load import load_run
 from models.sampling import check_sampling
+from models.tokenizer import Tokenizer, load_tokenizer
 from models.transformer import Transformer, with_attention
 
 MAX_LENGTH = 131_072
@@ -222,11 +224,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Options) -> int:
-    prompts = [text.encode("utf-8", "surrogateescape") for text in options.prompt]
-    if not prompts:
+    texts = [text.encode("utf-8", "surrogateescape") for text in options.prompt]
+    if not texts:
         return _fail("no prompt was given; give at least one with --prompt TEXT", 2)
     try:
         model = _load(options)
+        tokenizer = load_tokenizer(
+            Path(options.model), vocab_size=model.config.vocab_size
+        )
+        prompts = [tokenizer.encode(text).tolist() for text in texts]
         check_request(
             model,
             prompts,
@@ -239,7 +245,7 @@ def _run(options: Options) -> int:
         )
     except ValueError as error:
         return _fail(str(error), 2)
-    printer = _Printer(prompts)
+    printer = _Printer(texts, tokenizer)
     result = generate(
         model,
         prompts,
@@ -252,17 +258,12 @@ def _run(options: Options) -> int:
         on_token=printer,
     )
     printer.finish()
-    _report(options, model, prompts, result)
+    _report(options, model, tokenizer, prompts, result)
     return 0
 
 
 def _load(options: Options) -> Transformer:
     model = load_run(options.model)
-    if model.config.vocab_size != 256:
-        raise ValueError(
-            f"{options.model} has a vocabulary of {model.config.vocab_size} tokens and "
-            "this command reads and writes bytes; use a model with vocab_size 256."
-        )
     if options.attention not in ("top_r", "epsilon"):
         return with_attention(model, options.attention)
     if model.config.attention_kind != "softmax":
@@ -279,7 +280,8 @@ def _load(options: Options) -> Transformer:
 class _Printer:
     """Streams one prompt's text to the terminal; keeps a batch for the end."""
 
-    def __init__(self, prompts: list[bytes]):
+    def __init__(self, prompts: list[bytes], tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
         decoder = codecs.getincrementaldecoder("utf-8")
         self._decoders = [decoder(errors="replace") for _ in prompts]
         self._texts = ["" for _ in prompts]
@@ -287,7 +289,7 @@ class _Printer:
             self._add(row, prompt)
 
     def __call__(self, row: int, token: int) -> None:
-        self._add(row, bytes([token]))
+        self._add(row, self._tokenizer.decode([token]))
 
     def finish(self) -> None:
         """Ends the stream, or prints the batch."""
@@ -314,7 +316,11 @@ _HARMLESS = {
 
 
 def _report(
-    options: Options, model: Transformer, prompts: list[bytes], result: Generation
+    options: Options,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    result: Generation,
 ) -> None:
     for name, phase in (("prefill", result.prefill), ("decode", result.decode)):
         if phase.tokens:
@@ -327,7 +333,10 @@ def _report(
     if options.json:
         content: dict[str, Any] = {
             "tokens": result.tokens,
-            "text": [bytes(row).decode("utf-8", "replace") for row in result.tokens],
+            "text": [
+                tokenizer.decode(row).decode("utf-8", "replace")
+                for row in result.tokens
+            ],
             "prompt_tokens": [len(prompt) for prompt in prompts],
             "tokens_per_second": result.decode.tokens_per_second,
             "keys_looked_at": result.decode.keys_looked_at,

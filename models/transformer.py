@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ Caches = tuple[hsrjax.KVCache, ...]  # one per layer
 
 
 class ThresholdScale(nnx.Variable):
-    """The schedule value that multiplies every threshold of "threshold_relu".
+    """The schedule value that multiplies every threshold of the thresholded kinds.
 
     Training sets it, no gradient reaches it, and it is saved with the model, so that
     generation uses the value the model was trained to.
@@ -120,12 +121,16 @@ class Transformer(nnx.Module):
             )
         self.threshold_scale = ThresholdScale(jnp.ones((), jnp.float32))
 
-    def __call__(self, tokens: jax.Array, *, return_info: bool = False) -> Any:
+    def __call__(
+        self, tokens: jax.Array, *, return_info: bool = False, remat: bool = False
+    ) -> Any:
         """Scores the next token at every position.
 
         Args:
           tokens: i32[B, T].
           return_info: whether to measure which keys fired.
+          remat: whether a backward pass is to keep only the blocks' inputs and work the
+            rest out again: less memory, about a third more work.
 
         Returns:
           Logits f32[B, T, V]; with `return_info`, logits and a tuple of hsrjax's info
@@ -135,9 +140,9 @@ class Transformer(nnx.Module):
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         stream, infos = self.embed(tokens), []
         for block in self.blocks:
-            stream, info = block(
-                stream, positions, self.threshold_scale[...], return_info=return_info
-            )
+            run = functools.partial(block, return_info=return_info)
+            run = jax.checkpoint(run) if remat else run
+            stream, info = run(stream, positions, self.threshold_scale[...])
             infos.append(info)
         logits = self.unembed(stream)
         return (logits, tuple(infos)) if return_info else logits
@@ -223,7 +228,7 @@ class Transformer(nnx.Module):
             hsrjax.init_cache(
                 batch,
                 max_length,
-                config.num_kv_heads,
+                config.views * config.num_kv_heads,
                 config.head_dim,
                 value_dim=config.value_size,
                 dtype=jnp.dtype(config.dtype),

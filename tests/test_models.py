@@ -19,6 +19,7 @@ from models.layers import RMSNorm, rotate, unit_norm
 from models.transformer import ThresholdScale, Transformer, with_attention
 
 KINDS = ("softmax", "relu", "threshold_relu")
+OTHER_KINDS = ("relu_length", "differential_relu", "entmax")
 
 
 def make_config(kind="threshold_relu", **changes):
@@ -42,9 +43,9 @@ def make_model(kind="threshold_relu", *, threshold_scale=0.3, **changes):
     model.threshold_scale[...] = jnp.float32(threshold_scale)
     for block in model.blocks:
         heads = jnp.arange(model.config.num_heads, dtype=jnp.float32)
-        if kind == "relu":
+        if kind in ("relu", "relu_length"):
             block.attention.bias[...] = 0.1 * heads - 0.1
-        if kind == "threshold_relu":
+        if model.config.is_thresholded:
             block.attention.beta[...] = 0.7 + 0.2 * heads
     return model
 
@@ -82,19 +83,22 @@ def close(actual, expected, tolerance=2e-5):
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("threshold_relu", "float32"), *((kind, "bfloat16") for kind in KINDS)],
+    [
+        ("threshold_relu", "float32"),
+        *((kind, "bfloat16") for kind in (*KINDS, *OTHER_KINDS)),
+    ],
 )
 def test_shapes_and_dtypes(kind, dtype):
     model = make_model(kind, dtype=dtype)
     logits, infos = run(model, make_tokens(), return_info=True)
     assert (logits.shape, logits.dtype) == ((2, 12, 64), jnp.float32)
     assert len(infos) == 2
-    assert infos[0].count.shape == (2, 12, 4)
+    assert infos[0].count.shape == (2, 12, 4 * model.config.views)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model)))
     assert bool(jnp.isfinite(logits).all())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, *OTHER_KINDS))
 def test_position_depends_on_no_later_token(kind):
     model = make_model(kind)
     graphdef, state = nnx.split(model)
@@ -118,9 +122,16 @@ def test_position_depends_on_no_later_token(kind):
     assert (moved[:7] > 0).any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_hsr_equals_dense_on_the_same_parameters(kind):
-    model = make_model(kind, num_layers=1)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {}) for kind in (*KINDS, *OTHER_KINDS)),
+        ("threshold_relu", {"threshold": "cap", "keep_self": True}),
+        ("relu", {"output_norm": True}),
+    ],
+)
+def test_hsr_equals_dense_on_the_same_parameters(kind, options):
+    model = make_model(kind, num_layers=1, **options)
     tokens = make_tokens(length=40)
     dense, dense_infos = run(model, tokens, return_info=True)
     hsr, infos = run(with_attention(model, "hsr"), tokens, return_info=True)
@@ -129,12 +140,21 @@ def test_hsr_equals_dense_on_the_same_parameters(kind):
         np.testing.assert_array_equal(info.count, expected.count)
     fired = np.asarray(infos[0].count)
     if kind != "softmax":  # the threshold must bite, or nothing is tested
-        assert 0 < fired.sum() < 2 * 4 * 40 * 41 / 2
+        assert 0 < fired.sum() < 2 * fired.shape[2] * 40 * 41 / 2
 
 
-@pytest.mark.parametrize("kind", ["relu", "threshold_relu"])
-def test_gradients_of_hsr_equal_dense_and_reach_every_parameter(kind):
-    model = make_model(kind, num_layers=1, tie_embeddings=False)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("relu", {}),
+        ("threshold_relu", {}),
+        ("threshold_relu", {"threshold": "cap", "keep_self": True}),
+        ("differential_relu", {}),
+        ("entmax", {}),
+    ],
+)
+def test_gradients_of_hsr_equal_dense_and_reach_every_parameter(kind, options):
+    model = make_model(kind, num_layers=1, tie_embeddings=False, **options)
     tokens = make_tokens()
 
     def gradient(model):
@@ -158,7 +178,11 @@ def test_gradients_of_hsr_equal_dense_and_reach_every_parameter(kind):
 
 @pytest.mark.parametrize(
     ("kind", "attention"),
-    [*((kind, "dense") for kind in KINDS), ("threshold_relu", "hsr")],
+    [
+        *((kind, "dense") for kind in (*KINDS, *OTHER_KINDS)),
+        ("threshold_relu", "hsr"),
+        ("differential_relu", "hsr"),
+    ],
 )
 def test_cached_steps_equal_the_whole_sequence(kind, attention):
     model = make_model(kind, attention=attention, num_layers=1)
@@ -194,11 +218,46 @@ def test_ragged_rows_equal_single_rows():
 def test_threshold_grows_with_the_visible_length():
     model = make_model(threshold_scale=1.0)
     positions = jnp.array([[0, 1, 99]], jnp.int32)
-    activation = model.blocks[0].attention.activation(positions, jnp.float32(0.5))
+    heads = jnp.zeros((1, 3, 4, 8))
+    activation, scale = model.blocks[0].attention.rule(
+        heads, heads, positions, jnp.float32(0.5), key_positions=positions
+    )
     beta = np.array([0.7, 0.9, 1.1, 1.3])
     expected = 0.5 * beta * np.sqrt(2 * np.log([[1], [2], [100]]) / 8)
     close(activation.bias[0], expected)
-    assert activation.normalize == "none"
+    assert (activation.normalize, scale) == ("none", 1.0)
+
+
+def test_a_position_that_keeps_itself_is_never_empty():
+    """At a threshold above 1 nothing fires between unit vectors."""
+    tokens = make_tokens(length=8)
+    for keep_self in (False, True):
+        model = make_model(threshold_scale=9.0, num_layers=1, keep_self=keep_self)
+        attention = model.blocks[0].attention
+        stream = model.blocks[0].attention_norm(model.embed(tokens))
+        positions = jnp.arange(1, 9, dtype=jnp.int32)[None]
+        out, info = attention(
+            stream, positions, model.threshold_scale[...], return_info=True
+        )
+        assert int(info.count.sum()) == 0
+        assert bool((jnp.abs(out).max(axis=-1) > 0).all()) is keep_self
+
+
+def test_a_differential_view_is_subtracted():
+    """Two views that are the same, of which all is subtracted, leave nothing."""
+    model = make_model("differential_relu", num_layers=1)
+    attention, tokens = model.blocks[0].attention, make_tokens()
+    for kernel in (attention.query.kernel, attention.key.kernel):
+        first = kernel[...][:, : kernel.shape[1] // 2]
+        kernel[...] = jnp.concatenate([first, first], axis=1)
+    stream = model.blocks[0].attention_norm(model.embed(tokens))
+    positions = jnp.arange(12, dtype=jnp.int32)[None]
+
+    def largest(share):
+        attention.subtracted[...] = jnp.full(4, share)
+        return float(jnp.abs(attention(stream, positions, jnp.float32(0.3))[0]).max())
+
+    assert largest(1.0) < 1e-4 < 0.01 < largest(0.5)
 
 
 def test_threshold_scale_makes_attention_sparser():

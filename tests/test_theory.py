@@ -1,5 +1,7 @@
 """The repaired formulas against simulation, and the printed ones against their flaw."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,3 +99,34 @@ def test_count_failure_is_a_probability():
     failure = theory.count_failure(jnp.array([10, 100]), jnp.array([3.0, 1.0]))
     expected = np.exp(-0.375 * np.array([10, 100]) * np.exp([-4.5, -0.5]))
     np.testing.assert_allclose(failure, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [2, 4, 8, 16, 64])
+def test_cap_threshold_leaves_the_share_that_a_normal_variable_would(head_dim):
+    """Counted on the sphere: a normalised Gaussian vector has any direction."""
+    points = np.random.default_rng(0).normal(size=(1_000_000, head_dim))
+    cosine = points[:, 0] / np.linalg.norm(points, axis=1)
+    for scale in (0.3, 0.6, 0.8):
+        tau = theory.relu_threshold(512, head_dim, scale=scale, law="cap")
+        z = scale * math.sqrt(2 * math.log(512))
+        share = 0.5 * math.erfc(z / math.sqrt(2))
+        spread = 5 * math.sqrt(share / 1e6)
+        assert abs((cosine > float(tau)).mean() - share) < spread
+
+
+def test_cap_threshold_approaches_the_gaussian_one_and_is_differentiable():
+    def threshold(scale, law, head_dim=1024):
+        return theory.relu_threshold(512, head_dim, scale=scale, law=law)
+
+    pair = [float(threshold(0.7, law)) for law in ("cap", "gaussian")]
+    assert pair[0] == pytest.approx(pair[1], rel=5e-3)
+    small = [float(threshold(0.7, law, 8)) for law in ("cap", "gaussian")]
+    assert small[0] < 0.95 * small[1]
+    slope = jax.grad(lambda scale: threshold(scale, "cap", 8))(jnp.float32(0.7))
+    around = [float(threshold(0.7 + step, "cap", 8)) for step in (-0.01, 0.01)]
+    assert float(slope) == pytest.approx((around[1] - around[0]) / 0.02, rel=0.02)
+
+
+def test_unknown_law_is_refused():
+    with pytest.raises(ValueError, match="law must be gaussian or cap"):
+        theory.relu_threshold(8, 8, law="cauchy")

@@ -179,6 +179,7 @@ class Checkpoints:
         model = nnx.to_pure_dict(nnx.merge_state(params, rest))
         key_data = np.asarray(jax.random.key_data(state.key)).tolist()
         content = {"step": int(step), "data": data, "key": key_data, **progress}
+        content["loss_average"] = float(state.loss_average)
         try:
             self._manager.save(
                 int(step),
@@ -228,9 +229,11 @@ class Checkpoints:
             _, params, rest = nnx.split(model, nnx.Param, ...)
             key = jax.random.wrap_key_data(jnp.asarray(progress["key"], jnp.uint32))
             opt_state = _from_path(template.opt_state, restored["optimizer"])
+            average = jnp.float32(progress["loss_average"])
         except _ORBAX_ERRORS as error:
             raise CheckpointError(self._damaged(step, error)) from error
-        return TrainState(params, rest, opt_state, jnp.int32(step), key), progress
+        state = TrainState(params, rest, opt_state, jnp.int32(step), average, key)
+        return state, progress
 
     def _damaged(self, step: int, error: BaseException) -> str:
         """What to do about a checkpoint that cannot be read."""

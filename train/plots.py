@@ -75,6 +75,43 @@ def plot_comparison(runs: dict[str, list[dict[str, float]]], target: Path) -> No
     _save(figure, target)
 
 
+def plot_study(rows: list[dict[str, Any]], target: Path) -> None:
+    """Draws every run of a study by its loss and its share of zeros.
+
+    Args:
+        rows: of `train.study.summarize`.
+        target: PNG file to write.
+    """
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    groups = sorted({(row["kind"], row["power"], row["row_length"]) for row in rows})
+    kinds = sorted({kind for kind, _, _ in groups})
+    lengths = sorted({length for _, _, length in groups})
+    for kind, power, length in groups:
+        chosen = [
+            row
+            for row in rows
+            if (row["kind"], row["power"], row["row_length"]) == (kind, power, length)
+        ]
+        zeros = [max(1e-2, 100 - row["zeros_percent"]) for row in chosen]
+        losses = [row["validation_loss"] for row in chosen]
+        label = kind if kind == "softmax" else f"{kind}, p = {power}"
+        axes.plot(
+            zeros,
+            losses,
+            marker="os^Dv"[lengths.index(length) % 5],
+            linestyle="",
+            color=f"C{kinds.index(kind)}",
+            alpha=0.5 + 0.2 * min(power, 2),
+            label=f"{label}, rows of {length:,}",
+        )
+    axes.set_xscale("log")
+    axes.set(xlabel="non-zero scores, %", ylabel="held-out loss, nats per byte")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    _save(figure, target)
+
+
 def plot_sparsity(run: Path, target: Path) -> None:
     """Draws the share of non-zero scores by layer and head at the last evaluation.
 
@@ -120,8 +157,8 @@ def fired_keys(model: Transformer, tokens: jax.Array) -> np.ndarray:
     """
     if model.config.attention_kind == "softmax":
         raise ValueError(
-            "every key fires in softmax attention: give a model with attention_kind "
-            "relu or threshold_relu"
+            "every key fires in softmax attention: give a model with another "
+            "attention_kind"
         )
     return np.asarray(jax.jit(_fired)(model, tokens))
 
@@ -137,12 +174,14 @@ def _fired(model: Transformer, tokens: jax.Array) -> jax.Array:
         attention = block.attention
         normed = block.attention_norm(stream)
         query, key, _ = attention.project(normed, positions)
-        activation: Any = attention.activation(positions, scale)
+        rule: Any = attention.rule(
+            query, key, positions, scale, key_positions=positions
+        )
+        activation, factor = rule
         group = query.shape[2] // key.shape[2]
         key = jnp.repeat(key, group, axis=2)
         scores = jnp.einsum("tnh,snh->nts", query[0], key[0], precision="highest")
-        factor = attention.scale
-        scores = scores * (query.shape[-1] ** -0.5 if factor is None else factor)
+        scores = scores * factor
         shape = (1, length, query.shape[2])
         bias = jnp.broadcast_to(activation.bias, shape)[0].T[:, :, None]  # [N, T, 1]
         fired.append((scores > bias) & visible)

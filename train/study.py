@@ -1,0 +1,213 @@
+"""`python -m train.study STAGE ... --out DIR`: the recipe study, run by run.
+
+A stage is a list of training runs that differ in named options; every run is one
+`python -m train` in a process of its own, resumed if it was cut off and skipped if it
+is done. The table, the data behind it and the figure are written anew after each run,
+so that a study can be stopped and continued at any time.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import queue
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from models.command import parse
+from models.load import write_atomic
+from train.plots import plot_study
+from train.recipes import STAGES, Run
+
+_FILES = ("study.json", "config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Trains the runs of a recipe study and tabulates them."""
+
+    stages: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Stages to run, in this order; none: only tabulate what is there."""
+    out: Path = Path("runs/study")
+    """Folder of the run folders."""
+    results: Path = Path("benchmarks/results/study")
+    """Folder of the table and the figure."""
+    workers: int = 1
+    """Runs at a time; the cores are divided among them."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: instead of those of the process.
+
+    Returns:
+        Exit status: 0 done, 1 a run failed, 2 refused, 130 Ctrl-C.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        command = parse(Command, words, prog="python -m train.study", default=Command())
+        runs = chosen(command.stages)
+        failed = study(runs, command)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        return 130
+    for name, words in failed.items():
+        print(f"error: {name}: {words}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def chosen(stages: Iterable[str]) -> list[Run]:
+    """The runs of stages, each once; ValueError for a stage that there is not."""
+    unknown = [name for name in stages if name not in STAGES]
+    if unknown:
+        raise ValueError(
+            f"there is no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}"
+        )
+    runs = {run.name: run for stage in stages for run in STAGES[stage]}
+    return list(runs.values())
+
+
+def study(runs: list[Run], command: Command) -> dict[str, str]:
+    """Trains what is not there yet and tabulates; returns what failed, in words."""
+    if command.workers < 1:
+        raise ValueError(f"workers must be 1 or more, got {command.workers}")
+    command.out.mkdir(parents=True, exist_ok=True)
+    cores = sorted(os.sched_getaffinity(0))
+    shares: queue.Queue[list[int]] = queue.Queue()
+    for worker in range(command.workers):
+        shares.put(cores[worker :: command.workers] or cores)
+    failed: dict[str, str] = {}
+
+    def train(run: Run) -> None:
+        share = shares.get()
+        try:
+            if (words := _train(run, command.out, share)) is not None:
+                failed[run.name] = words
+        finally:
+            shares.put(share)
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(command.workers) as pool,
+        tqdm(total=len(runs), unit="run", file=sys.stderr) as bar,
+    ):
+        waiting = [pool.submit(train, run) for run in runs]
+        for done in concurrent.futures.as_completed(waiting):
+            done.result()
+            bar.update()
+            tabulate(command.out, command.results)
+    tabulate(command.out, command.results)
+    return failed
+
+
+def _train(run: Run, out: Path, cores: list[int]) -> str | None:
+    """One run in a process of its own; what went wrong, or None."""
+    folder, about = out / run.name, out / run.name / _FILES[0]
+    if about.exists():
+        return None
+    words = ["python", "-m", "train", *run.words, "--out", str(folder)]
+    resumed = ["--resume"] if (folder / "config.json").exists() else []
+    with (out / f"{run.name}.log").open("ab") as log:
+        started = subprocess.Popen(
+            [sys.executable, *words[1:], *resumed, "--json"],
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+        os.sched_setaffinity(started.pid, cores)
+        printed, _ = started.communicate()
+    if started.returncode:
+        return f"status {started.returncode}, see {out / f'{run.name}.log'}"
+    results = json.loads(printed.splitlines()[-1])
+    content = {
+        "name": run.name,
+        "stage": run.stage,
+        "command": shlex.join(words),
+        "commit": _commit(),
+        "cores": len(cores),
+        "results": results,
+    }
+    write_atomic(about, json.dumps(content, indent=2) + "\n")
+    return None
+
+
+def _commit() -> str:
+    """The commit of the checkout, with a plus where files differ from it."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=10", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def tabulate(out: Path, results: Path) -> list[dict[str, Any]]:
+    """Writes results.csv and study.png of the runs that are done; returns the rows."""
+    rows = [
+        summarize(*(json.loads((run / name).read_text()) for name in _FILES))
+        for run in sorted(path.parent for path in out.glob(f"*/{_FILES[0]}"))
+    ]
+    if not rows:
+        return []
+    results.mkdir(parents=True, exist_ok=True)
+    rows.sort(key=lambda row: (row["stage"], row["name"]))
+    columns = list(rows[0])
+    lines = [",".join(columns)]
+    lines += [",".join(_cell(row[name]) for name in columns) for row in rows]
+    write_atomic(results / "results.csv", "\n".join(lines) + "\n")
+    plot_study(rows, results / "study.png")
+    return rows
+
+
+def summarize(done: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """A finished run as a line of the table.
+
+    Args:
+        done: content of its study.json.
+        config: content of its config.json.
+    """
+    model, options, found = config["model"], config["train"], done["results"]
+    return {
+        "stage": done["stage"],
+        "name": done["name"],
+        "kind": model["attention_kind"],
+        "power": model["relu_power"],
+        "head_dim": model["head_dim"],
+        "row_length": options["row_length"],
+        "learning_rate": options["learning_rate"],
+        "seed": options["seed"],
+        "steps": options["steps"],
+        "validation_loss": found["validation_loss"],
+        "zeros_percent": 100.0 * (1.0 - found["nonzero_fraction"]),
+        "parameters": found["parameters"],
+        "tokens_per_second": found["tokens_per_second"],
+        "cores": done["cores"],
+        "commit": done["commit"],
+        "command": done["command"],
+    }
+
+
+def _cell(value: Any) -> str:
+    """A value as a cell of a CSV file."""
+    text = f"{value:.5g}" if isinstance(value, float) else str(value)
+    return f'"{text}"' if "," in text or " " in text else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
