@@ -71,7 +71,7 @@ class BPETokenizer:
         self.inner = inner
         self.vocab_size = inner.get_vocab_size()
         alphabet = {character: byte for byte, character in _alphabet().items()}
-        texts = (inner.id_to_token(number) for number in range(self.vocab_size))
+        texts = (inner.id_to_token(number) or "" for number in range(self.vocab_size))
         self._texts = [bytes(alphabet[c] for c in text) for text in texts]
         self.token_bytes = np.array([len(text) for text in self._texts], np.int32)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from models.command import early_value, parse
-from train import checkpoints
+from train import checkpoints, processes
 from train.config import PRESETS, TrainConfig
 from train.loop import train
 
@@ -25,6 +25,15 @@ class Command:
     """Continue the run in --out from its newest checkpoint, with its own options."""
     json: bool = False
     """End with one line on stdout that holds the results as JSON."""
+    distributed: bool = False
+    """Be one of several processes, on one machine or many, that train together; with
+    --data-parallel. All of them run the same command and see the same folder."""
+    coordinator: str = ""
+    """With --distributed: host:port of the first process; empty: jax finds out."""
+    num_processes: int | None = None
+    """With --distributed: how many there are."""
+    process_index: int | None = None
+    """With --distributed: which of them this is, from 0."""
     train: TrainConfig
 
 
@@ -39,6 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         command = _parse(sys.argv[1:] if arguments is None else arguments)
+        if command.distributed:
+            processes.join(
+                command.coordinator,
+                number=command.num_processes,
+                index=command.process_index,
+            )
         results = train(command.train, command.out, resume=command.resume)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -47,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         message = str(error) or "stopped before the first step: nothing was saved"
         print(message, file=sys.stderr)
         return 130
+    if not processes.is_leader():
+        return 0
     if command.json:
         print(json.dumps(results))
     else:

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from models.tokenizer import (
@@ -28,7 +27,7 @@ from models.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
-from train import checkpoints, data, metrics, step
+from train import checkpoints, data, metrics, processes, step
 from train.config import TrainConfig, differences
 
 
@@ -66,22 +65,11 @@ def train(
         TrainingInterrupted: Ctrl-C, after a checkpoint was written.
     """
     started, out = time.perf_counter(), Path(out)
-    batch_sharding, replicated = _shardings(config)
-    exists = checkpoints.check_folder(out, resume=resume)
-    if exists:
-        saved, saved_corpus = checkpoints.read_config(out)
-        _check_same_run(config, saved, out=out)
-    corpus = data.load_corpus(config.data)
-    if exists:
-        checkpoints.check_corpus(corpus, saved_corpus)
-        checkpoints.check_writable(out)
-    tokenizer = _tokenizer(config, corpus, out if exists else None)
-    tokens = corpus.tokenized(tokenizer)
+    batch_sharding, replicated = processes.shardings(config)
+    with processes.leader_first():
+        resume = resume or not processes.is_leader()
+        corpus, tokens, tokenizer = _open_folder(config, out, resume=resume)
     rows, held_out = data.split(tokens, row_length=config.row_length)
-    if not exists:
-        checkpoints.create_folder(out, config=config, corpus=corpus)
-        if isinstance(tokenizer, BPETokenizer):
-            tokenizer.save(out)
     with checkpoints.Checkpoints(out, keep=config.keep) as store:
         graphdef, state = step.init_state(config)
         batches = data.Batches(rows, batch=config.batch, seed=config.seed)
@@ -90,7 +78,9 @@ def train(
             state, found = store.restore(newest, config=config, template=state)
             batches.set_state(found["data"])
             last_loss = found["loss"]
-        with metrics.MetricsWriter(out, step=newest or 0) as writer:
+        with metrics.open_writer(
+            out, step=newest or 0, writes=processes.is_leader()
+        ) as writer:
             trainer = _Trainer(
                 config=config,
                 out=out,
@@ -105,7 +95,7 @@ def train(
                     graphdef, config, replicated=replicated
                 ),
                 eval_step=step.make_eval_step(graphdef, replicated=replicated),
-                state=jax.device_put(state, replicated),
+                state=processes.place(state, replicated),
                 done=newest or 0,
                 last_loss=last_loss,
             )
@@ -116,33 +106,35 @@ def train(
     }
 
 
-def _tokenizer(config: TrainConfig, corpus: data.Corpus, out: Path | None) -> Tokenizer:
-    """The tokenizer of the run in `out`, or a new one."""
+def _open_folder(
+    config: TrainConfig, out: Path, *, resume: bool
+) -> tuple[data.Corpus, data.Corpus, Tokenizer]:
+    """Checks a run folder, or makes it once all else is known to be right.
+
+    Returns:
+        The corpus as bytes, the same as tokens, the tokenizer.
+    """
+    exists = checkpoints.check_folder(out, resume=resume)
     size = config.model.vocab_size
-    if out is not None:
-        return load_tokenizer(out, vocab_size=size)
-    if config.tokenizer == "bytes":
-        return ByteTokenizer()
-    return train_bpe(corpus.data.tobytes(), vocab_size=size)
-
-
-def _shardings(config: TrainConfig) -> tuple[Any, Any]:
-    """Where a batch and the state live: (batch sharding, state sharding)."""
-    devices = jax.local_devices()
-    if not config.data_parallel:
-        one = jax.sharding.SingleDeviceSharding(devices[0])
-        return one, one
-    if config.batch % len(devices):
-        fitting = math.ceil(config.batch / len(devices)) * len(devices)
-        raise ValueError(
-            f"data_parallel needs a batch that is a multiple of the {len(devices)} "
-            f"devices, got {config.batch}: use --batch {fitting}"
-        )
-    mesh = jax.make_mesh(
-        (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
-    )
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    return split, NamedSharding(mesh, PartitionSpec())
+    if exists:
+        saved, saved_corpus = checkpoints.read_config(out)
+        _check_same_run(config, saved, out=out)
+        corpus = data.load_corpus(config.data)
+        checkpoints.check_corpus(corpus, saved_corpus)
+        checkpoints.check_writable(out)
+        tokenizer = load_tokenizer(out, vocab_size=size)
+        return corpus, corpus.tokenized(tokenizer), tokenizer
+    corpus = data.load_corpus(config.data)
+    if config.tokenizer == "bpe":
+        tokenizer = train_bpe(corpus.data.tobytes(), vocab_size=size)
+    else:
+        tokenizer = ByteTokenizer()
+    tokens = corpus.tokenized(tokenizer)
+    data.split(tokens, row_length=config.row_length)
+    checkpoints.create_folder(out, config=config, corpus=corpus)
+    if isinstance(tokenizer, BPETokenizer):
+        tokenizer.save(out)
+    return corpus, tokens, tokenizer
 
 
 def _check_same_run(config: TrainConfig, saved: TrainConfig, *, out: Path) -> None:
@@ -161,7 +153,7 @@ class _Trainer:
     config: TrainConfig
     out: Path
     store: checkpoints.Checkpoints
-    writer: metrics.MetricsWriter
+    writer: metrics.Writer
     batches: data.Batches
     held_out: np.ndarray
     token_bytes: np.ndarray
@@ -186,7 +178,7 @@ class _Trainer:
             tqdm(
                 total=config.steps,
                 initial=self.done,
-                disable=not progress,
+                disable=not (progress and processes.is_leader()),
                 file=sys.stderr,
                 unit="step",
                 mininterval=0.2 if sys.stderr.isatty() else 15,
@@ -195,17 +187,18 @@ class _Trainer:
         ):
             pending = None
             while self.done < config.steps:
-                batch = jax.device_put(next(self.batches), self.batch_sharding)
+                batch = processes.place(next(self.batches), self.batch_sharding)
                 self.state, measured = self.train_step(self.state, batch)
                 self.done += 1
                 # One step late: the device already works on the next step.
                 if pending is not None:
                     self._log(pending, bar)
                 pending = (self.done, measured)
-                if self._pauses() or interrupt.requested or self.seconds == 0:
-                    self._pause(pending, bar, stopping=interrupt.requested)
+                stopping = self._stops(interrupt)
+                if self._pauses() or stopping or self.seconds == 0:
+                    self._pause(pending, bar, stopping=stopping)
                     pending = None
-                if interrupt.requested:
+                if stopping:
                     raise TrainingInterrupted(self._how_to_resume())
             if not self.evaluated:
                 self.evaluated = self._evaluate()
@@ -217,6 +210,12 @@ class _Trainer:
             "tokens_per_second": round(self._speed()),
             "parameters": sum(x.size for x in jax.tree.leaves(self.state.params)),
         }
+
+    def _stops(self, interrupt: _InterruptFlag) -> bool:
+        """Whether to stop after the present step: processes agree where they pause."""
+        if jax.process_count() > 1 and not self._pauses():
+            return False
+        return processes.any_of(interrupt.requested)
 
     def _pauses(self) -> bool:
         """Whether the loop evaluates or saves after the present step."""
@@ -296,7 +295,7 @@ class _Trainer:
             loss, share = self.eval_step(
                 self.state.params,
                 self.state.rest,
-                jax.device_put(padded, self.batch_sharding),
+                processes.place(padded, self.batch_sharding),
             )
             losses.append(np.asarray(loss, np.float64)[: len(rows)])
             fired.append(np.asarray(share, np.float64)[: len(rows)])

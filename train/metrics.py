@@ -7,11 +7,12 @@ of scores that are not zero on held-out text.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -28,6 +29,18 @@ COLUMNS = (
     "validation_nonzero_fraction",
 )
 SPARSITY_COLUMNS = ("step", "layer", "head", "nonzero_fraction")
+
+
+class Writer(Protocol):
+    """What the loop writes to."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Takes one logged step."""
+        ...
+
+    def write_sparsity(self, step: int, fired: np.ndarray) -> None:
+        """Takes the share of non-zero scores f[L, N]."""
+        ...
 
 
 class MetricsWriter:
@@ -73,6 +86,25 @@ class MetricsWriter:
                 name = f"nonzero_fraction/layer_{layer}/head_{head}"
                 self._board.add_scalar(name, value, step)
         self._board.flush()
+
+
+class _Silent:
+    """Takes everything and writes nothing."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def write_sparsity(self, step: int, fired: np.ndarray) -> None:
+        """Does nothing."""
+
+
+def open_writer(
+    out: Path, *, step: int, writes: bool
+) -> contextlib.AbstractContextManager[Writer]:
+    """A `MetricsWriter`, or one that writes nothing in all processes but one."""
+    if writes:
+        return MetricsWriter(out, step=step)
+    return contextlib.nullcontext(_Silent())
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
