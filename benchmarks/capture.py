@@ -30,6 +30,7 @@ import hsrjax
 from benchmarks.common import sentence
 from models.command import parse
 from models.load import load_run, read_run_config
+from models.operands import attention_operands
 from models.transformer import Transformer
 from train.data import load_corpus, split
 
@@ -131,20 +132,17 @@ def capture(model: Transformer, tokens: np.ndarray, *, layer: int) -> dict[str, 
 
     @jax.jit
     def run(state, tokens):
-        return _operands(nnx.merge(graph, state), tokens, layer)
+        return attention_operands(nnx.merge(graph, state), tokens)[layer]
 
-    query, key, value, bias = run(state, jnp.asarray(tokens, jnp.int32)[None])
-    config = model.config
-    normalize = {"threshold_relu": "none", "differential_relu": "none"}
-    normalize |= {"relu_length": "length"}
-    about = {
-        "attention_kind": config.attention_kind,
-        "power": 2 if config.attention_kind == "entmax" else config.relu_power,
-        "normalize": normalize.get(config.attention_kind, "row_sum"),
-    }
-    arrays = {"query": query, "key": key, "value": value, "bias": bias}
-    found = {k: None if x is None else np.asarray(x) for k, x in arrays.items()}
-    return found | {"about": about}
+    query, key, value, activation = run(state, jnp.asarray(tokens, jnp.int32)[None])
+    found = {"query": query, "key": key, "value": value, "bias": None}
+    about = {"attention_kind": model.config.attention_kind}
+    about |= {"power": model.config.relu_power, "normalize": "row_sum"}
+    if isinstance(activation, hsrjax.ReLU):
+        found["bias"] = activation.bias
+        about |= {"power": activation.power, "normalize": activation.normalize}
+    arrays = {k: None if x is None else np.asarray(x) for k, x in found.items()}
+    return arrays | {"about": about}
 
 
 def _layer(model: Transformer, layer: int) -> int:
@@ -152,28 +150,6 @@ def _layer(model: Transformer, layer: int) -> int:
     if not -layers <= layer < layers:
         raise ValueError(f"layer must lie between 0 and {layers - 1}, got {layer}")
     return layer % layers
-
-
-def _operands(model: Transformer, tokens: jax.Array, layer: int):
-    """Query (scaled), key, value and bias [1, T, N] of one layer, float32."""
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    scale = model.threshold_scale[...]
-    stream = model.embed(tokens)
-    for block in model.blocks[:layer]:
-        stream, _ = block(stream, positions, scale)
-    block = model.blocks[layer]
-    attention = block.attention
-    projected = attention.project(block.attention_norm(stream), positions)
-    query, key, value = (x.astype(jnp.float32) for x in projected)
-    value = jnp.tile(value, (1, 1, key.shape[2] // value.shape[2], 1))  # every view's
-    activation, factor = attention.rule(
-        query, key, positions, scale, key_positions=positions
-    )
-    query = query * factor
-    if not isinstance(activation, hsrjax.ReLU):
-        return query, key, value, None
-    bias = jnp.asarray(activation.bias, jnp.float32)
-    return query, key, value, jnp.broadcast_to(bias, query.shape[:3])
 
 
 def save(path: Path, captured: dict[str, Any]) -> None:

@@ -369,7 +369,7 @@ def test_captured_attention_is_the_models(trained, tmp_path, capsys, lenient_pro
         out = hsrjax.attention(
             query, key, value, activation=relu, is_causal=True, scale=1.0
         )
-        return out, model.blocks[1].attention._finish(out)
+        return out, model.blocks[1].attention._finish(out, value)
 
     expected, info = by_model(jnp.asarray(tokens, jnp.int32)[None])
     firing = float(info.count.mean())

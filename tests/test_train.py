@@ -444,7 +444,10 @@ def test_impossible_options_are_refused(config, name, value):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "huge"], "no preset 'huge': choose one of micro, tiny, study, small"),
+        (
+            ["--preset", "huge"],
+            "no preset 'huge': choose one of micro, tiny, study, small",
+        ),
         (["--preset=huge"], "no preset 'huge'"),
         (["--data", "/no/such/text"], "no file or folder at /no/such/text"),
         (["--steps", "0"], "steps must be 1 or more, got 0"),

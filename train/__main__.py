@@ -1,4 +1,7 @@
-"""`python -m train`: read the options, train, print the results."""
+"""`python -m train`: read the options, train, print the results.
+
+`python -m train report RUN ...` compares runs: see `train.report`.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,17 @@ from pathlib import Path
 import tyro
 
 from models.command import early_value, parse
-from train import checkpoints, processes
+from train import checkpoints, processes, report
 from train.config import PRESETS, TrainConfig
 from train.loop import train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """Trains a ReLU-attention language model on text, byte by byte."""
+    """Trains a ReLU-attention language model on text.
+
+    `python -m train report RUN ...` compares runs in one HTML file.
+    """
 
     out: Path
     """Folder of the run: config, checkpoints, metrics."""
@@ -46,8 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 2 refused or diverged, 130 stopped by Ctrl-C.
     """
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["report"]:
+        return report.main(words[1:])
     try:
-        command = _parse(sys.argv[1:] if arguments is None else arguments)
+        command = _parse(words)
         if command.distributed:
             processes.join(
                 command.coordinator,

@@ -70,12 +70,35 @@ def compare(runs: tuple[Path, ...], out: Path) -> dict[str, Any]:
         Results by name of run.
 
     Raises:
-        ValueError: no run, or a folder without the files of a run.
+        ValueError: as `collect`.
+    """
+    results, curves = collect(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        shutil.copyfile(run / "metrics.csv", out / f"{run.name}.csv")
+    about = {"jax": jax.__version__, "python": platform.python_version()}
+    text = json.dumps({"versions": about, "runs": results}, indent=2)
+    write_atomic(out / "results.json", text + "\n")
+    plot_comparison(curves, out / "curves.png")
+    return results
+
+
+def collect(
+    runs: tuple[Path, ...],
+) -> tuple[dict[str, Any], dict[str, list[dict[str, float]]]]:
+    """What runs led to, and the lines of their metrics.csv, by name of run.
+
+    Raises:
+        ValueError: no run, two of one name, or a folder without the files of a run.
     """
     if not runs:
         raise ValueError("no run was named: pass the folders of one or more runs")
     results, curves = {}, {}
     for run in runs:
+        if run.name in results:
+            raise ValueError(
+                f"two runs are named {run.name}: rename one of the folders"
+            )
         if not (run / "metrics.csv").is_file() or not (run / "config.json").is_file():
             raise ValueError(f"{run} is not a run folder: it lacks metrics.csv")
         curves[run.name] = read_csv(run / "metrics.csv")
@@ -89,14 +112,7 @@ def compare(runs: tuple[Path, ...], out: Path) -> dict[str, Any]:
             "nonzero_fraction": evaluated[-1]["validation_nonzero_fraction"],
             "config": {key: config[key] for key in ("model", "train")},
         }
-    out.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        shutil.copyfile(run / "metrics.csv", out / f"{run.name}.csv")
-    about = {"jax": jax.__version__, "python": platform.python_version()}
-    text = json.dumps({"versions": about, "runs": results}, indent=2)
-    write_atomic(out / "results.json", text + "\n")
-    plot_comparison(curves, out / "curves.png")
-    return results
+    return results, curves
 
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ class TrainConfig:
     """Steps between evaluations on held-out rows; there is always one at the end."""
     eval_rows: int = 128
     """Held-out rows per evaluation, at most, spread evenly over the held-out part."""
+    telemetry_rows: int = 2
+    """Held-out rows on which every head is looked at, at each evaluation; 0: none."""
     checkpoint_every: int = 100
     """Steps between checkpoints; there is always one at the end."""
     keep: int = 3
@@ -106,6 +108,10 @@ class TrainConfig:
             raise ValueError(
                 "tokenizer bytes goes with a vocab_size of 256 and bpe with a larger "
                 f"one, got {self.tokenizer} and {self.model.vocab_size}"
+            )
+        if self.telemetry_rows < 0:
+            raise ValueError(
+                f"telemetry_rows must be 0 or more, got {self.telemetry_rows}"
             )
         if self.batch % self.accumulate:
             raise ValueError(
@@ -160,7 +166,7 @@ class TrainConfig:
 # beyond float rounding.
 FREE_ON_RESUME = frozenset(
     {"data", "eval_every", "eval_rows", "checkpoint_every", "keep", "log_every"}
-    | {"data_parallel", "accumulate", "remat"}
+    | {"data_parallel", "accumulate", "remat", "telemetry_rows"}
 )
 FREE_ON_RESUME_MODEL = frozenset({"attention", "capacity"})
 

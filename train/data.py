@@ -231,7 +231,7 @@ def split(corpus: Corpus, *, row_length: int) -> tuple[Rows, Rows]:
     return Rows(data, np.flatnonzero(~held_out)), Rows(data, np.flatnonzero(held_out))
 
 
-def spread(rows: Rows, *, limit: int) -> np.ndarray:
+def spread(rows: Rows | np.ndarray, *, limit: int) -> np.ndarray:
     """At most `limit` rows u[n, T+1], spread evenly: always the same ones."""
     count = min(limit, len(rows))
     return rows[np.arange(count) * len(rows) // count]

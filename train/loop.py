@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
 from models.tokenizer import (
@@ -27,8 +28,10 @@ from models.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
-from train import checkpoints, data, metrics, processes, step
+from train import checkpoints, data, metrics, processes, step, telemetry
 from train.config import TrainConfig, differences
+
+_LONGEST_TELEMETRY = 4096  # tokens: the weights of a whole row are looked at
 
 
 class DivergedError(ValueError):
@@ -57,7 +60,9 @@ def train(
     Returns:
         out, steps, train_loss, validation_loss (nats per byte), nonzero_fraction (share
         of non-zero scores on held-out text), sparsity (the same by layer and head,
-        lists [L][N]), seconds, tokens_per_second, parameters, corpus_sha256.
+        lists [L][N]), empty_rows, effective_keys and dead_heads (see
+        `train.telemetry`; unless telemetry_rows is 0), seconds, tokens_per_second,
+        parameters, corpus_sha256.
 
     Raises:
         ValueError: options, corpus or run folder cannot be used (`DataError`,
@@ -84,6 +89,7 @@ def train(
             trainer = _Trainer(
                 config=config,
                 out=out,
+                graphdef=graphdef,
                 store=store,
                 writer=writer,
                 batches=batches,
@@ -152,6 +158,7 @@ class _Trainer:
 
     config: TrainConfig
     out: Path
+    graphdef: Any
     store: checkpoints.Checkpoints
     writer: metrics.Writer
     batches: data.Batches
@@ -202,6 +209,7 @@ class _Trainer:
                     raise TrainingInterrupted(self._how_to_resume())
             if not self.evaluated:
                 self.evaluated = self._evaluate()
+                self._look_at_heads()
         return {
             "out": str(self.out),
             "steps": self.done,
@@ -235,9 +243,7 @@ class _Trainer:
             self.evaluated = self._evaluate()
             row["validation_loss"] = self.evaluated["validation_loss"]
             row["validation_nonzero_fraction"] = self.evaluated["nonzero_fraction"]
-            self.writer.write_sparsity(
-                self.done, np.asarray(self.evaluated["sparsity"])
-            )
+            self.writer.write_heads(self.done, self._look_at_heads())
         if "validation_loss" in row or self._is_logged(self.done):
             self.writer.write(row)
         if last or stopping or self.done % config.checkpoint_every == 0:
@@ -307,6 +313,22 @@ class _Trainer:
             "nonzero_fraction": float(sparsity.mean()),
             "sparsity": sparsity.tolist(),
         }
+
+    def _look_at_heads(self) -> dict[str, np.ndarray]:
+        """What each head does on a few held-out rows, and its sparsity on all."""
+        sparsity = {"nonzero_fraction": np.asarray(self.evaluated["sparsity"])}
+        if not self.config.telemetry_rows or not processes.is_leader():
+            return sparsity
+        rows = data.spread(self.held_out, limit=self.config.telemetry_rows)
+        params, rest = jax.device_get((self.state.params, self.state.rest))
+        model = nnx.merge(self.graphdef, params, rest)
+        found = telemetry.measure(model, rows[:, :-1][:, :_LONGEST_TELEMETRY])
+        self.evaluated |= {
+            "empty_rows": float(found["empty_rows"].mean()),
+            "effective_keys": float(found["effective_keys"].mean()),
+            "dead_heads": telemetry.dead_heads(found["empty_rows"]),
+        }
+        return found | sparsity
 
     def _how_to_resume(self) -> str:
         """Message after Ctrl-C."""

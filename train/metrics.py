@@ -2,7 +2,7 @@
 
 metrics.csv has one line per logged step; the validation columns are filled where the
 run was evaluated. sparsity.csv has one line per evaluation, layer and head: the share
-of scores that are not zero on held-out text.
+of scores that are not zero on held-out text, and what else `train.telemetry` measures.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from train import telemetry
+
 COLUMNS = (
     "step",
     "loss",
@@ -28,7 +30,7 @@ COLUMNS = (
     "validation_loss",
     "validation_nonzero_fraction",
 )
-SPARSITY_COLUMNS = ("step", "layer", "head", "nonzero_fraction")
+SPARSITY_COLUMNS = ("step", "layer", "head", *telemetry.COLUMNS)
 
 
 class Writer(Protocol):
@@ -38,8 +40,8 @@ class Writer(Protocol):
         """Takes one logged step."""
         ...
 
-    def write_sparsity(self, step: int, fired: np.ndarray) -> None:
-        """Takes the share of non-zero scores f[L, N]."""
+    def write_heads(self, step: int, measured: dict[str, np.ndarray]) -> None:
+        """Takes what was measured of every head, f[L, N] by name."""
         ...
 
 
@@ -74,17 +76,19 @@ class MetricsWriter:
             if name in row:
                 self._board.add_scalar(name, row[name], step)
 
-    def write_sparsity(self, step: int, fired: np.ndarray) -> None:
-        """Writes the share of non-zero scores f[L, N] by layer and head."""
-        lines = [
-            [str(step), str(layer), str(head), _text(value)]
-            for (layer, head), value in np.ndenumerate(fired)
-        ]
+    def write_heads(self, step: int, measured: dict[str, np.ndarray]) -> None:
+        """Writes numbers f[L, N] by name in `telemetry.COLUMNS`; NaN is left out."""
+        lines = []
+        for layer, head in np.ndindex(measured["nonzero_fraction"].shape):
+            line = [str(step), str(layer), str(head)]
+            for name in telemetry.COLUMNS:
+                value = measured[name][layer, head] if name in measured else np.nan
+                line.append("" if np.isnan(value) else _text(value))
+                if not np.isnan(value):
+                    board = f"{name}/layer_{layer}/head_{head}"
+                    self._board.add_scalar(board, value, step)
+            lines.append(line)
         _write(self._sparsity, lines)
-        for layer, head_values in enumerate(fired):
-            for head, value in enumerate(head_values):
-                name = f"nonzero_fraction/layer_{layer}/head_{head}"
-                self._board.add_scalar(name, value, step)
         self._board.flush()
 
 
@@ -94,7 +98,7 @@ class _Silent:
     def write(self, row: dict[str, Any]) -> None:
         """Does nothing."""
 
-    def write_sparsity(self, step: int, fired: np.ndarray) -> None:
+    def write_heads(self, step: int, measured: dict[str, np.ndarray]) -> None:
         """Does nothing."""
 
 

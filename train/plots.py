@@ -6,7 +6,7 @@ Figures are drawn without pyplot, so no global state and no window is touched.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+import hsrjax
+from models.operands import attention_operands
 from models.transformer import Transformer
 from train.metrics import read_csv
 
@@ -48,11 +50,15 @@ def plot_loss(run: Path, target: Path) -> None:
 
 
 def plot_comparison(runs: dict[str, list[dict[str, float]]], target: Path) -> None:
+    """Writes what `draw_comparison` draws to a PNG file."""
+    _save(draw_comparison(runs), target)
+
+
+def draw_comparison(runs: dict[str, list[dict[str, float]]]) -> Figure:
     """Draws held-out loss and the share of non-zero scores of several runs.
 
     Args:
         runs: lines of metrics.csv by name of run.
-        target: PNG file to write.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -72,7 +78,7 @@ def plot_comparison(runs: dict[str, list[dict[str, float]]], target: Path) -> No
     for axes in (left, right):
         axes.legend()
         axes.grid(alpha=0.3)
-    _save(figure, target)
+    return figure
 
 
 def plot_study(rows: list[dict[str, Any]], target: Path) -> None:
@@ -126,18 +132,35 @@ def plot_sparsity(run: Path, target: Path) -> None:
     percent = np.zeros((layers, heads))
     for line in last:
         percent[int(line["layer"]), int(line["head"])] = 100 * line["nonzero_fraction"]
-    size = (2.5 + 0.8 * heads, 1.6 + 0.6 * layers)
+    _save(draw_heads({"Non-zero scores, % (held-out text)": percent}), target)
+
+
+def draw_heads(pictures: dict[str, np.ndarray]) -> Figure:
+    """Draws numbers by layer and head as heat maps beside each other.
+
+    Args:
+        pictures: f[L, N] by title; NaN stays white.
+    """
+    columns = min(3, len(pictures))
+    rows = -(-len(pictures) // columns)
+    layers, heads = next(iter(pictures.values())).shape
+    size = (columns * (2.5 + 0.8 * heads), rows * (1.6 + 0.6 * layers))
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(percent, cmap="viridis", vmin=0, aspect="auto")
-    for (layer, head), value in np.ndenumerate(percent):
-        color = "white" if value < percent.max() / 2 else "black"
-        axes.text(head, layer, f"{value:.1f}", ha="center", va="center", color=color)
-    axes.set(xlabel="head", ylabel="layer", title="Non-zero scores, % (held-out text)")
-    axes.set_xticks(range(heads))
-    axes.set_yticks(range(layers))
-    figure.colorbar(image, ax=axes)
-    _save(figure, target)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(pictures) :]:
+        axes.set_axis_off()
+    for axes, (title, values) in zip(grid.flat, pictures.items(), strict=False):
+        top = np.nanmax(values) or 1.0
+        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=top, aspect="auto")
+        for (layer, head), value in np.ndenumerate(values):
+            color = "white" if value < top / 2 else "black"
+            text = f"{value:.3g}"
+            axes.text(head, layer, text, ha="center", va="center", color=color)
+        axes.set(xlabel="head", ylabel="layer", title=title)
+        axes.set_xticks(range(heads))
+        axes.set_yticks(range(layers))
+        figure.colorbar(image, ax=axes)
+    return figure
 
 
 def fired_keys(model: Transformer, tokens: jax.Array) -> np.ndarray:
@@ -166,26 +189,13 @@ def fired_keys(model: Transformer, tokens: jax.Array) -> np.ndarray:
 def _fired(model: Transformer, tokens: jax.Array) -> jax.Array:
     """`fired_keys`, to be jitted."""
     length = tokens.shape[0]
-    positions = jnp.arange(length, dtype=jnp.int32)[None]
-    scale = model.threshold_scale[...]
     visible = jnp.tril(jnp.ones((length, length), bool))[None]
-    stream, fired = model.embed(tokens[None]), []
-    for block in model.blocks:
-        attention = block.attention
-        normed = block.attention_norm(stream)
-        query, key, _ = attention.project(normed, positions)
-        rule: Any = attention.rule(
-            query, key, positions, scale, key_positions=positions
-        )
-        activation, factor = rule
-        group = query.shape[2] // key.shape[2]
-        key = jnp.repeat(key, group, axis=2)
+    fired = []
+    for query, key, _, activation in attention_operands(model, tokens[None]):
+        key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
         scores = jnp.einsum("tnh,snh->nts", query[0], key[0], precision="highest")
-        scores = scores * factor
-        shape = (1, length, query.shape[2])
-        bias = jnp.broadcast_to(activation.bias, shape)[0].T[:, :, None]  # [N, T, 1]
-        fired.append((scores > bias) & visible)
-        stream, _ = block(stream, positions, scale)
+        bias: Any = cast(hsrjax.ReLU, activation).bias
+        fired.append((scores > bias[0].T[:, :, None]) & visible)
     return jnp.stack(fired)
 
 

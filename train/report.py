@@ -1,0 +1,201 @@
+"""`python -m train report RUN [RUN ...]`: runs side by side in one HTML file.
+
+The file holds its pictures and needs nothing else: results, options that differ,
+curves, and for every run what each of its heads did at the last evaluation.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from models.command import parse
+from models.load import write_atomic
+from train import telemetry
+from train.compare import collect
+from train.metrics import read_csv
+from train.plots import draw_comparison, draw_heads
+
+_TITLES = {
+    "nonzero_fraction": ("Non-zero scores, %", 100.0),
+    "empty_rows": ("Queries without a key, %", 100.0),
+    "effective_keys": ("Effective number of keys", 1.0),
+    "survivors": ("Keys a decode step looks at, %", 100.0),
+    "capacity_use": ("Slots of one gather in use, %", 100.0),
+    "threshold_scale": ("Threshold scale", 1.0),
+}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem;
+       padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { border: 1px solid #ccc; padding: .3rem .6rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; } code { overflow-wrap: anywhere; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Compares finished or running runs of `python -m train` in one HTML file."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run folders."""
+    out: Path = Path("report.html")
+    """File to write."""
+    json: bool = False
+    """End with one line on stdout that holds the results as JSON."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: instead of those of the process.
+
+    Returns:
+        Exit status: 0 done, 2 refused.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        command = parse(
+            Command, words, prog="python -m train report", default=Command()
+        )
+        results = report(command.runs, command.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(results)} runs: {command.out}")
+    if command.json:
+        print(json.dumps(results))
+    return 0
+
+
+def report(runs: tuple[Path, ...], out: Path) -> dict[str, Any]:
+    """Writes the file.
+
+    Args:
+        runs: run folders; the names of the folders name the runs.
+        out: HTML file to write.
+
+    Returns:
+        Results by name of run, as `train.compare` has them.
+
+    Raises:
+        ValueError: no run, two of one name, or a folder without the files of a run.
+    """
+    results, curves = collect(runs)
+    parts = [
+        "<h1>hsrjax training report</h1>",
+        _table(_results_table(results, curves)),
+        "<h2>Options that differ</h2>",
+        _table(_differences(results)),
+        "<h2>Curves</h2>",
+        _picture(draw_comparison(curves), "loss and sparsity over the steps"),
+    ]
+    for run in runs:
+        parts += [f"<h2>{html.escape(run.name)}</h2>", *_heads(run)]
+    text = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f"<title>hsrjax training report</title><style>{_STYLE}</style>\n"
+        + "\n".join(parts)
+        + "</html>\n"
+    )
+    write_atomic(out, text)
+    return results
+
+
+def _results_table(
+    results: dict[str, Any], curves: dict[str, list[dict[str, float]]]
+) -> list[list[str]]:
+    """Header and a line per run."""
+    lines = [
+        ["run", "steps", "validation loss, nats/byte", "zeros, %", "tokens/s"],
+    ]
+    for name, result in results.items():
+        speeds = [line["tokens_per_second"] for line in curves[name]]
+        lines.append(
+            [
+                name,
+                f"{result['steps']:,}",
+                f"{result['validation_loss']:.4f}",
+                f"{100 * (1 - result['nonzero_fraction']):.2f}",
+                f"{speeds[-1]:,.0f}",
+            ]
+        )
+    return lines
+
+
+def _differences(results: dict[str, Any]) -> list[list[str]]:
+    """Header and a line per option that is not the same in all runs."""
+    flat = {
+        name: {
+            f"{part}.{option}": value
+            for part, options in result["config"].items()
+            for option, value in options.items()
+        }
+        for name, result in results.items()
+    }
+    options = list(dict.fromkeys(key for config in flat.values() for key in config))
+    lines = [["option", *flat]]
+    for option in options:
+        values = [str(config.get(option, "")) for config in flat.values()]
+        if len(set(values)) > 1:
+            lines.append([option, *values])
+    return lines
+
+
+def _heads(run: Path) -> list[str]:
+    """Heat maps of a run's last evaluation, and what is wrong with its heads."""
+    lines = read_csv(run / "sparsity.csv")
+    if not lines:
+        return ["<p>Not evaluated yet.</p>"]
+    last = [line for line in lines if line["step"] == lines[-1]["step"]]
+    shape = tuple(1 + int(max(line[key] for line in last)) for key in ("layer", "head"))
+    parts, pictures = [], {}
+    for name, (title, factor) in _TITLES.items():
+        values = np.full(shape, np.nan)
+        for line in last:
+            if name in line:
+                values[int(line["layer"]), int(line["head"])] = factor * line[name]
+        if np.isfinite(values).any():
+            pictures[title] = values
+        if name == "empty_rows" and np.isfinite(values).any():
+            dead = telemetry.dead_heads(values / factor)
+            parts.append(f"<p>Dead heads (99 % of rows empty): {dead}.</p>")
+    parts.append(_picture(draw_heads(pictures), f"heads of {run.name}"))
+    return [f"<p>Step {last[0]['step']:,.0f}, held-out text.</p>", *parts]
+
+
+def _table(lines: list[list[str]]) -> str:
+    """Rows of text as an HTML table; the first one is the header."""
+    if len(lines) == 1:
+        return "<p>None.</p>"
+    rows = []
+    for number, line in enumerate(lines):
+        tag = "td" if number else "th"
+        cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
+        rows.append(f"<tr>{cells}</tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _picture(figure: Figure, about: str) -> str:
+    """A figure as part of the page."""
+    written = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(written)
+    data = base64.b64encode(written.getvalue()).decode()
+    return f'<img alt="{html.escape(about)}" src="data:image/png;base64,{data}">'
+
+
+if __name__ == "__main__":
+    sys.exit(main())
