@@ -5,6 +5,8 @@ RUN/config.json    {"format": "hsrjax-run", "version": 1, "model": {...},
 RUN/checkpoints/   an orbax CheckpointManager folder, one sub-folder per step; each
                    holds an item "model" (`model_item`, every variable of the model
                    including ThresholdScale) beside items that only training reads
+
+A released model has model.safetensors (`models.release`) in place of checkpoints.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ import tensorstore as ts
 from etils import epath
 from flax import nnx
 
+from models import release
 from models.config import Implementation, ModelConfig
 from models.transformer import Transformer, abstract_model, with_attention
 
@@ -203,11 +206,11 @@ def load_run(
     step: int | None = None,
     attention: Implementation | None = None,
 ) -> Transformer:
-    """Loads a model from a run folder.
+    """Loads a model from a run folder or a released one.
 
     Args:
-      run: the folder that `python -m train --out` wrote.
-      step: which checkpoint; None is the newest.
+      run: the folder that `python -m train --out` or `python -m train export` wrote.
+      step: which checkpoint; None is the newest. A released model has none.
       attention: "dense", "hsr" or "auto"; None keeps what the run was trained with.
 
     Returns:
@@ -217,6 +220,11 @@ def load_run(
       ModelFileError: files are missing, damaged or foreign; the message names them.
     """
     config, _ = read_run_config(run)
+    released = Path(run) / release.WEIGHTS
+    if step is None and released.exists():
+        model = _read_released(released, config)
+        _check_finite(model, released, "restore the file from a copy")
+        return model if attention is None else with_attention(model, attention)
     steps = checkpoint_steps(run)
     if not steps or (step is not None and step not in steps):
         wanted = "no finished checkpoint" if step is None else f"no checkpoint {step}"
@@ -226,13 +234,53 @@ def load_run(
         )
     path = Path(run) / CHECKPOINTS / str(steps[-1] if step is None else step)
     model = restore_model(config, _read_item(path / MODEL_ITEM, config))
+    remedy = f"load an earlier checkpoint (the run has {steps})"
+    _check_finite(model, path / MODEL_ITEM, remedy)
+    return model if attention is None else with_attention(model, attention)
+
+
+def save_release(
+    folder: str | os.PathLike[str],
+    model: Transformer,
+    *,
+    train: dict[str, Any] | None = None,
+    dtype: Literal["float32", "float16"] = "float32",
+) -> None:
+    """Writes a model as config.json and model.safetensors.
+
+    Args:
+      folder: made where it is missing.
+      model: to be saved.
+      train: stored in config.json.
+      dtype: of the stored values; the model computes in its own.
+
+    Raises:
+      ValueError: a value is not finite in that dtype.
+    """
+    write_run_config(folder, model.config, train=train or {})
+    release.write_weights(Path(folder), _by_name(model_item(model)), dtype=dtype)
+
+
+def _read_released(path: Path, config: ModelConfig) -> Transformer:
+    item = model_item(abstract_model(config))
+    try:
+        found = release.read_weights(path, _by_name(item))
+    except ValueError as error:
+        raise ModelFileError(
+            f"{path} cannot be loaded as the model of {CONFIG_FILE} ({error}); restore "
+            "the file from a copy."
+        ) from error
+    # Both list the leaves in the same order.
+    leaves = [jnp.asarray(found[name]) for name in _by_name(item)]
+    return restore_model(config, jax.tree.unflatten(jax.tree.structure(item), leaves))
+
+
+def _check_finite(model: Transformer, path: Path, remedy: str) -> None:
     for name, leaf in _by_name(model_item(model)).items():
         if not bool(jnp.isfinite(leaf).all()):
             raise ModelFileError(
-                f"{path / MODEL_ITEM} holds values that are not finite in {name}; load "
-                f"an earlier checkpoint (the run has {steps})."
+                f"{path} holds values that are not finite in {name}; {remedy}."
             )
-    return model if attention is None else with_attention(model, attention)
 
 
 def _read_item(path: Path, config: ModelConfig) -> dict[str, Any]:

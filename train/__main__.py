@@ -1,6 +1,7 @@
 """`python -m train`: read the options, train, print the results.
 
-`python -m train report RUN ...` compares runs: see `train.report`.
+`python -m train report RUN ...` compares runs, `python -m train export RUN --out DIR`
+writes a trained model to hand on.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from pathlib import Path
 import tyro
 
 from models.command import early_value, parse
-from train import checkpoints, processes, report
+from train import checkpoints, export, processes, report
 from train.config import PRESETS, TrainConfig
 from train.loop import train
+
+_COMMANDS = {"report": report.main, "export": export.main}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
     """Trains a ReLU-attention language model on text.
 
-    `python -m train report RUN ...` compares runs in one HTML file.
+    `python -m train report RUN ...` compares runs in one HTML file, `python -m train
+    export RUN --out DIR` writes the model as config.json and model.safetensors.
     """
 
     out: Path
@@ -53,8 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         Exit status: 0 done, 2 refused or diverged, 130 stopped by Ctrl-C.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["report"]:
-        return report.main(words[1:])
+    if words[:1] and words[0] in _COMMANDS:
+        return _COMMANDS[words[0]](words[1:])
     try:
         command = _parse(words)
         if command.distributed:

@@ -1,0 +1,158 @@
+"""`python -m train export RUN --out DIR`: a trained model as files to hand on.
+
+Writes config.json, model.safetensors, tokenizer.json for BPE, and a model card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from flax import nnx
+
+from models import tokenizer
+from models.command import parse
+from models.load import ModelFileError, load_run, read_run_config, save_release
+from models.load import write_atomic as write_text
+from models.release import WEIGHTS
+from train.metrics import read_csv
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Writes a trained model as config.json, model.safetensors and a model card."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    out: Path
+    """Folder to write."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the stored values; float16 halves the file."""
+    name: str = ""
+    """Of the model, for the card; the run folder's name if left out."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: instead of those of the process.
+
+    Returns:
+        Exit status: 0 done, 2 refused.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        command = parse(Command, words, prog="python -m train export")
+        size = export(command)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{command.out}: {size / 1e6:.1f} MB")
+    return 0
+
+
+def export(command: Command) -> int:
+    """Writes the folder; returns the size of the weights in bytes.
+
+    Raises:
+        ValueError: the run cannot be loaded, or the folder holds something else.
+    """
+    run, out = command.run, command.out
+    if out.exists() and any(out.iterdir()) and not (out / WEIGHTS).exists():
+        raise ValueError(f"{out} holds other files: give an empty or new folder")
+    model = load_run(run)
+    _, options = read_run_config(run)
+    lines = _evaluated(run)
+    save_release(out, model, train=options, dtype=command.dtype)
+    if (run / tokenizer.FILE).exists():
+        shutil.copyfile(run / tokenizer.FILE, out / tokenizer.FILE)
+    params = nnx.state(model, nnx.Param)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    text = card(
+        command.name or run.name,
+        model=model.config.to_dict(),
+        options=options,
+        last=lines[-1],
+        parameters=parameters,
+    )
+    write_text(out / "README.md", text)
+    return (out / WEIGHTS).stat().st_size
+
+
+def _evaluated(run: Path) -> list[dict[str, float]]:
+    """The lines of metrics.csv with a held-out loss."""
+    try:
+        lines = read_csv(run / "metrics.csv")
+    except OSError as error:
+        raise ModelFileError(
+            f"{run} holds no metrics.csv: give a folder that python -m train wrote"
+        ) from error
+    evaluated = [line for line in lines if "validation_loss" in line]
+    if not evaluated:
+        raise ModelFileError(f"{run} was never evaluated: train it further")
+    return evaluated
+
+
+def card(
+    name: str,
+    *,
+    model: dict[str, Any],
+    options: dict[str, Any],
+    last: dict[str, float],
+    parameters: int,
+) -> str:
+    """The model card, in Markdown.
+
+    Args:
+        name: of the model.
+        model: fields of its config.
+        options: of its training.
+        last: the last line of metrics.csv with a held-out loss.
+        parameters: how many.
+    """
+    corpus = options.get("corpus", {})
+    tokens = options["steps"] * options["batch"] * options["row_length"]
+    zeros = 100 * (1 - last["validation_nonzero_fraction"])
+    heads = (
+        f"{model['num_heads']} query and {model['num_kv_heads']} key/value heads of "
+        f"{model['head_dim']}"
+    )
+    return f"""# {name}
+
+A {parameters / 1e6:.2f} M parameter language model with `{model["attention_kind"]}`
+attention (ReLU to the power {model["relu_power"]}), trained by hsrjax.
+
+| | |
+|---|---|
+| architecture | {model["num_layers"]} layers, width {model["embed_dim"]}, {heads} |
+| tokens | {options.get("tokenizer", "bytes")}, vocabulary {model["vocab_size"]} |
+| data | {corpus.get("name")}, {corpus.get("bytes"):,} bytes |
+| training | {options["steps"]:,} steps of {options["batch"]} rows of \
+{options["row_length"]:,} tokens ({tokens / 1e6:.1f} M tokens), seed {options["seed"]} |
+| learning rate | {options["learning_rate"]:g}, AdamW, cosine |
+| thresholds | {options["threshold_start"]:g} to {options["threshold_end"]:g} over \
+{100 * options["threshold_fraction"]:.0f} % of the steps |
+| held-out loss | {last["validation_loss"]:.4f} nats per byte |
+| zero attention scores | {zeros:.2f} % of the visible ones, on held-out rows |
+
+    python -m models.generate --model FOLDER --prompt TEXT --attention hsr
+
+`--attention dense` draws the same tokens; `hsr` looks at few of the keys.
+
+## Limits
+
+It has read nothing but the corpus above and is far too small to know anything: it
+writes text that looks like that corpus, not text that is true or code that runs. It was
+trained on rows of {options["row_length"]:,} tokens; how it fares beyond them was not
+part of the training.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
