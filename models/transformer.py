@@ -14,6 +14,7 @@ import hsrjax
 from models.attention import Attention
 from models.config import Implementation, ModelConfig
 from models.layers import FeedForward, RMSNorm
+from models.remat import remat as again
 
 Caches = tuple[hsrjax.KVCache, ...]  # one per layer
 
@@ -140,9 +141,13 @@ class Transformer(nnx.Module):
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         stream, infos = self.embed(tokens), []
         for block in self.blocks:
-            run = functools.partial(block, return_info=return_info)
-            run = jax.checkpoint(run) if remat else run
-            stream, info = run(stream, positions, self.threshold_scale[...])
+            arguments = stream, positions, self.threshold_scale[...]
+            if remat:
+                graphdef, state = nnx.split(block)
+                run = functools.partial(_run_block, graphdef, return_info)
+                stream, info = again(run)(state, *arguments)
+            else:
+                stream, info = block(*arguments, return_info=return_info)
             infos.append(info)
         logits = self.unembed(stream)
         return (logits, tuple(infos)) if return_info else logits
@@ -235,6 +240,13 @@ class Transformer(nnx.Module):
             )
             for _ in range(config.num_layers)
         )
+
+
+def _run_block(
+    graphdef: Any, return_info: bool, state: Any, *arguments: jax.Array
+) -> tuple[jax.Array, hsrjax.Info | None]:
+    """A block as a function of its variables."""
+    return nnx.merge(graphdef, state)(*arguments, return_info=return_info)
 
 
 def with_attention(

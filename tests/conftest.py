@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 
 import hypothesis
 import jax
@@ -58,6 +59,37 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 def repo_root() -> pathlib.Path:
     """The checkout: what pyproject.toml, models/ and train/ lie in."""
     return pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def compile_cache(tmp_path_factory):
+    """Keeps what XLA compiled: most runs of a module share one train step.
+
+    Promotion is jax's usual one, because optax mixes dtypes.
+    """
+    folder = str(tmp_path_factory.mktemp("xla"))
+    names = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_numpy_dtype_promotion": "standard",
+        "jax_numpy_rank_promotion": "allow",
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in names.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A corpus of 50 KB."""
+    file = tmp_path_factory.mktemp("corpus") / "text.py"
+    shutil.copy(dataclasses.__file__, file)
+    return file
 
 
 @pytest.fixture

@@ -28,36 +28,7 @@ from train.loop import DivergedError, TrainingInterrupted, train
 
 STEPS = 60
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_cache(tmp_path_factory):
-    """Keeps what XLA compiled: most runs here share one train step.
-
-    Promotion is jax's usual one, because optax mixes dtypes.
-    """
-    folder = str(tmp_path_factory.mktemp("xla"))
-    names = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_numpy_dtype_promotion": "standard",
-        "jax_numpy_rank_promotion": "allow",
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield {name.upper(): str(value) for name, value in names.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A corpus of 50 KB."""
-    file = tmp_path_factory.mktemp("corpus") / "text.py"
-    shutil.copy(dataclasses.__file__, file)
-    return file
+pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
 @pytest.fixture(scope="module")
@@ -219,14 +190,19 @@ def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(
     assert results["validation_loss"] == finished[1]["validation_loss"]
 
 
+@pytest.mark.parametrize("devices", [1, 8])
 def test_sigkill_then_resume_is_bitwise_the_uninterrupted_run(
-    config, finished, tmp_path, repo_root, compile_cache
+    devices, config, finished, tmp_path, repo_root, compile_cache
 ):
-    out = tmp_path / "run"
+    out, (whole, expected) = tmp_path / "run", finished
+    if devices == 8:
+        config, whole = dataclasses.replace(config, data_parallel=True), tmp_path / "8"
+        expected = train(config, whole, progress=False)
     command = [sys.executable, "-W", "error", "-m", "train", "--preset", "micro"]
     command += ["--out", str(out), "--data", config.data, "--steps", str(STEPS)]
     command += ["--eval-every", "30", "--eval-rows", "12", "--checkpoint-every", "10"]
     command += ["--keep", "10", "--json"]
+    command += ["--data-parallel"] if devices == 8 else []
     environment = os.environ | compile_cache
     target = random.randrange(2, STEPS - 5)
     with subprocess.Popen(
@@ -252,8 +228,8 @@ def test_sigkill_then_resume_is_bitwise_the_uninterrupted_run(
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert results["steps"] == STEPS
-    assert results["validation_loss"] == finished[1]["validation_loss"]
-    assert_same_run(out, finished[0], config=config)
+    assert results["validation_loss"] == expected["validation_loss"]
+    assert_same_run(out, whole, config=config)
 
 
 def test_resume_of_a_finished_run_reports_the_same(config, copy, finished):

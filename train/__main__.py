@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
                 index=command.process_index,
             )
         results = train(command.train, command.out, resume=command.resume)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:

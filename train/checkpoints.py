@@ -9,6 +9,7 @@ leaves no half-written one. `models/load.py` owns the format and reads it.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,25 @@ class Checkpoints:
         """Step of the newest complete checkpoint, None when there is none."""
         return self._manager.latest_step()
 
+    def _check_room(self, arrays: Any) -> None:
+        """Raises CheckpointError where the disk has no room for the arrays."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + (1 << 20)
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise CheckpointError(
+                f"the disk of {self.folder} has {free / 1e6:.1f} MB left and a "
+                f"checkpoint needs {needed / 1e6:.1f} MB. {self.how_to_go_on()}"
+            )
+
+    def how_to_go_on(self) -> str:
+        """What is safe and how to continue, for messages about what went wrong."""
+        newest, out = self.latest(), self.folder.parent
+        if newest is None:
+            return f"No checkpoint had been written: delete {out} and start again"
+        return (
+            f"The last good checkpoint is {self.path(newest)}: once that is mended, "
+            f"continue with: python -m train --resume --out {out}"
+        )
+
     def path(self, step: int) -> Path:
         """Folder of one checkpoint."""
         return self.folder / str(step)
@@ -180,6 +200,7 @@ class Checkpoints:
         key_data = np.asarray(jax.random.key_data(state.key)).tolist()
         content = {"step": int(step), "data": data, "key": key_data, **progress}
         content["loss_average"] = float(state.loss_average)
+        self._check_room((model, opt_state))
         try:
             self._manager.save(
                 int(step),
@@ -192,7 +213,7 @@ class Checkpoints:
         except _ORBAX_ERRORS as error:
             raise CheckpointError(
                 f"cannot write the checkpoint {self.path(int(step))} "
-                f"({_first_line(error)}): is the disk full?"
+                f"({_first_line(error)}): is the disk full? {self.how_to_go_on()}"
             ) from error
 
     def restore(

@@ -38,6 +38,10 @@ class DivergedError(ValueError):
     """The loss or the gradient is no longer finite."""
 
 
+class DeviceError(ValueError):
+    """A device failed while it was computing."""
+
+
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C; the message says what was saved and how to go on."""
 
@@ -65,8 +69,9 @@ def train(
         parameters, corpus_sha256.
 
     Raises:
-        ValueError: options, corpus or run folder cannot be used (`DataError`,
-            `CheckpointError`), or the loss is not finite (`DivergedError`).
+        ValueError: options, corpus or run folder cannot be used or written
+            (`DataError`, `CheckpointError`), the loss is not finite (`DivergedError`),
+            or a device failed (`DeviceError`).
         TrainingInterrupted: Ctrl-C, after a checkpoint was written.
     """
     started, out = time.perf_counter(), Path(out)
@@ -105,7 +110,10 @@ def train(
                 done=newest or 0,
                 last_loss=last_loss,
             )
-            results = trainer.run(progress=progress)
+            try:
+                results = trainer.run(progress=progress)
+            except (OSError, jax.errors.JaxRuntimeError) as error:
+                raise _stopped(error, trainer) from error
     return results | {
         "seconds": round(time.perf_counter() - started, 2),
         "corpus_sha256": corpus.sha256,
@@ -141,6 +149,19 @@ def _open_folder(
     if isinstance(tokenizer, BPETokenizer):
         tokenizer.save(out)
     return corpus, tokens, tokenizer
+
+
+def _stopped(error: Exception, trainer: _Trainer) -> ValueError:
+    """What to say of a disk or a device that failed."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    kind, what = (
+        (checkpoints.CheckpointError, "a file could not be written")
+        if isinstance(error, OSError)
+        else (DeviceError, "the device failed")
+    )
+    return kind(
+        f"{what} after step {trainer.done} ({reason}). {trainer.store.how_to_go_on()}"
+    )
 
 
 def _check_same_run(config: TrainConfig, saved: TrainConfig, *, out: Path) -> None:

@@ -62,10 +62,11 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._metrics.close()
-        self._sparsity.close()
-        self._board.close()
+    def __exit__(self, kind: object, *error: object) -> None:
+        for file in (self._metrics, self._sparsity, self._board):
+            # A disk that is full fails again here, and the first error says more.
+            with contextlib.suppress(*(() if kind is None else (OSError,))):
+                file.close()
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes one line of metrics.csv; `row` maps some of COLUMNS to numbers."""

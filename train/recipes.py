@@ -41,8 +41,15 @@ KINDS: dict[str, dict[str, str | int | float]] = {
     "threshold_p1": {"attention_kind": "threshold_relu", "relu_power": 1},
     "threshold_p2": {"attention_kind": "threshold_relu", "relu_power": 2},
     "threshold_p3": {"attention_kind": "threshold_relu", "relu_power": 3},
+    "threshold_p4": {"attention_kind": "threshold_relu", "relu_power": 4},
     "differential_p2": {
         "attention_kind": "differential_relu",
+        "head_dim": 16,
+        "value_dim": 32,
+    },
+    "differential_p3": {
+        "attention_kind": "differential_relu",
+        "relu_power": 3,
         "head_dim": 16,
         "value_dim": 32,
     },

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import fnmatch
 import json
 import os
 import queue
@@ -41,6 +42,8 @@ class Command:
     """Folder of the run folders."""
     results: Path = Path("benchmarks/results/study")
     """Folder of the table and the figure."""
+    only: tuple[str, ...] = ()
+    """Names of the runs of these stages to train, as patterns; none: all."""
     workers: int = 1
     """Runs at a time; the cores are divided among them."""
 
@@ -57,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         command = parse(Command, words, prog="python -m train.study", default=Command())
-        runs = chosen(command.stages)
+        runs = chosen(command.stages, only=command.only)
         failed = study(runs, command)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -70,15 +73,25 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def chosen(stages: Iterable[str]) -> list[Run]:
-    """The runs of stages, each once; ValueError for a stage that there is not."""
+def chosen(stages: Iterable[str], *, only: tuple[str, ...] = ()) -> list[Run]:
+    """The runs of stages that match a pattern, each once, in the patterns' order.
+
+    Raises:
+        ValueError: there is no such stage, or a pattern matches nothing.
+    """
     unknown = [name for name in stages if name not in STAGES]
     if unknown:
         raise ValueError(
             f"there is no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}"
         )
     runs = {run.name: run for stage in stages for run in STAGES[stage]}
-    return list(runs.values())
+    found: dict[str, Run] = {}
+    for pattern in only or ("*",):
+        matching = fnmatch.filter(runs, pattern)
+        if stages and not matching:
+            raise ValueError(f"no run matches {pattern}: there are {', '.join(runs)}")
+        found |= {name: runs[name] for name in matching}
+    return list(found.values())
 
 
 def study(runs: list[Run], command: Command) -> dict[str, str]:

@@ -1,0 +1,331 @@
+"""Training in parts, on many devices, in many processes, and on failing machines."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from train import checkpoints, data, processes, step
+from train.config import PRESETS
+from train.loop import DeviceError, TrainingInterrupted, train
+from train.metrics import read_csv
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+
+@pytest.fixture(scope="module")
+def config(text):
+    return dataclasses.replace(
+        PRESETS["micro"],
+        data=str(text),
+        steps=20,
+        eval_every=20,
+        eval_rows=8,
+        checkpoint_every=10,
+        telemetry_rows=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return out, train(config, out, progress=False)
+
+
+def first_batch(config):
+    rows, _ = data.split(data.load_corpus(config.data), row_length=config.row_length)
+    return jnp.asarray(next(data.Batches(rows, batch=config.batch, seed=0)))
+
+
+def one_step(config):
+    """Parameters and metrics after a step."""
+    graphdef, state = step.init_state(config)
+    state, measured = step.make_train_step(graphdef, config)(state, first_batch(config))
+    return jax.device_get((state.params, measured))
+
+
+def distance(tree, other):
+    """Largest mean difference of two trees' arrays."""
+    apart = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).mean(), tree, other)
+    return max(jax.tree.leaves(apart))
+
+
+def losses(run):
+    return np.array([line["loss"] for line in read_csv(run / "metrics.csv")])
+
+
+# --- less memory ---
+
+
+@pytest.mark.parametrize(
+    "options", [{"accumulate": 4}, {"remat": True}, {"accumulate": 2, "remat": True}]
+)
+def test_parts_and_remat_change_rounding_alone(config, options):
+    params, measured = one_step(config)
+    other_params, other = one_step(dataclasses.replace(config, **options))
+    for name in ("loss", "grad_norm", "nonzero_fraction", "sparsity"):
+        np.testing.assert_allclose(other[name], measured[name], rtol=2e-5, atol=1e-6)
+    # Adam's first step goes by a gradient's sign: where that is rounding, by chance.
+    assert distance(params, other_params) < 1e-5
+
+
+@pytest.mark.slow
+def test_remat_takes_less_memory(config):
+    """With hsr dense layers of long rows: the backward pass keeps inputs alone."""
+
+    def temporaries(**options):
+        model = dataclasses.replace(config.model, num_layers=6, attention="dense")
+        long = dataclasses.replace(config, model=model, row_length=512, **options)
+        graphdef, state = step.init_state(long)
+        batch = jax.ShapeDtypeStruct((8, 513), jnp.uint8)
+        compiled = step.make_train_step(graphdef, long).lower(state, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(remat=True) < 0.6 * temporaries()
+    assert temporaries(accumulate=4) < 0.5 * temporaries()
+
+
+# --- thresholds ---
+
+
+def test_threshold_waits_for_the_loss(config):
+    by_loss = dataclasses.replace(
+        config, threshold_schedule="loss", steps=30, threshold_fraction=1.0
+    )
+    rise = 2 * 0.7 / 30
+    following = lambda scale, loss, average: float(
+        step.next_threshold(by_loss, *map(jnp.float32, (scale, loss, average)))
+    )
+    assert following(0.1, 2.0, 2.1) == pytest.approx(0.1 + rise)
+    assert following(0.1, 2.2, 2.1) == pytest.approx(0.1)
+    assert following(0.69, 2.0, np.inf) == pytest.approx(0.7)
+    lower = dataclasses.replace(by_loss, threshold_start=0.7, threshold_end=0.2)
+    scale = step.next_threshold(lower, *map(jnp.float32, (0.21, 1.0, 2.0)))
+    assert float(scale) == pytest.approx(0.2)
+
+
+def test_a_run_whose_threshold_waits_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
+    by_loss = dataclasses.replace(config, threshold_schedule="loss")
+    train(by_loss, tmp_path / "whole", progress=False)
+    drawn = data.Batches.__next__
+
+    def press_ctrl_c(self):
+        if self.get_state()["next_index"] == 7:
+            os.kill(os.getpid(), 2)
+        return drawn(self)
+
+    monkeypatch.setattr(data.Batches, "__next__", press_ctrl_c)
+    with pytest.raises(TrainingInterrupted):
+        train(by_loss, tmp_path / "cut", progress=False)
+    monkeypatch.undo()
+    train(by_loss, tmp_path / "cut", resume=True, progress=False)
+    names = ("whole", "cut")
+    whole, cut = (read_csv(tmp_path / name / "metrics.csv") for name in names)
+    scales = [line["threshold_scale"] for line in whole]
+    assert scales == [line["threshold_scale"] for line in cut]
+    assert scales[0] == 0.0 < scales[-1] <= 0.7
+    assert (np.diff(scales) >= 0).all()
+    np.testing.assert_array_equal(losses(tmp_path / "whole"), losses(tmp_path / "cut"))
+
+
+def test_sparsity_weight_raises_the_learned_scales(config):
+    def scales(weight):
+        params, measured = one_step(dataclasses.replace(config, sparsity_weight=weight))
+        beta = [leaf for path, leaf in nnx.to_flat_state(params) if path[-1] == "beta"]
+        return np.asarray(beta[0][...]), float(measured["loss"])
+
+    (plain, loss), (rewarded, same_loss) = scales(0.0), scales(10.0)
+    assert (rewarded > plain).all()
+    assert loss == pytest.approx(same_loss, rel=1e-6)
+
+
+# --- many devices ---
+
+
+def test_pmap_and_shardings_take_the_same_step(config):
+    """What `--data-parallel` does by shardings, by hand with pmap on 8 devices."""
+    split = dataclasses.replace(config, data_parallel=True)
+    graphdef, state = step.init_state(config)
+    batch, optimizer = first_batch(config), step.make_optimizer(config)
+    assert (jax.local_device_count(), batch.shape[0]) == (8, 8)
+
+    def grads(params, rest, rows):
+        grad = jax.grad(step.loss_fn, has_aux=True)
+        found, (loss, _) = grad(params, rest, rows, graphdef=graphdef)
+        return jax.lax.pmean((found, loss), "device")
+
+    mapped = jax.pmap(grads, axis_name="device", in_axes=(None, None, 0))
+    found, loss = mapped(state.params, state.rest, batch[:, None])
+    found = jax.tree.map(lambda x: x[0], found)
+    updates, _ = optimizer.update(found, state.opt_state, state.params)
+    expected = jax.device_get(optax.apply_updates(state.params, updates))
+
+    batch_sharding, replicated = processes.shardings(split)
+    train_step = step.make_train_step(graphdef, split, replicated=replicated)
+    placed = processes.place(state, replicated)
+    after, measured = train_step(placed, processes.place(batch, batch_sharding))
+    assert float(measured["loss"]) == pytest.approx(float(loss[0]), rel=1e-6)
+    assert distance(after.params, expected) < 1e-6
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
+def test_a_checkpoint_goes_on_with_another_number_of_devices(
+    config, finished, tmp_path, monkeypatch, before, after
+):
+    first = dataclasses.replace(config, data_parallel=before)
+    drawn = data.Batches.__next__
+
+    def press_ctrl_c(self):
+        if self.get_state()["next_index"] == 9:
+            os.kill(os.getpid(), 2)
+        return drawn(self)
+
+    monkeypatch.setattr(data.Batches, "__next__", press_ctrl_c)
+    with pytest.raises(TrainingInterrupted):
+        train(first, tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    then = dataclasses.replace(config, data_parallel=after)
+    train(then, tmp_path / "run", resume=True, progress=False)
+    found, expected = losses(tmp_path / "run"), losses(finished[0])
+    assert len(found) == len(expected)
+    np.testing.assert_allclose(found[:8], expected[:8], rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=0.05)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(config, finished, tmp_path, repo_root):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "run"
+    flags = "--xla_force_host_platform_device_count=4"
+    command = [sys.executable, "-m", "train", "--preset", "micro", "--out", str(out)]
+    for name in ("data", "steps", "eval_every", "eval_rows", "checkpoint_every"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    command += ["--telemetry-rows", "0", "--data-parallel", "--distributed", "--json"]
+    command += ["--coordinator", f"localhost:{port}", "--num-processes", "2"]
+
+    def run(*more):
+        started = [
+            subprocess.Popen(
+                [*command, "--process-index", str(index), *more],
+                cwd=repo_root,
+                env=os.environ | {"XLA_FLAGS": flags},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in (0, 1)
+        ]
+        printed = [process.communicate(timeout=240) for process in started]
+        codes = [process.returncode for process in started]
+        assert codes == [0, 0], [text[1][-2000:] for text in printed]
+        assert "validation_loss" not in printed[1][0]
+        return json.loads(printed[0][0].splitlines()[-1])
+
+    results = run()
+    expected = losses(finished[0])
+    np.testing.assert_allclose(losses(out)[:8], expected[:8], rtol=1e-5)
+    assert results["steps"] == 20
+    assert results["validation_loss"] == pytest.approx(
+        finished[1]["validation_loss"], rel=0.05
+    )
+    assert run("--resume")["validation_loss"] == results["validation_loss"]
+
+
+def test_processes_that_cannot_meet_are_told_what_to_give(repo_root, tmp_path):
+    command = [sys.executable, "-m", "train", "--preset", "micro", "--distributed"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "give --coordinator HOST:PORT" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# --- machines that fail ---
+
+_FULL_DISK = """
+import resource, signal, sys
+from train.__main__ import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("room", [1_500, 60_000])
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(
+    config, finished, tmp_path, repo_root, monkeypatch, room
+):
+    """No file may grow beyond `room` bytes: first the metrics, then a checkpoint."""
+    out, drawn = tmp_path / "run", data.Batches.__next__
+
+    def press_ctrl_c(self):
+        if self.get_state()["next_index"] == 4:
+            os.kill(os.getpid(), 2)
+        return drawn(self)
+
+    monkeypatch.setattr(data.Batches, "__next__", press_ctrl_c)
+    with pytest.raises(TrainingInterrupted):
+        train(config, out, progress=False)
+    monkeypatch.undo()
+    arguments = [str(room), "--out", str(out), "--resume"]
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL_DISK, *arguments],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, done.stderr[-3000:]
+    assert f"continue with: python -m train --resume --out {out}" in said[0]
+    train(config, out, resume=True, progress=False)
+    np.testing.assert_array_equal(losses(out), losses(finished[0]))
+
+
+def test_a_checkpoint_without_room_is_not_begun(config, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(checkpoints.CheckpointError, match=r"has 1.0 MB left.*needs"):
+        train(config, tmp_path / "run", progress=False)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_lost_device_is_one_error(config, tmp_path, monkeypatch):
+    original = step.make_train_step
+
+    def failing(*arguments, **options):
+        real = original(*arguments, **options)
+
+        def train_step(state, batch):
+            if int(state.step) == 12:
+                raise jax.errors.JaxRuntimeError("INTERNAL: device is lost\nstack")
+            return real(state, batch)
+
+        return train_step
+
+    monkeypatch.setattr(step, "make_train_step", failing)
+    out = tmp_path / "run"
+    with pytest.raises(DeviceError, match=r"after step 12 .*is lost") as e:
+        train(config, out, progress=False)
+    assert f"{out}/checkpoints/10: once that is mended, continue with" in str(e.value)
+    assert checkpoints.check_folder(out, resume=True)
