@@ -59,6 +59,8 @@ class Attention(nnx.Module):
             self.bias = per_head(0.0)
         if config.is_thresholded:
             self.beta = per_head(1.0)
+        elif config.normalizes_heads:
+            self.gain = nnx.Param(jnp.ones(views * heads, jnp.float32))
         if views == 2:
             self.subtracted = per_head(0.5)
         if config.keep_self:
@@ -156,8 +158,11 @@ class Attention(nnx.Module):
         """
         query = rotate(self.query(inputs), positions, theta=self.config.rope_theta)
         key = rotate(self.key(inputs), positions, theta=self.config.rope_theta)
-        if self.config.is_thresholded:
+        if self.config.normalizes_heads:
             query, key = unit_norm(query), unit_norm(key)
+        if self.config.normalizes_heads and not self.config.is_thresholded:
+            gain = self.gain[...].astype(query.dtype)[None, None, :, None]
+            query = query * (gain * self.config.head_dim)  # as of RMS-normed vectors
         return query, key, self.value(inputs)
 
     def rule(

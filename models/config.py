@@ -34,7 +34,7 @@ _LARGEST = {
     "capacity": 2**31 - 1,
     "top_r": 2**31 - 1,
 }
-_MAY_BE_NONE = ("value_dim", "output_norm", "capacity", "top_r", "epsilon")
+_MAY_BE_NONE = ("value_dim", "qk_norm", "output_norm", "capacity", "top_r", "epsilon")
 _FLOATS = ("rope_theta", "norm_eps", "epsilon")
 
 
@@ -62,6 +62,9 @@ class ModelConfig:
         normal, "cap" uses their exact law, which matters for head_dim up to 16.
       keep_self: adds a learnable multiple of a position's own value, so that no row is
         empty.
+      qk_norm: queries and keys of unit length, with a learnable factor per head where no
+        threshold sets the scale; None is the kind's own choice, True for thresholded
+        kinds, which cannot do without.
       output_norm: RMSNorm on the output of attention; None is the kind's own choice,
         True for thresholded kinds.
       attention: which hsrjax implementation computes it. It changes speed and, beyond
@@ -96,6 +99,7 @@ class ModelConfig:
     relu_power: int = 2
     threshold: Threshold = "gaussian"
     keep_self: bool = False
+    qk_norm: bool | None = None
     output_norm: bool | None = None
     attention: Implementation = "auto"
     capacity: int | None = None
@@ -120,6 +124,11 @@ class ModelConfig:
     def is_thresholded(self) -> bool:
         """Whether thresholds grow with the length and follow a schedule."""
         return self.attention_kind in ("threshold_relu", "differential_relu")
+
+    @property
+    def normalizes_heads(self) -> bool:
+        """`qk_norm` with None resolved."""
+        return self.is_thresholded if self.qk_norm is None else self.qk_norm
 
     @property
     def normalizes_output(self) -> bool:
@@ -204,6 +213,11 @@ def _check_together(config: ModelConfig) -> None:
         raise ValueError(
             "ModelConfig: head_dim must be even because RoPE turns pairs, got "
             f"{config.head_dim}; use {config.head_dim + 1}."
+        )
+    if config.is_thresholded and not config.normalizes_heads:
+        raise ValueError(
+            "ModelConfig: thresholds are those of unit vectors, got qk_norm=False with "
+            f"attention_kind={config.attention_kind!r}; leave it out."
         )
     limited = config.top_r is not None or config.epsilon is not None
     if limited and config.attention_kind != "softmax":

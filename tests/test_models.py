@@ -128,6 +128,7 @@ def test_position_depends_on_no_later_token(kind):
         *((kind, {}) for kind in (*KINDS, *OTHER_KINDS)),
         ("threshold_relu", {"threshold": "cap", "keep_self": True}),
         ("relu", {"output_norm": True}),
+        ("softmax", {"output_norm": True, "qk_norm": True}),
     ],
 )
 def test_hsr_equals_dense_on_the_same_parameters(kind, options):
@@ -365,6 +366,7 @@ def test_config_survives_json():
         ({"norm_eps": "small"}, "norm_eps must be a number"),
         ({"tie_embeddings": 1}, "tie_embeddings must be True or False, got 1"),
         ({"top_r": 4}, "top_r and epsilon approximate softmax"),
+        ({"qk_norm": False}, "thresholds are those of unit vectors"),
         ({"attention_kind": "softmax", "epsilon": 1.0}, "epsilon must lie between"),
         (
             {"attention_kind": "softmax", "epsilon": 0.1, "top_r": 4},

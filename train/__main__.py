@@ -1,7 +1,8 @@
 """`python -m train`: read the options, train, print the results.
 
 `python -m train report RUN ...` compares runs, `python -m train export RUN --out DIR`
-writes a trained model to hand on.
+writes a trained model to hand on, `python -m train length RUN ...` measures models on
+longer rows.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from pathlib import Path
 import tyro
 
 from models.command import early_value, parse
-from train import checkpoints, export, processes, report
+from train import checkpoints, export, length, processes, report
 from train.config import PRESETS, TrainConfig
 from train.loop import train
 
-_COMMANDS = {"report": report.main, "export": export.main}
+_COMMANDS = {"report": report.main, "export": export.main, "length": length.main}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class Command:
     """Trains a ReLU-attention language model on text.
 
     `python -m train report RUN ...` compares runs in one HTML file, `python -m train
-    export RUN --out DIR` writes the model as config.json and model.safetensors.
+    export RUN --out DIR` writes the model as config.json and model.safetensors, `python
+    -m train length RUN ...` measures models on longer rows.
     """
 
     out: Path

@@ -46,12 +46,12 @@ def plot_loss(run: Path, target: Path) -> None:
     scale = right.twinx()
     scale.plot(*_columns(lines, "threshold_scale"), color="tab:gray", linestyle="--")
     scale.set_ylabel("threshold multiplier (dashed)")
-    _save(figure, target)
+    save(figure, target)
 
 
 def plot_comparison(runs: dict[str, list[dict[str, float]]], target: Path) -> None:
     """Writes what `draw_comparison` draws to a PNG file."""
-    _save(draw_comparison(runs), target)
+    save(draw_comparison(runs), target)
 
 
 def draw_comparison(runs: dict[str, list[dict[str, float]]]) -> Figure:
@@ -115,7 +115,7 @@ def plot_study(rows: list[dict[str, Any]], target: Path) -> None:
     axes.set(xlabel="non-zero scores, %", ylabel="held-out loss, nats per byte")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    _save(figure, target)
+    save(figure, target)
 
 
 def plot_sparsity(run: Path, target: Path) -> None:
@@ -132,7 +132,7 @@ def plot_sparsity(run: Path, target: Path) -> None:
     percent = np.zeros((layers, heads))
     for line in last:
         percent[int(line["layer"]), int(line["head"])] = 100 * line["nonzero_fraction"]
-    _save(draw_heads({"Non-zero scores, % (held-out text)": percent}), target)
+    save(draw_heads({"Non-zero scores, % (held-out text)": percent}), target)
 
 
 def draw_heads(pictures: dict[str, np.ndarray]) -> Figure:
@@ -221,7 +221,7 @@ def plot_fires(fired: np.ndarray, target: Path, *, heads: int = 4) -> None:
         axes.tick_params(labelsize=7)
     figure.supxlabel("key")
     figure.supylabel("query")
-    _save(figure, target)
+    save(figure, target)
 
 
 def _smoothed(lines: list[dict[str, float]], name: str) -> tuple[Any, Any]:
@@ -237,6 +237,6 @@ def _columns(lines: list[dict[str, float]], name: str) -> tuple[np.ndarray, np.n
     return np.array([x["step"] for x in lines]), np.array([x[name] for x in lines])
 
 
-def _save(figure: Figure, target: Path) -> None:
+def save(figure: Figure, target: Path) -> None:
     """Writes a PNG file."""
     FigureCanvasAgg(figure).print_png(str(target))

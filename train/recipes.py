@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+Options = dict[str, str | int | float]
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -17,13 +19,13 @@ class Run:
 
     name: str
     stage: str
-    options: dict[str, str | int | float]
+    options: Options
 
     @property
     def words(self) -> list[str]:
         """The options as words of the command line."""
-        words = ["--preset", "study"]
-        for name, value in self.options.items():
+        words = []
+        for name, value in ({"preset": "study"} | self.options).items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -34,7 +36,7 @@ class Run:
 
 # The kinds, each with as many parameters as the others but for a few scalars per head:
 # two views share the query and key sizes of one.
-KINDS: dict[str, dict[str, str | int | float]] = {
+KINDS: dict[str, Options] = {
     "softmax": {"attention_kind": "softmax"},
     "relu_p1": {"attention_kind": "relu", "relu_power": 1},
     "relu_length_p1": {"attention_kind": "relu_length", "relu_power": 1},
@@ -56,6 +58,13 @@ KINDS: dict[str, dict[str, str | int | float]] = {
     "entmax": {"attention_kind": "entmax"},
 }
 RATES = (3e-3, 1.5e-3, 6e-3)
+# Where each kind was best of the three, in `kinds`.
+SOFTMAX: Options = KINDS["softmax"] | {"learning_rate": 3e-3}
+RECIPE: Options = KINDS["threshold_p3"] | {"learning_rate": 3e-3}
+# Thresholded kinds have both norms: what softmax makes of them.
+SOFTMAX_NORMS: Options = SOFTMAX | {"qk_norm": "True", "output_norm": "True"}
+LONG: Options = {"row_length": 4096, "batch": 1, "eval_rows": 16}
+SEEDS = (0, 1, 2)
 
 
 def _kinds() -> list[Run]:
@@ -67,4 +76,63 @@ def _kinds() -> list[Run]:
     ]
 
 
-STAGES: dict[str, list[Run]] = {"kinds": _kinds()}
+def _seeds(stage: str, **more: str | int | float) -> list[Run]:
+    """Softmax, softmax with both norms and the recipe, three seeds each."""
+    kinds = {"softmax": SOFTMAX, "recipe": RECIPE, "softmax_norms": SOFTMAX_NORMS}
+    return [
+        Run(f"{stage}-{name}-seed{seed}", stage, options | more | {"seed": seed})
+        for seed in SEEDS
+        for name, options in kinds.items()
+    ]
+
+
+def _knobs() -> list[Run]:
+    """The recipe with one thing changed, rows of 1,024."""
+    changes: dict[str, Options] = {
+        "tight_from_start": {"threshold_fraction": 0.0},
+        "schedule_loss": {"threshold_schedule": "loss"},
+        "end_0.5": {"threshold_end": 0.5},
+        "end_0.85": {"threshold_end": 0.85},
+        "end_1": {"threshold_end": 1.0},
+        "keep_self": {"keep_self": True},
+        "no_output_norm": {"output_norm": "False"},
+        "sparsity_weight": {"sparsity_weight": 0.03},
+    }
+    return [Run(f"knob-{name}", "knobs", RECIPE | x) for name, x in changes.items()]
+
+
+def _head_sizes() -> list[Run]:
+    """Query and key heads of 8 to 64 with value heads of 64, and softmax beside them."""
+    runs = []
+    for size in (8, 16, 32, 64):
+        heads: Options = {"head_dim": size, "value_dim": 64}
+        runs.append(Run(f"heads-{size}", "heads", RECIPE | heads))
+        if size <= 16:
+            cap = RECIPE | heads | {"threshold": "cap"}
+            runs.append(Run(f"heads-{size}-cap", "heads", cap))
+    for size in (16, 64):
+        heads = {"head_dim": size, "value_dim": 64}
+        runs.append(Run(f"heads-{size}-softmax", "heads", SOFTMAX | heads))
+    return runs
+
+
+def _corpora() -> list[Run]:
+    """English bytes, and Python as 2,048 byte pairs."""
+    english: Options = {"data": "english"}
+    pairs: Options = {"tokenizer": "bpe", "vocab_size": 2048, "row_length": 512}
+    pairs |= {"batch": 8, "eval_rows": 64}
+    return [
+        Run(f"{corpus}-{kind}", "corpora", options | more)
+        for corpus, more in {"english": english, "bpe": pairs}.items()
+        for kind, options in {"softmax": SOFTMAX, "recipe": RECIPE}.items()
+    ]
+
+
+STAGES: dict[str, list[Run]] = {
+    "kinds": _kinds(),
+    "seeds": _seeds("seeds"),
+    "long": _seeds("long", **LONG),
+    "knobs": _knobs(),
+    "heads": _head_sizes(),
+    "corpora": _corpora(),
+}

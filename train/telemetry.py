@@ -115,7 +115,8 @@ def _of_weights(operands: Operands) -> dict[str, jax.Array]:
         return {
             "nonzero_fraction": jnp.sum(weights > 0, dtype=jnp.float32) / pairs,
             "empty_rows": 1.0 - filled.mean(dtype=jnp.float32),
-            "effective_keys": effective.sum() / jnp.maximum(filled.sum(), 1),
+            "effective_keys": effective.sum()
+            / jnp.maximum(filled.sum(dtype=jnp.float32), 1.0),
         }
 
     bias = getattr(activation, "bias", jnp.zeros(query.shape[:3], jnp.float32))
@@ -162,7 +163,8 @@ def _of_decoding(operands: Operands, *, steps: int) -> dict[str, jax.Array]:
         first, cache=cache, activation=rule, implementation="hsr", scale=1.0
     )
     mean = looked_at.mean(axis=0) / batch
+    visible = batch * (places + 1).sum().astype(jnp.float32)
     return {
-        "survivors": looked_at.sum(axis=0) / (batch * (places + 1).sum()),
+        "survivors": looked_at.sum(axis=0) / visible,
         "capacity_use": mean / plan.capacity,
     }

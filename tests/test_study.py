@@ -1,0 +1,85 @@
+"""The recipe study: what is chosen, run in a process of its own, and tabulated."""
+
+import csv
+import json
+
+import jax
+import pytest
+from flax import nnx
+
+from models.config import ModelConfig
+from models.transformer import abstract_model
+from train import recipes, study
+from train.__main__ import _parse
+from train.recipes import STAGES, Run
+
+
+@pytest.fixture
+def two_runs(monkeypatch, text):
+    options = {"preset": "micro", "data": str(text), "steps": 2, "eval_every": 2}
+    runs = [
+        Run("one", "test", options | {"relu_power": 2}),
+        Run("two", "test", options | {"attention_kind": "softmax"}),
+    ]
+    monkeypatch.setitem(STAGES, "test", runs)
+    return runs
+
+
+def test_every_run_has_options_that_exist_and_a_name_of_its_own(tmp_path):
+    names = [run.name for runs in STAGES.values() for run in runs]
+    assert len(names) == len(set(names))
+    for runs in STAGES.values():
+        for run in runs:
+            command = _parse([*run.words, "--out", str(tmp_path / "x")])
+            assert isinstance(command.train.model, ModelConfig)
+
+
+def test_kinds_have_equal_parameters(tmp_path):
+    """But for a few scalars for each head."""
+    sizes = {}
+    for name, options in recipes.KINDS.items():
+        run = Run(name, "kinds", options)
+        config = _parse([*run.words, "--out", str(tmp_path / "x")]).train.model
+        params = nnx.state(abstract_model(config), nnx.Param)
+        sizes[name] = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert max(sizes.values()) - min(sizes.values()) < 300, sizes
+
+
+def test_runs_are_chosen_by_stage_and_pattern(two_runs):
+    assert study.chosen(["test"]) == two_runs
+    assert study.chosen(["test"], only=("t*", "*")) == two_runs[::-1]
+    with pytest.raises(ValueError, match="there is no stage nonsense: choose from"):
+        study.chosen(["nonsense"])
+    with pytest.raises(ValueError, match="no run matches x"):
+        study.chosen(["test"], only=("x",))
+
+
+@pytest.mark.slow
+def test_a_study_trains_skips_and_tabulates(two_runs, tmp_path, capsys):
+    out, results = tmp_path / "runs", tmp_path / "results"
+    words = ["test", "--out", str(out), "--results", str(results), "--workers", "2"]
+    assert study.main(words) == 0
+    with (results / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["one", "two"]
+    for row in rows:
+        assert row["command"].startswith("python -m train --preset micro")
+        assert row["commit"]
+        assert 2 < float(row["validation_loss"]) < 7
+        assert row["steps"] == "2"
+    assert (results / "study.png").read_bytes()[:4] == b"\x89PNG"
+    before = (out / "one" / "study.json").stat().st_mtime_ns
+    assert study.main(words) == 0
+    assert (out / "one" / "study.json").stat().st_mtime_ns == before
+    (out / "two" / "study.json").unlink()
+    (out / "two" / "config.json").write_text("{")
+    assert study.main(words) == 1
+    assert "two: status 2" in capsys.readouterr().err
+    json.loads((out / "one" / "study.json").read_text())
+
+
+def test_refusals(capsys):
+    assert study.main(["nonsense"]) == 2
+    assert "there is no stage" in capsys.readouterr().err
+    assert study.main(["--workers", "0"]) == 2
+    assert "workers must be 1 or more" in capsys.readouterr().err

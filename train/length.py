@@ -1,0 +1,202 @@
+"""`python -m train length RUN ...`: loss and sparsity on rows longer than in training.
+
+The same held-out text is cut in rows of 1, 2, 4, ... times the training length. What
+matters is the loss at the positions that training never saw: the last half of each row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from models.command import parse
+from models.load import load_run, read_run_config, write_atomic
+from models.tokenizer import load_tokenizer
+from models.transformer import Transformer
+from train import data
+from train.plots import save
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Measures trained models on rows longer than they were trained on."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run folders."""
+    factors: tuple[int, ...] = (1, 2, 4, 8)
+    """Row lengths, as multiples of the training length."""
+    tokens: int = 131_072
+    """Held-out tokens to read at each length, at most."""
+    out: Path = Path("runs/length")
+    """Folder of length.json, length.csv and length.png."""
+    json: bool = False
+    """End with one line on stdout that holds the results as JSON."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: instead of those of the process.
+
+    Returns:
+        Exit status: 0 done, 2 refused, 130 Ctrl-C.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        command = parse(
+            Command, words, prog="python -m train length", default=Command()
+        )
+        rows = run(command)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped: nothing was written", file=sys.stderr)
+        return 130
+    for row in rows:
+        print(
+            f"{row['run']}: rows of {row['row_length']:,}: {row['loss']:.4f} nats/byte"
+            f", last half {row['loss_last_half']:.4f}, "
+            f"{100 * (1 - row['nonzero_fraction']):.2f} % zeros"
+        )
+    if command.json:
+        print(json.dumps(rows))
+    return 0
+
+
+def run(command: Command) -> list[dict[str, Any]]:
+    """Measures and writes; a row for every run and length.
+
+    Raises:
+        ValueError: no run, a run that cannot be loaded, or too little held-out text.
+    """
+    if not command.runs:
+        raise ValueError("no run was named: pass the folders of one or more runs")
+    if min(command.factors, default=0) < 1:
+        raise ValueError(f"factors must be 1 or more, got {command.factors}")
+    rows = []
+    for folder in command.runs:
+        model = load_run(folder)
+        _, options = read_run_config(folder)
+        length = int(options["row_length"])
+        tokenizer = load_tokenizer(folder, vocab_size=model.config.vocab_size)
+        corpus = data.load_corpus(options["data"]).tokenized(tokenizer)
+        stretches = held_out(corpus, row_length=length)
+        for factor in tqdm(command.factors, desc=folder.name, file=sys.stderr):
+            cut = rows_of(stretches, factor * length, limit=command.tokens)
+            measured = measure(model, cut, token_bytes=tokenizer.token_bytes)
+            about = {"run": folder.name, "factor": factor}
+            about |= {"row_length": factor * length, "rows": len(cut)}
+            rows.append(about | {"kind": model.config.attention_kind} | measured)
+    command.out.mkdir(parents=True, exist_ok=True)
+    lines = [",".join(rows[0])]
+    lines += [",".join(_cell(value) for value in row.values()) for row in rows]
+    write_atomic(command.out / "length.csv", "\n".join(lines) + "\n")
+    write_atomic(command.out / "length.json", json.dumps(rows, indent=2) + "\n")
+    save(_draw(rows), command.out / "length.png")
+    return rows
+
+
+def held_out(corpus: data.Corpus, *, row_length: int) -> list[np.ndarray]:
+    """The held-out text of a run as stretches u[n] of neighbouring rows."""
+    _, rows = data.split(corpus, row_length=row_length)
+    breaks = np.flatnonzero(np.diff(rows.numbers) != 1) + 1
+    return [
+        rows.data[numbers].reshape(-1) for numbers in np.split(rows.numbers, breaks)
+    ]
+
+
+def rows_of(stretches: list[np.ndarray], length: int, *, limit: int) -> np.ndarray:
+    """Rows u[n, length + 1] of held-out stretches, at most `limit` tokens.
+
+    Raises:
+        ValueError: no stretch is that long.
+    """
+    width = length + 1
+    cut = [
+        stretch[: stretch.size // width * width].reshape(-1, width)
+        for stretch in stretches
+    ]
+    rows = np.concatenate(cut)
+    if not len(rows):
+        longest = max(stretch.size for stretch in stretches)
+        raise ValueError(
+            f"the longest stretch of held-out text has {longest:,} tokens, fewer than "
+            f"rows of {length:,}: give smaller --factors or train on more text"
+        )
+    number = max(1, min(len(rows), limit // length))
+    return rows[np.arange(number) * len(rows) // number]
+
+
+def measure(
+    model: Transformer, rows: np.ndarray, *, token_bytes: np.ndarray
+) -> dict[str, float]:
+    """Loss in nats per byte, over rows and over their last halves, and sparsity.
+
+    Args:
+        model: any transformer.
+        rows: u[n, T+1].
+        token_bytes: i32[V], bytes of each token.
+    """
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def of_row(state: Any, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inputs, targets = row[None, :-1], row[None, 1:]
+        logits, infos = nnx.merge(graphdef, state)(inputs, return_info=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        fired = jnp.stack([info.count.astype(jnp.float32).mean() for info in infos])
+        return losses[0], fired.mean()
+
+    found = [of_row(state, jnp.asarray(row, jnp.int32)) for row in rows]
+    losses = np.stack([np.asarray(loss, np.float64) for loss, _ in found])  # [n, T]
+    counts = token_bytes[rows[:, 1:]]
+    length = losses.shape[1]
+    half = slice(length // 2, None)
+    fired = np.mean([float(fired) for _, fired in found])
+    return {
+        "loss": float(losses.sum() / counts.sum()),
+        "loss_last_half": float(losses[:, half].sum() / counts[:, half].sum()),
+        "nonzero_fraction": float(fired / ((length + 1) / 2)),
+    }
+
+
+def _draw(rows: list[dict[str, Any]]) -> Figure:
+    """Loss at unseen positions, and keys that fire, against the length."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in dict.fromkeys(row["run"] for row in rows):
+        chosen = [row for row in rows if row["run"] == name]
+        factors = [row["factor"] for row in chosen]
+        left.plot(factors, [row["loss_last_half"] for row in chosen], "o-", label=name)
+        percent = [100 * row["nonzero_fraction"] for row in chosen]
+        right.plot(factors, percent, "o-", label=name)
+    left.set(ylabel="nats per byte", title="Loss at the last half of the positions")
+    right.set(ylabel="%", yscale="log", title="Non-zero scores")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("row length / training length")
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    return figure
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
