@@ -62,8 +62,8 @@ class ModelConfig:
         normal, "cap" uses their exact law, which matters for head_dim up to 16.
       keep_self: adds a learnable multiple of a position's own value, so that no row is
         empty.
-      qk_norm: queries and keys of unit length, with a learnable factor per head where no
-        threshold sets the scale; None is the kind's own choice, True for thresholded
+      qk_norm: queries and keys of unit length, with a learnable factor per head where
+        no threshold sets the scale; None is the kind's own choice, True for thresholded
         kinds, which cannot do without.
       output_norm: RMSNorm on the output of attention; None is the kind's own choice,
         True for thresholded kinds.

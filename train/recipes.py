@@ -76,13 +76,20 @@ def _kinds() -> list[Run]:
     ]
 
 
-def _seeds(stage: str, **more: str | int | float) -> list[Run]:
-    """Softmax, softmax with both norms and the recipe, three seeds each."""
-    kinds = {"softmax": SOFTMAX, "recipe": RECIPE, "softmax_norms": SOFTMAX_NORMS}
+def _seeds(stage: str, *, known: bool, **more: str | int | float) -> list[Run]:
+    """The recipe, softmax, and softmax with both norms, three seeds each.
+
+    Args:
+        stage: its name.
+        known: whether seed 0 of the first two is in `kinds` already.
+        **more: options of all of them.
+    """
+    kinds = {"recipe": RECIPE, "softmax": SOFTMAX, "softmax_norms": SOFTMAX_NORMS}
     return [
         Run(f"{stage}-{name}-seed{seed}", stage, options | more | {"seed": seed})
         for seed in SEEDS
         for name, options in kinds.items()
+        if seed > 0 or not known or name == "softmax_norms"
     ]
 
 
@@ -102,7 +109,7 @@ def _knobs() -> list[Run]:
 
 
 def _head_sizes() -> list[Run]:
-    """Query and key heads of 8 to 64 with value heads of 64, and softmax beside them."""
+    """Query and key heads of 8 to 64 with value heads of 64, softmax beside them."""
     runs = []
     for size in (8, 16, 32, 64):
         heads: Options = {"head_dim": size, "value_dim": 64}
@@ -130,8 +137,8 @@ def _corpora() -> list[Run]:
 
 STAGES: dict[str, list[Run]] = {
     "kinds": _kinds(),
-    "seeds": _seeds("seeds"),
-    "long": _seeds("long", **LONG),
+    "seeds": _seeds("seeds", known=True),
+    "long": _seeds("long", known=False, **LONG),
     "knobs": _knobs(),
     "heads": _head_sizes(),
     "corpora": _corpora(),
