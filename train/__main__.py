@@ -2,7 +2,7 @@
 
 `python -m train report RUN ...` compares runs, `python -m train export RUN --out DIR`
 writes a trained model to hand on, `python -m train length RUN ...` measures models on
-longer rows.
+longer rows, `python -m train speed RUN ...` the time of their steps.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from pathlib import Path
 import tyro
 
 from models.command import early_value, parse
-from train import checkpoints, export, length, processes, report
+from train import checkpoints, export, length, processes, report, speed
 from train.config import PRESETS, TrainConfig
 from train.loop import train
 
-_COMMANDS = {"report": report.main, "export": export.main, "length": length.main}
+_COMMANDS = {
+    "report": report.main,
+    "export": export.main,
+    "length": length.main,
+    "speed": speed.main,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +33,8 @@ class Command:
 
     `python -m train report RUN ...` compares runs in one HTML file, `python -m train
     export RUN --out DIR` writes the model as config.json and model.safetensors, `python
-    -m train length RUN ...` measures models on longer rows.
+    -m train length RUN ...` measures models on longer rows, `python -m train speed RUN
+    ...` the time of their steps.
     """
 
     out: Path
