@@ -21,10 +21,11 @@ COMMANDS = {
     "prefill": "causal attention over a whole sequence, with its memory",
     "train": "the same with its gradients",
     "query": "half-space reporting against range search libraries",
+    "generate": "a trained model's tokens per second, end to end",
     "grid": "auto against the better of dense and hsr, everywhere",
     "calibrate": "what work costs here: the table that auto chooses by",
 }
-MODULES = {"train": "training"}
+MODULES = {"train": "training", "generate": "generation"}
 """Where a command's module has another name."""
 PROG = "python -m benchmarks"
 

@@ -79,6 +79,7 @@ class Session:
         self._token = jnp.zeros(len(rows), jnp.int32)
         self._draws = jnp.zeros((), jnp.int32)
         self._pieces = _pad(rows, piece)
+        self._sampling = sampling
 
         started = time.perf_counter()
         programs = _programs(graphdef, sampling)
@@ -100,6 +101,28 @@ class Session:
         """Reads the tokens drawn last; the next i32[B], and the counts."""
         counts = self._advance(self._decode)
         return self._token, [counts]
+
+    def fork(self, model: Transformer) -> Session:
+        """The same prompts, read already, continued by another implementation.
+
+        Args:
+          model: with the same parameters (see `with_attention`).
+
+        Returns:
+          A session of its own that stands where this one does.
+        """
+        other = object.__new__(Session)
+        graphdef, other._state = nnx.split(model)
+        other._caches = jax.tree.map(jnp.copy, self._caches)
+        other._key, other._token, other._draws = self._key, self._token, self._draws
+        other._pieces = []
+        started = time.perf_counter()
+        programs = _programs(graphdef, self._sampling)
+        other._sampling = self._sampling
+        other._decode = programs.decode(*other._arguments())
+        compiled = programs.newly_compiled()
+        other.compile_seconds = time.perf_counter() - started if compiled else 0.0
+        return other
 
     def _arguments(self) -> tuple[Any, ...]:
         return self._state, self._caches, self._token, self._draws, self._key

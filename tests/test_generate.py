@@ -14,7 +14,7 @@ from flax import nnx
 from models import generate as command
 from models import load
 from models.config import ModelConfig
-from models.decoding import Counts, Session, bucket
+from models.decoding import Counts, Sampling, Session, bucket
 from models.generate import generate, main
 from models.sampling import sample
 from models.transformer import Transformer, with_attention
@@ -334,3 +334,20 @@ def test_command_ends_without_traceback(
     assert message in err
     assert "Traceback" not in err
     assert "details" not in err
+
+
+def test_a_fork_goes_on_from_the_same_place(model):
+    """By another implementation, without touching the session it came from."""
+    session = Session(
+        with_attention(model, "hsr"),
+        [[3, 1, 4, 1, 5]],
+        max_tokens=6,
+        sampling=Sampling(),
+        seed=0,
+    )
+    first, _ = session.prefill()
+    fork = session.fork(with_attention(model, "dense"))
+    drawn = [int(session.decode()[0][0]) for _ in range(4)]
+    assert [int(fork.decode()[0][0]) for _ in range(4)] == drawn
+    expected = generate(model, [[3, 1, 4, 1, 5]], max_tokens=5).tokens[0]
+    assert [int(first[0]), *drawn] == expected

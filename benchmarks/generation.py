@@ -1,0 +1,202 @@
+"""`python -m benchmarks generate`: a trained model's tokens per second, end to end.
+
+One prompt of held-out text is read once; then every implementation goes on from a copy
+of the same caches, in turns of a few tokens, drawing greedily. What is timed is what
+`models.generate` runs: a jitted step and the token's way to the host. The tokens must
+be the same. Beside it the same with a short prompt: what a step takes without a long
+cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.common import Results, Settings
+from models.config import Implementation
+from models.decoding import Sampling, Session
+from models.load import load_run, read_run_config
+from models.tokenizer import load_tokenizer
+from models.transformer import Transformer, with_attention
+from train.data import load_corpus
+from train.length import held_out
+
+CONTEXTS = (1024, 4096, 16384, 65536)
+SHORT = 128
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("dense", "hsr", "auto")
+TURN = 25
+"""Tokens in a row; the first of a turn is not timed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Settings):
+    """Times the decoding of a trained model by dense, hsr and auto."""
+
+    model: Path = Path()
+    """Run folder, or released model."""
+    contexts: tuple[int, ...] = ()
+    """Tokens of the prompt: 1,024 to 65,536; with --quick, 256."""
+    tokens: int | None = None
+    """Tokens to draw by each: 1,000; with --quick, 50."""
+    data: str | None = None
+    """Text of the prompt, where it is not that of the run."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be measured."""
+        super().__post_init__()
+        if min((*self.contexts, 1)) < 1:
+            raise ValueError("contexts must be 1 or more")
+        if self.tokens is not None and self.tokens < 2 * TURN:
+            raise ValueError(f"tokens must be {2 * TURN} or more, got {self.tokens}")
+
+
+def run(command: Command) -> Results:
+    """Measures every context."""
+    model = load_run(command.model)
+    text = _text(command, model)
+    contexts = command.contexts or ((256,) if command.quick else CONTEXTS)
+    tokens = command.tokens or (2 * TURN if command.quick else 1000)
+    if text.size < max(contexts):
+        raise ValueError(
+            f"the held-out text has {text.size:,} tokens, fewer than a context of "
+            f"{max(contexts):,}: give smaller --contexts or other text with --data"
+        )
+    rows: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    rest = _race(model, text[:SHORT], tokens=4 * TURN)
+    base = {name: one["ms"] for name, one in rest.items()}
+    for context in contexts:
+        found = _race(model, text[:context], tokens=tokens)
+        dense = found["dense"]
+        for name, one in found.items():
+            same = int(np.sum(np.equal(one["tokens"], dense["tokens"])))
+            if same != tokens:
+                wrong.append(f"{name}, {context:,} keys: {same} of {tokens} tokens")
+            rows.append(
+                {
+                    "context": context,
+                    "implementation": name,
+                    "tokens_per_second": 1e3 / one["ms"],
+                    "ms": one["ms"],
+                    "without_context_ms": base[name],
+                    "of_context_ms": max(0.0, one["ms"] - base[name]),
+                    "over_dense": dense["ms"] / one["ms"],
+                    "tokens": tokens,
+                    "equal_tokens": same,
+                    "keys_looked_at_percent": 100 * one["looked_at"],
+                    "keys_fired_percent": 100 * one["fired"],
+                    "prefill_s": one["prefill_s"],
+                }
+            )
+            tqdm.write(
+                f"{context:,} keys, {name}: {1e3 / one['ms']:,.0f} tokens/s, "
+                f"{dense['ms'] / one['ms']:.2f} times dense, {same} of {tokens} tokens "
+                f"equal, {100 * one['looked_at']:.2f} % of the keys looked at"
+            )
+    summary = {
+        f"{row['implementation']}_{row['context']}": row["over_dense"] for row in rows
+    }
+    return Results(rows, summary, {"generation.png": _draw(rows)}, wrong)
+
+
+def _text(command: Command, model: Transformer) -> np.ndarray:
+    """Held-out text of the run as tokens, its stretches one after the other."""
+    _, options = read_run_config(command.model)
+    tokenizer = load_tokenizer(command.model, vocab_size=model.config.vocab_size)
+    path = options.get("data", "") if command.data is None else command.data
+    corpus = load_corpus(path).tokenized(tokenizer)
+    row_length = int(options.get("row_length", 1024))
+    return np.concatenate(held_out(corpus, row_length=row_length))
+
+
+def _race(
+    model: Transformer, prompt: np.ndarray, *, tokens: int
+) -> dict[str, dict[str, Any]]:
+    """Draws tokens by every implementation in turns; what was found, by name."""
+    models = {name: with_attention(model, name) for name in IMPLEMENTATIONS}
+    started = time.perf_counter()
+    read = Session(
+        models["auto"],
+        [prompt.tolist()],
+        max_tokens=tokens + 1,
+        sampling=Sampling(),
+        seed=0,
+    )
+    first, _ = read.prefill()
+    prefill = time.perf_counter() - started - read.compile_seconds
+    runs = {name: _Run(read.fork(one), int(first[0])) for name, one in models.items()}
+    with tqdm(total=tokens, unit="token", desc=f"{prompt.size:,} keys") as bar:
+        for turn in range(-(-tokens // TURN)):
+            number = min(TURN, tokens - turn * TURN)
+            names = list(runs)
+            for name in names[turn % 3 :] + names[: turn % 3]:
+                runs[name].draw(number)
+            bar.update(number)
+    return {name: one.results() | {"prefill_s": prefill} for name, one in runs.items()}
+
+
+class _Run:
+    """One implementation going on from the prompt."""
+
+    def __init__(self, session: Session, first: int):
+        self._session = session
+        self._tokens, self._seconds = [first], []
+        self._counts = np.zeros(3)
+
+    def draw(self, number: int) -> None:
+        """Draws some tokens and reads each one step late, as generation does."""
+        pending = None
+        began = time.perf_counter()
+        for drawn in range(number):
+            following = self._session.decode()
+            if pending is not None:
+                self._take(pending)
+            if drawn == 0:
+                self._take(following)
+                began, pending = time.perf_counter(), None
+            else:
+                pending = following
+        if pending is not None:
+            self._take(pending)
+            self._seconds.append((time.perf_counter() - began) / (number - 1))
+
+    def _take(self, pending: Any) -> None:
+        token, counts = pending
+        self._tokens.append(int(token[0]))
+        self._counts += [float(x) for x in counts[0][:3]]
+
+    def results(self) -> dict[str, Any]:
+        """Median milliseconds of a token, the tokens, and shares of keys."""
+        visible, looked_at, fired = self._counts
+        return {
+            "ms": 1e3 * statistics.median(self._seconds),
+            "tokens": self._tokens[1:],
+            "looked_at": looked_at / visible,
+            "fired": fired / visible,
+        }
+
+
+def _draw(rows: list[dict[str, Any]]) -> Figure:
+    """Where a step's time goes, by context and implementation."""
+    contexts = sorted({row["context"] for row in rows})
+    figure = report.figure(width=2 + 2.2 * len(contexts), height=4)
+    grid = figure.subplots(1, len(contexts), squeeze=False)[0]
+    for axes, context in zip(grid, contexts, strict=True):
+        chosen = [row for row in rows if row["context"] == context]
+        names = [row["implementation"] for row in chosen]
+        rest = [min(row["ms"], row["without_context_ms"]) for row in chosen]
+        more = [row["ms"] - least for row, least in zip(chosen, rest, strict=True)]
+        axes.bar(names, rest, color="tab:gray", label="step without a context")
+        axes.bar(names, more, bottom=rest, color="tab:blue", label="attention to it")
+        axes.set_title(f"{context:,} keys")
+    grid[0].set_ylabel("ms a token")
+    grid[0].legend(fontsize=8)
+    return figure
