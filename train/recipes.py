@@ -64,6 +64,8 @@ RECIPE: Options = KINDS["threshold_p3"] | {"learning_rate": 3e-3}
 # Thresholded kinds have both norms: what softmax makes of them.
 SOFTMAX_NORMS: Options = SOFTMAX | {"qk_norm": "True", "output_norm": "True"}
 LONG: Options = {"row_length": 4096, "batch": 1, "eval_rows": 16}
+# What it takes for 99 % zeros on such rows.
+TIGHT: Options = RECIPE | {"threshold_end": 0.85}
 SEEDS = (0, 1, 2)
 
 
@@ -76,20 +78,12 @@ def _kinds() -> list[Run]:
     ]
 
 
-def _seeds(stage: str, *, known: bool, **more: str | int | float) -> list[Run]:
-    """The recipe, softmax, and softmax with both norms, three seeds each.
-
-    Args:
-        stage: its name.
-        known: whether seed 0 of the first two is in `kinds` already.
-        **more: options of all of them.
-    """
-    kinds = {"recipe": RECIPE, "softmax": SOFTMAX, "softmax_norms": SOFTMAX_NORMS}
+def _seeds(stage: str, kinds: dict[str, Options], **more: str | int | float):
+    """Three seeds of several kinds."""
     return [
         Run(f"{stage}-{name}-seed{seed}", stage, options | more | {"seed": seed})
         for seed in SEEDS
         for name, options in kinds.items()
-        if seed > 0 or not known or name == "softmax_norms"
     ]
 
 
@@ -137,8 +131,14 @@ def _corpora() -> list[Run]:
 
 STAGES: dict[str, list[Run]] = {
     "kinds": _kinds(),
-    "seeds": _seeds("seeds", known=True),
-    "long": _seeds("long", known=False, **LONG),
+    # Seed 0 of the first two is in `kinds` as well.
+    "seeds": _seeds(
+        "seeds",
+        {"recipe": RECIPE, "softmax": SOFTMAX, "softmax_norms": SOFTMAX_NORMS},
+    ),
+    "long": _seeds(
+        "long", {"recipe": RECIPE, "tight": TIGHT, "softmax": SOFTMAX}, **LONG
+    ),
     "knobs": _knobs(),
     "heads": _head_sizes(),
     "corpora": _corpora(),
