@@ -27,14 +27,11 @@ import numpy as np
 from flax import nnx
 
 import hsrjax
-from benchmarks.common import sentence
-from models.command import parse
+from models.command import carry_out
 from models.load import load_run, read_run_config
 from models.operands import attention_operands
 from models.transformer import Transformer
 from train.data import load_corpus, split
-
-PROG = "python -m benchmarks.capture"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,23 +66,17 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
       Exit status: 0 done, 2 refused, 130 Ctrl-C.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    try:
-        command = parse(Command, words, prog=PROG)
+
+    def work(command: Command) -> None:
         model = load_run(command.run)
         tokens, source = held_out(command)
         captured = capture(model, tokens, layer=command.layer)
         captured["about"] |= source | {"layer": _layer(model, command.layer)}
         save(command.out, captured)
-    except (ValueError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped: nothing was written", file=sys.stderr)
-        return 130
-    shape = "x".join(map(str, captured["query"].shape[1:]))
-    print(f"{command.out}: queries of shape {shape}")
-    return 0
+        shape = "x".join(map(str, captured["query"].shape[1:]))
+        print(f"{command.out}: queries of shape {shape}")
+
+    return carry_out(Command, arguments, work, prog="python -m benchmarks.capture")
 
 
 def held_out(command: Command) -> tuple[np.ndarray, dict[str, Any]]:

@@ -1,8 +1,12 @@
 """`python -m train`: read the options, train, print the results.
 
-`python -m train report RUN ...` compares runs, `python -m train export RUN --out DIR`
-writes a trained model to hand on, `python -m train length RUN ...` measures models on
-longer rows, `python -m train speed RUN ...` the time of their steps.
+What else there is, each a module of its own:
+
+    python -m train report RUN ...          compares runs in one HTML file
+    python -m train export RUN --out DIR    writes a trained model to hand on
+    python -m train length RUN ...          measures models on longer rows
+    python -m train speed RUN ...           measures the time of their steps
+    python -m train study STAGE ...         repeats the recipe study
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from pathlib import Path
 import tyro
 
 from models.command import early_value, parse
-from train import checkpoints, export, length, processes, report, speed
+from train import checkpoints, export, length, processes, report, speed, study
 from train.config import PRESETS, TrainConfig
 from train.loop import train
 
@@ -24,6 +28,7 @@ _COMMANDS = {
     "export": export.main,
     "length": length.main,
     "speed": speed.main,
+    "study": study.main,
 }
 
 
@@ -31,10 +36,8 @@ _COMMANDS = {
 class Command:
     """Trains a ReLU-attention language model on text.
 
-    `python -m train report RUN ...` compares runs in one HTML file, `python -m train
-    export RUN --out DIR` writes the model as config.json and model.safetensors, `python
-    -m train length RUN ...` measures models on longer rows, `python -m train speed RUN
-    ...` the time of their steps.
+    Other commands, each with its own help: python -m train report | export | length |
+    speed | study.
     """
 
     out: Path

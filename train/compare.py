@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import tyro
 
-from models.command import parse
 from models.load import write_atomic
 from train.metrics import read_csv
 from train.plots import plot_comparison
@@ -40,23 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: instead of those of the process.
 
     Returns:
-        Exit status: 0 done, 2 refused.
+        Exit status: 0 done, 2 refused, 130 Ctrl-C.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    try:
-        command = parse(
-            Command, words, prog="python -m train.compare", default=Command()
-        )
-        results = compare(command.runs, command.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for name, result in results.items():
-        print(
-            f"{name}: validation loss {result['validation_loss']:.3f} nats/byte, "
-            f"{100 * result['nonzero_fraction']:.1f} % non-zero scores"
-        )
-    return 0
+
+    def work(command: Command) -> None:
+        for name, result in compare(command.runs, command.out).items():
+            print(
+                f"{name}: validation loss {result['validation_loss']:.3f} nats/byte, "
+                f"{100 * result['nonzero_fraction']:.1f} % non-zero scores"
+            )
+
+    return carry_out(Command, arguments, work, prog="python -m train.compare")
 
 
 def compare(runs: tuple[Path, ...], out: Path) -> dict[str, Any]:

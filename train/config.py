@@ -187,6 +187,16 @@ def differences(config: TrainConfig, other: TrainConfig) -> list[str]:
     return names
 
 
+_TINY = ModelConfig(
+    num_layers=4,
+    embed_dim=128,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+    mlp_dim=384,
+    attention_kind="threshold_relu",
+)
+
 PRESETS: dict[str, TrainConfig] = {
     "micro": TrainConfig(
         preset="micro",
@@ -209,30 +219,13 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     "tiny": TrainConfig(
         preset="tiny",
-        model=ModelConfig(
-            num_layers=4,
-            embed_dim=128,
-            num_heads=4,
-            num_kv_heads=4,
-            head_dim=32,
-            mlp_dim=384,
-            attention_kind="threshold_relu",
-        ),
+        model=_TINY,
         steps=400,
         row_length=256,
     ),
     "study": TrainConfig(
         preset="study",
-        model=ModelConfig(
-            num_layers=4,
-            embed_dim=128,
-            num_heads=4,
-            num_kv_heads=4,
-            head_dim=32,
-            mlp_dim=384,
-            attention_kind="threshold_relu",
-            attention="dense",
-        ),
+        model=dataclasses.replace(_TINY, attention="dense"),
         steps=500,
         batch=4,
         row_length=1024,

@@ -16,7 +16,7 @@ import tyro
 from flax import nnx
 
 from models import tokenizer
-from models.command import parse
+from models.command import carry_out
 from models.load import ModelFileError, load_run, read_run_config, save_release
 from models.load import write_atomic as write_text
 from models.release import WEIGHTS
@@ -44,17 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: instead of those of the process.
 
     Returns:
-        Exit status: 0 done, 2 refused.
+        Exit status: 0 done, 2 refused, 130 Ctrl-C.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    try:
-        command = parse(Command, words, prog="python -m train export")
-        size = export(command)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{command.out}: {size / 1e6:.1f} MB")
-    return 0
+
+    def work(command: Command) -> None:
+        print(f"{command.out}: {export(command) / 1e6:.1f} MB")
+
+    return carry_out(Command, arguments, work, prog="python -m train export")
 
 
 def export(command: Command) -> int:

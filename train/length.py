@@ -21,7 +21,6 @@ from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from models.command import parse
 from models.load import load_run, read_run_config, write_atomic
 from models.tokenizer import load_tokenizer
 from models.transformer import Transformer
@@ -54,30 +53,22 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 2 refused, 130 Ctrl-C.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    try:
-        command = parse(
-            Command, words, prog="python -m train length", default=Command()
-        )
-        rows = run(command)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped: nothing was written", file=sys.stderr)
-        return 130
-    for row in rows:
-        print(
-            f"{row['run']}: rows of {row['row_length']:,}: {row['loss']:.4f} nats/byte"
-            f", last half {row['loss_last_half']:.4f}, "
-            f"{100 * (1 - row['nonzero_fraction']):.2f} % zeros"
-        )
-    if command.json:
-        print(json.dumps(rows))
-    return 0
+
+    def work(command: Command) -> None:
+        rows = measure_runs(command)
+        for row in rows:
+            print(
+                f"{row['run']}: rows of {row['row_length']:,}: {row['loss']:.4f} "
+                f"nats/byte, last half {row['loss_last_half']:.4f}, "
+                f"{100 * (1 - row['nonzero_fraction']):.2f} % zeros"
+            )
+        if command.json:
+            print(json.dumps(rows))
+
+    return carry_out(Command, arguments, work, prog="python -m train length")
 
 
-def run(command: Command) -> list[dict[str, Any]]:
+def measure_runs(command: Command) -> list[dict[str, Any]]:
     """Measures and writes; a row for every run and length.
 
     Raises:

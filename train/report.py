@@ -20,7 +20,6 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from models.command import parse
 from models.load import write_atomic
 from train import telemetry
 from train.compare import collect
@@ -64,21 +63,16 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: instead of those of the process.
 
     Returns:
-        Exit status: 0 done, 2 refused.
+        Exit status: 0 done, 2 refused, 130 Ctrl-C.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    try:
-        command = parse(
-            Command, words, prog="python -m train report", default=Command()
-        )
+
+    def work(command: Command) -> None:
         results = report(command.runs, command.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(results)} runs: {command.out}")
-    if command.json:
-        print(json.dumps(results))
-    return 0
+        print(f"{len(results)} runs: {command.out}")
+        if command.json:
+            print(json.dumps(results))
+
+    return carry_out(Command, arguments, work, prog="python -m train report")
 
 
 def report(runs: tuple[Path, ...], out: Path) -> dict[str, Any]:

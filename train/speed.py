@@ -20,7 +20,6 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from models.command import parse
 from models.config import Implementation
 from models.load import load_run, write_atomic
 from models.tokenizer import load_tokenizer
@@ -58,31 +57,24 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 2 refused, 130 Ctrl-C.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    try:
-        prog = "python -m train speed"
-        command = parse(Command, words, prog=prog, default=Command())
-        rows = run(command)
+
+    def work(command: Command) -> None:
+        rows = measure_runs(command)
         if command.out is not None:
             write_atomic(command.out, json.dumps(rows, indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped: nothing was written", file=sys.stderr)
-        return 130
-    for row in rows:
-        print(
-            f"{row['run']}, {row['attention']}, {row['batch']} x {row['row_length']:,}"
-            f": {row['tokens_per_second']:,.0f} tokens/s, "
-            f"{row['over_dense']:.2f} times dense, loss {row['loss']:.4f}"
-        )
-    if command.json:
-        print(json.dumps(rows))
-    return 0
+        for row in rows:
+            print(
+                f"{row['run']}, {row['attention']}, {row['batch']} x "
+                f"{row['row_length']:,}: {row['tokens_per_second']:,.0f} tokens/s, "
+                f"{row['over_dense']:.2f} times dense, loss {row['loss']:.4f}"
+            )
+        if command.json:
+            print(json.dumps(rows))
+
+    return carry_out(Command, arguments, work, prog="python -m train speed")
 
 
-def run(command: Command) -> list[dict[str, Any]]:
+def measure_runs(command: Command) -> list[dict[str, Any]]:
     """Measures; a row for every run and implementation.
 
     Raises:

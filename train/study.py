@@ -1,4 +1,4 @@
-"""`python -m train.study STAGE ... --out DIR`: the recipe study, run by run.
+"""`python -m train study STAGE ... --out DIR`: the recipe study, run by run.
 
 A stage is a list of training runs that differ in named options; every run is one
 `python -m train` in a process of its own, resumed if it was cut off and skipped if it
@@ -24,7 +24,6 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from models.command import parse
 from models.load import write_atomic
 from train.plots import plot_study
 from train.recipes import STAGES, Run
@@ -57,20 +56,21 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 a run failed, 2 refused, 130 Ctrl-C.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    try:
-        command = parse(Command, words, prog="python -m train.study", default=Command())
-        runs = chosen(command.stages, only=command.only)
-        failed = study(runs, command)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
-        return 130
-    for name, words in failed.items():
-        print(f"error: {name}: {words}", file=sys.stderr)
-    return 1 if failed else 0
+
+    def work(command: Command) -> int:
+        failed = study(chosen(command.stages, only=command.only), command)
+        for name, words in failed.items():
+            print(f"error: {name}: {words}", file=sys.stderr)
+        return 1 if failed else 0
+
+    return carry_out(
+        Command,
+        arguments,
+        work,
+        prog="python -m train study",
+        default=Command(),
+        stopped="stopped: the same command goes on",
+    )
 
 
 def chosen(stages: Iterable[str], *, only: tuple[str, ...] = ()) -> list[Run]:
