@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import tyro
 
+from models.command import carry_out
 from models.load import write_atomic
 from train.metrics import read_csv
 from train.plots import plot_comparison

@@ -21,6 +21,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from models.command import carry_out
 from models.load import load_run, read_run_config, write_atomic
 from models.tokenizer import load_tokenizer
 from models.transformer import Transformer

@@ -20,6 +20,7 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from models.command import carry_out
 from models.load import write_atomic
 from train import telemetry
 from train.compare import collect

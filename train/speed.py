@@ -20,6 +20,7 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
+from models.command import carry_out
 from models.config import Implementation
 from models.load import load_run, write_atomic
 from models.tokenizer import load_tokenizer

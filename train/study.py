@@ -24,6 +24,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
+from models.command import carry_out
 from models.load import write_atomic
 from train.plots import plot_study
 from train.recipes import STAGES, Run
