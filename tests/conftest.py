@@ -25,6 +25,7 @@ import functools
 import json
 import pathlib
 import shutil
+import signal
 
 import hypothesis
 import jax
@@ -90,6 +91,30 @@ def text(tmp_path_factory):
     file = tmp_path_factory.mktemp("corpus") / "text.py"
     shutil.copy(dataclasses.__file__, file)
     return file
+
+
+@pytest.fixture
+def ctrl_c_before_batch(monkeypatch):
+    """Presses Ctrl-C, once, when a training loop asks for the n-th batch.
+
+    >>> ctrl_c_before_batch(17)
+    >>> with pytest.raises(TrainingInterrupted):
+    ...     train(config, out)
+    """
+    from train import data
+
+    def arrange(number):
+        drawn = data.Batches.__next__
+
+        def press(self):
+            if self.get_state()["next_index"] == number:
+                signal.raise_signal(signal.SIGINT)
+                monkeypatch.setattr(data.Batches, "__next__", drawn)
+            return drawn(self)
+
+        monkeypatch.setattr(data.Batches, "__next__", press)
+
+    return arrange
 
 
 @pytest.fixture

@@ -114,20 +114,14 @@ def test_threshold_waits_for_the_loss(config):
     assert float(scale) == pytest.approx(0.2)
 
 
-def test_a_run_whose_threshold_waits_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
+def test_a_run_whose_threshold_waits_goes_on_bit_for_bit(
+    config, tmp_path, ctrl_c_before_batch
+):
     by_loss = dataclasses.replace(config, threshold_schedule="loss")
     train(by_loss, tmp_path / "whole", progress=False)
-    drawn = data.Batches.__next__
-
-    def press_ctrl_c(self):
-        if self.get_state()["next_index"] == 7:
-            os.kill(os.getpid(), 2)
-        return drawn(self)
-
-    monkeypatch.setattr(data.Batches, "__next__", press_ctrl_c)
+    ctrl_c_before_batch(7)
     with pytest.raises(TrainingInterrupted):
         train(by_loss, tmp_path / "cut", progress=False)
-    monkeypatch.undo()
     train(by_loss, tmp_path / "cut", resume=True, progress=False)
     names = ("whole", "cut")
     whole, cut = (read_csv(tmp_path / name / "metrics.csv") for name in names)
@@ -180,20 +174,12 @@ def test_pmap_and_shardings_take_the_same_step(config):
 
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
 def test_a_checkpoint_goes_on_with_another_number_of_devices(
-    config, finished, tmp_path, monkeypatch, before, after
+    config, finished, tmp_path, ctrl_c_before_batch, before, after
 ):
     first = dataclasses.replace(config, data_parallel=before)
-    drawn = data.Batches.__next__
-
-    def press_ctrl_c(self):
-        if self.get_state()["next_index"] == 9:
-            os.kill(os.getpid(), 2)
-        return drawn(self)
-
-    monkeypatch.setattr(data.Batches, "__next__", press_ctrl_c)
+    ctrl_c_before_batch(9)
     with pytest.raises(TrainingInterrupted):
         train(first, tmp_path / "run", progress=False)
-    monkeypatch.undo()
     then = dataclasses.replace(config, data_parallel=after)
     train(then, tmp_path / "run", resume=True, progress=False)
     found, expected = losses(tmp_path / "run"), losses(finished[0])
@@ -271,20 +257,13 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.mark.parametrize("room", [1_500, 60_000])
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(
-    config, finished, tmp_path, repo_root, monkeypatch, room
+    config, finished, tmp_path, repo_root, ctrl_c_before_batch, room
 ):
     """No file may grow beyond `room` bytes: first the metrics, then a checkpoint."""
-    out, drawn = tmp_path / "run", data.Batches.__next__
-
-    def press_ctrl_c(self):
-        if self.get_state()["next_index"] == 4:
-            os.kill(os.getpid(), 2)
-        return drawn(self)
-
-    monkeypatch.setattr(data.Batches, "__next__", press_ctrl_c)
+    out = tmp_path / "run"
+    ctrl_c_before_batch(4)
     with pytest.raises(TrainingInterrupted):
         train(config, out, progress=False)
-    monkeypatch.undo()
     arguments = [str(room), "--out", str(out), "--resume"]
     done = subprocess.run(
         [sys.executable, "-c", _FULL_DISK, *arguments],

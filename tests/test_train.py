@@ -166,21 +166,14 @@ def test_train_and_eval_step_compile_once(config, tmp_path, count_compiles):
 
 
 def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(
-    config, finished, tmp_path, monkeypatch
+    config, finished, tmp_path, ctrl_c_before_batch
 ):
-    out, drawn = tmp_path / "run", data.Batches.__next__
-
-    def press_ctrl_c(self):
-        if self.get_state()["next_index"] == 17:
-            signal.raise_signal(signal.SIGINT)
-        return drawn(self)
-
-    monkeypatch.setattr(data.Batches, "__next__", press_ctrl_c)
+    out = tmp_path / "run"
+    ctrl_c_before_batch(17)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(TrainingInterrupted, match=f"--resume --out {out}"):
         train(config, out, progress=False)
     assert signal.getsignal(signal.SIGINT) is handler
-    monkeypatch.undo()
     assert sorted(os.listdir(out / "checkpoints")) == ["10", "18"]
     # As a kill would leave it: lines after the checkpoint, and half a line.
     with (out / "metrics.csv").open("a") as file:
