@@ -6,6 +6,7 @@ Command, cost and result of each preset (`python -m train --preset NAME --out DI
 |--------|------------|------------|-------------|--------------|-----------------|
 | micro  | 0.02 M     | 0.01 M     | 2 CPU cores | 0.3          | about 3.0       |
 | tiny   | 0.89 M     | 0.8 M      | 2 CPU cores | 3            | 1.804           |
+| base   | 2.9 M      | 121 M      | 2 CPU cores | 130          | not measured    |
 | small  | 25.3 M     | 164 M      | one GPU     | not measured | not measured    |
 
 `micro` is for tests and for trying an option; its loss means nothing.
@@ -233,6 +234,29 @@ PRESETS: dict[str, TrainConfig] = {
         eval_rows=64,
         checkpoint_every=250,
         keep=1,
+    ),
+    "base": TrainConfig(
+        preset="base",
+        tokenizer="bpe",
+        model=ModelConfig(
+            num_layers=6,
+            embed_dim=192,
+            num_heads=6,
+            num_kv_heads=3,
+            head_dim=32,
+            mlp_dim=512,
+            vocab_size=2048,
+            attention_kind="threshold_relu",
+        ),
+        steps=4600,
+        batch=8,
+        row_length=1024,
+        learning_rate=2e-3,
+        warmup_fraction=0.02,
+        eval_every=200,
+        eval_rows=64,
+        checkpoint_every=100,
+        log_every=10,
     ),
     "small": TrainConfig(
         preset="small",
