@@ -415,7 +415,7 @@ def test_impossible_options_are_refused(config, name, value):
     [
         (
             ["--preset", "huge"],
-            "no preset 'huge': choose one of micro, tiny, study, small",
+            "no preset 'huge': choose one of micro, tiny, study, base, small",
         ),
         (["--preset=huge"], "no preset 'huge'"),
         (["--data", "/no/such/text"], "no file or folder at /no/such/text"),
