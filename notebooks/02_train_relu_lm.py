@@ -78,7 +78,7 @@ print(jax.devices()[0].platform, jax.__version__)
 # the threshold is put for the query that sees $i$ keys, times a factor $\beta$ that the
 # schedule sets and each head learns to change:
 #
-# $$w_{ij} = \mathrm{relu}\bigl(\langle q_i, k_j\rangle - \tau_i\bigr)^2, \qquad
+# $$w_{ij} = \mathrm{relu}\bigl(\langle q_i, k_j\rangle - \tau_i\bigr)^3, \qquad
 # \tau_i = \beta \sqrt{2 \log i / H}.$$
 #
 # A model that starts with high thresholds never learns: nothing fires, so nothing has a
@@ -92,7 +92,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
 for beta, color in [(0.0, "#b8b8b8"), (0.35, "#74a9cf"), (0.7, "#2563a8")]:
     threshold = beta * np.sqrt(2 * np.log(visible) / 32)
     label = f"threshold x {beta}"
-    weight = np.maximum(cosine - threshold[255], 0) ** 2
+    weight = np.maximum(cosine - threshold[255], 0) ** 3
     left.plot(cosine, weight, color=color, label=label)
     right.plot(visible, threshold, color=color, label=label)
 left.set(xlabel="cosine of query and key", ylabel="weight", title="256 visible keys")

@@ -308,3 +308,18 @@ def test_a_lost_device_is_one_error(config, tmp_path, monkeypatch):
         train(config, out, progress=False)
     assert f"{out}/checkpoints/10: once that is mended, continue with" in str(e.value)
     assert checkpoints.check_folder(out, resume=True)
+
+
+def test_bfloat16_computes_and_float32_is_kept(config, finished, tmp_path):
+    """Master weights: parameters and optimizer are float32, products are in bf16."""
+    model = dataclasses.replace(config.model, dtype="bfloat16")
+    narrow = dataclasses.replace(config, model=model)
+    graphdef, state = step.init_state(narrow)
+    floats = jax.tree.leaves((state.params, state.opt_state))
+    assert {x.dtype for x in floats} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+    lowered = step.make_train_step(graphdef, narrow).lower(state, first_batch(narrow))
+    assert "tensor<8x32x32xbf16>" in lowered.as_text()
+    train(narrow, tmp_path / "run", progress=False)
+    found, expected = losses(tmp_path / "run"), losses(finished[0])
+    assert found[-1] < found[0] - 1
+    np.testing.assert_allclose(found, expected, rtol=0.1)
