@@ -60,7 +60,7 @@ class TrainConfig:
     """Gradients with a larger global norm are scaled down to it."""
     threshold_start: float = 0.0
     """Multiplier of the attention thresholds at step 0: tight from 0 starves heads."""
-    threshold_end: float = 0.7
+    threshold_end: float = 0.85
     """Multiplier of the attention thresholds once the schedule has ended."""
     threshold_fraction: float = 2 / 3
     """Share of the steps over which the multiplier rises; 0: tight from the start."""
