@@ -82,39 +82,38 @@ def draw_comparison(runs: dict[str, list[dict[str, float]]]) -> Figure:
 
 
 def plot_study(rows: list[dict[str, Any]], target: Path) -> None:
-    """Draws every run of a study by its loss and its share of zeros.
+    """Draws every run of a study by its loss and its share of non-zero scores.
 
     Args:
         rows: of `train.study.summarize`.
         target: PNG file to write.
     """
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
     axes = figure.subplots()
-    groups = sorted({(row["kind"], row["power"], row["row_length"]) for row in rows})
-    kinds = sorted({kind for kind, _, _ in groups})
-    lengths = sorted({length for _, _, length in groups})
-    for kind, power, length in groups:
-        chosen = [
-            row
-            for row in rows
-            if (row["kind"], row["power"], row["row_length"]) == (kind, power, length)
-        ]
-        zeros = [max(1e-2, 100 - row["zeros_percent"]) for row in chosen]
-        losses = [row["validation_loss"] for row in chosen]
-        label = kind if kind == "softmax" else f"{kind}, p = {power}"
-        axes.plot(
-            zeros,
-            losses,
-            marker="os^Dv"[lengths.index(length) % 5],
-            linestyle="",
-            color=f"C{kinds.index(kind)}",
-            alpha=0.5 + 0.2 * min(power, 2),
-            label=f"{label}, rows of {length:,}",
-        )
+
+    def name(row: dict[str, Any]) -> str:
+        powered = row["kind"] not in ("softmax", "entmax")
+        return f"{row['kind']}, p = {row['power']}" if powered else row["kind"]
+
+    names = sorted({name(row) for row in rows})
+    lengths = sorted({row["row_length"] for row in rows})
+    for place, kind in enumerate(names):
+        for marker, length in zip("os^Dv", lengths, strict=False):
+            chosen = [r for r in rows if (name(r), r["row_length"]) == (kind, length)]
+            if not chosen:
+                continue
+            axes.plot(
+                [max(1e-2, 100 - row["zeros_percent"]) for row in chosen],
+                [row["validation_loss"] for row in chosen],
+                marker=marker,
+                linestyle="",
+                color=f"C{place % 10}",
+                label=f"{kind}, rows of {length:,}",
+            )
     axes.set_xscale("log")
     axes.set(xlabel="non-zero scores, %", ylabel="held-out loss, nats per byte")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=8)
     save(figure, target)
 
 

@@ -209,17 +209,22 @@ def summarize(done: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         "steps": options["steps"],
         "validation_loss": found["validation_loss"],
         "zeros_percent": 100.0 * (1.0 - found["nonzero_fraction"]),
+        "empty_rows_percent": 100.0 * found.get("empty_rows", float("nan")),
+        "effective_keys": found.get("effective_keys", float("nan")),
+        "dead_heads": found.get("dead_heads", ""),
         "parameters": found["parameters"],
         "tokens_per_second": found["tokens_per_second"],
         "cores": done["cores"],
         "commit": done["commit"],
-        "command": done["command"],
+        # Where the run was put says nothing of what it was.
+        "command": done["command"].split(" --out ")[0],
     }
 
 
 def _cell(value: Any) -> str:
     """A value as a cell of a CSV file."""
     text = f"{value:.5g}" if isinstance(value, float) else str(value)
+    text = "" if text == "nan" else text
     return f'"{text}"' if "," in text or " " in text else text
 
 
