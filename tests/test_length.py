@@ -54,6 +54,12 @@ def test_at_the_training_length_it_is_the_loss_of_training(run, lenient_promotio
     losses, fired = jax.jit(step.row_losses)(model, rows)
     assert found["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
     assert found["nonzero_fraction"] == pytest.approx(float(fired.mean()), rel=1e-4)
+    logits = np.asarray(jax.jit(lambda m, x: m(x))(model, rows[:, :-1].astype(int)))
+    chances = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1))[..., None]
+    n, t = np.indices((len(rows), 32))
+    each = -chances[n, t, rows[:, 1:]]
+    assert found["loss_last_half"] == pytest.approx(each[:, 16:].mean(), rel=1e-5)
+    assert found["loss_last_half"] != pytest.approx(found["loss"], rel=1e-5)
     twice = length.measure(model, rows, token_bytes=np.full(256, 2, np.int32))
     assert twice["loss_last_half"] == pytest.approx(found["loss_last_half"] / 2)
 

@@ -33,6 +33,7 @@ def config(text):
         eval_rows=8,
         checkpoint_every=10,
         telemetry_rows=0,
+        threshold_end=0.7,
     )
 
 
@@ -196,7 +197,8 @@ def test_two_processes_train_what_one_does(config, finished, tmp_path, repo_root
     out = tmp_path / "run"
     flags = "--xla_force_host_platform_device_count=4"
     command = [sys.executable, "-m", "train", "--preset", "micro", "--out", str(out)]
-    for name in ("data", "steps", "eval_every", "eval_rows", "checkpoint_every"):
+    names = ("data", "steps", "eval_every", "eval_rows", "checkpoint_every")
+    for name in (*names, "threshold_end"):
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     command += ["--telemetry-rows", "0", "--data-parallel", "--distributed", "--json"]
     command += ["--coordinator", f"localhost:{port}", "--num-processes", "2"]

@@ -4,12 +4,15 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.generate import main as generate
+from models.load import load_run
 from models.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -17,7 +20,7 @@ from models.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
-from train import data
+from train import data, step
 from train.config import PRESETS
 from train.loop import train
 
@@ -99,7 +102,14 @@ def test_a_model_of_byte_pairs_trains_and_generates(
     )
     out = tmp_path / "run"
     results = train(config, out, progress=False)
-    assert 0 < results["validation_loss"] < 6
+    corpus = data.load_corpus(str(text))
+    tokenizer = load_tokenizer(out, vocab_size=400)
+    _, held_out = data.split(corpus.tokenized(tokenizer), row_length=32)
+    rows = data.spread(held_out, limit=config.eval_rows)
+    losses, _ = jax.jit(step.row_losses)(load_run(out), jnp.asarray(rows))
+    per_byte = 32 * losses.sum() / tokenizer.token_bytes[rows[:, 1:]].sum()
+    assert results["validation_loss"] == pytest.approx(float(per_byte), rel=1e-5)
+    assert results["validation_loss"] < 0.8 * float(losses.mean())
     assert load_tokenizer(out, vocab_size=400).vocab_size == 400
     again = train(config, out, resume=True, progress=False)
     assert again["validation_loss"] == results["validation_loss"]
@@ -110,12 +120,3 @@ def test_a_model_of_byte_pairs_trains_and_generates(
     assert printed["prompt_tokens"] == [
         load_tokenizer(out, vocab_size=400).encode(b"def f(").size
     ]
-
-
-def test_loss_is_per_byte_whatever_the_vocabulary(bpe):
-    """A model that knows nothing pays log(V) a token, shared by the token's bytes."""
-    corpus = data.Corpus("text", np.frombuffer(TEXT, np.uint8), "")
-    tokens = corpus.tokenized(bpe)
-    assert tokens.size / corpus.size == pytest.approx(
-        1 / bpe.token_bytes[tokens.data].mean(), rel=1e-6
-    )

@@ -103,7 +103,7 @@ def test_loss_falls_and_the_run_folder_is_complete(finished):
     assert len((out / "sparsity.csv").read_text().splitlines()) == 1 + 2 * 2
     assert list((out / "tensorboard").iterdir())
     model = load_run(out)
-    assert float(model.threshold_scale[...]) == pytest.approx(0.7)
+    assert float(model.threshold_scale[...]) == pytest.approx(0.85)
     assert results["tokens_per_second"] > 0
     json.dumps(results)
 
@@ -139,7 +139,7 @@ def test_schedules_follow_the_number_of_steps(config):
     assert (longer.threshold_steps, longer.warmup_steps) == (400, 30)
     schedule = step.threshold_schedule(longer)
     values = [float(schedule(i)) for i in (0, 200, 400, 599)]
-    np.testing.assert_allclose(values, [0, 0.35, 0.7, 0.7], rtol=1e-6)
+    np.testing.assert_allclose(values, [0, 0.425, 0.85, 0.85], rtol=1e-6)
     rate = step.learning_rate_schedule(longer)
     assert float(rate(0)) < float(rate(29)) < float(rate(30)) == pytest.approx(1e-2)
     assert float(rate(600)) == pytest.approx(1e-3)

@@ -9,6 +9,7 @@ leaves no half-written one. `models/load.py` owns the format and reads it.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from models import load
+from models.tokenizer import BPETokenizer, Tokenizer
 from train.config import TrainConfig
 from train.data import Corpus
 from train.step import TrainState
@@ -69,14 +71,20 @@ def check_folder(out: Path, *, resume: bool) -> bool:
     return False
 
 
-def create_folder(out: Path, *, config: TrainConfig, corpus: Corpus) -> None:
-    """Makes the run folder and writes config.json.
+def create_folder(
+    out: Path, *, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer
+) -> None:
+    """Makes the run folder and writes tokenizer.json, for BPE, and config.json.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     options = config.to_dict() | {"corpus": _describe(corpus)}
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        if isinstance(tokenizer, BPETokenizer):
+            tokenizer.save(out)
+        # Last: a folder with a config is a run.
         load.write_run_config(out, config.model, train=options)
     except OSError as error:
         raise CheckpointError(
@@ -250,7 +258,8 @@ class Checkpoints:
             _, params, rest = nnx.split(model, nnx.Param, ...)
             key = jax.random.wrap_key_data(jnp.asarray(progress["key"], jnp.uint32))
             opt_state = _from_path(template.opt_state, restored["optimizer"])
-            average = jnp.float32(progress["loss_average"])
+            # Checkpoints of before there was one begin it anew.
+            average = jnp.float32(progress.get("loss_average", math.inf))
         except _ORBAX_ERRORS as error:
             raise CheckpointError(self._damaged(step, error)) from error
         state = TrainState(params, rest, opt_state, jnp.int32(step), average, key)

@@ -22,7 +22,6 @@ from flax import nnx
 from tqdm import tqdm
 
 from models.tokenizer import (
-    BPETokenizer,
     ByteTokenizer,
     Tokenizer,
     load_tokenizer,
@@ -145,9 +144,7 @@ def _open_folder(
         tokenizer = ByteTokenizer()
     tokens = corpus.tokenized(tokenizer)
     data.split(tokens, row_length=config.row_length)
-    checkpoints.create_folder(out, config=config, corpus=corpus)
-    if isinstance(tokenizer, BPETokenizer):
-        tokenizer.save(out)
+    checkpoints.create_folder(out, config=config, corpus=corpus, tokenizer=tokenizer)
     return corpus, tokens, tokenizer
 
 
