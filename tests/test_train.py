@@ -96,7 +96,7 @@ def test_loss_falls_and_the_run_folder_is_complete(finished):
     assert results["train_loss"] == pytest.approx(float(lines[-1]["loss"]), rel=1e-6)
     assert [line["step"] for line in lines if line["validation_loss"]] == ["30", "60"]
     assert float(lines[0]["threshold_scale"]) == 0
-    assert float(lines[-1]["threshold_scale"]) == pytest.approx(0.7)
+    assert float(lines[-1]["threshold_scale"]) == pytest.approx(0.85)
     assert 0 < results["nonzero_fraction"] < 1
     assert np.shape(results["sparsity"]) == (1, 2)
     assert np.mean(results["sparsity"]) == pytest.approx(results["nonzero_fraction"])
