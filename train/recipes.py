@@ -64,6 +64,7 @@ LOOSE: Options = KINDS["threshold_p3"] | {"learning_rate": 3e-3, "threshold_end"
 # The kinds were compared at 0.7: that leaves 95.5 to 97.2 % zeros on rows of 1,024 and
 # 98.3 % on rows of 4,096, depending on the seed.
 RECIPE: Options = LOOSE | {"threshold_end": 0.85}
+WAITING: Options = RECIPE | {"threshold_schedule": "loss", "threshold_end": 1.0}
 # Thresholded kinds have both norms: what softmax makes of them.
 SOFTMAX_NORMS: Options = SOFTMAX | {"qk_norm": "True", "output_norm": "True"}
 LONG: Options = {"row_length": 4096, "batch": 1, "eval_rows": 16}
@@ -137,18 +138,21 @@ def _corpora() -> list[Run]:
 
 STAGES: dict[str, list[Run]] = {
     "kinds": _kinds(),
-    # Seed 0 of the middle two is in `kinds` as well.
+    # Seed 0 of loose and of softmax is in `kinds` as well.
     "seeds": _seeds(
         "seeds",
         {
             "recipe": RECIPE,
+            "waiting": WAITING,
             "loose": LOOSE,
             "softmax": SOFTMAX,
             "softmax_norms": SOFTMAX_NORMS,
         },
     ),
     "long": _seeds(
-        "long", {"recipe": RECIPE, "loose": LOOSE, "softmax": SOFTMAX}, **LONG
+        "long",
+        {"recipe": RECIPE, "waiting": WAITING, "loose": LOOSE, "softmax": SOFTMAX},
+        **LONG,
     ),
     "knobs": _knobs(),
     "heads": _head_sizes(),
