@@ -2,8 +2,10 @@
 
 import csv
 import json
+import shutil
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -52,6 +54,38 @@ def test_runs_are_chosen_by_stage_and_pattern(two_runs):
         study.chosen(["nonsense"])
     with pytest.raises(ValueError, match="no run matches x"):
         study.chosen(["test"], only=("x",))
+
+
+def test_a_table_keeps_the_runs_of_other_machines(tmp_path):
+    """Those whose folders are not here; what is here is written anew."""
+    results = tmp_path / "results"
+    shutil.copytree("benchmarks/results/study", results)
+    before = (results / "results.csv").read_text()
+    rows = study.tabulate(tmp_path / "none", results)
+    assert (results / "results.csv").read_text() == before
+    here = tmp_path / "runs" / "here"
+    here.mkdir(parents=True)
+    model = {"attention_kind": "entmax", "relu_power": 3, "head_dim": 32}
+    options = {"row_length": 8, "learning_rate": 1e-3, "seed": 0, "steps": 5}
+    (here / "config.json").write_text(json.dumps({"model": model, "train": options}))
+    found = {"validation_loss": 1.5, "nonzero_fraction": 0.25, "parameters": 9}
+    about = {"name": rows[0]["name"], "stage": "a", "command": "python -m train"}
+    about |= {"cores": 1, "commit": "c", "results": found | {"tokens_per_second": 7}}
+    (here / "study.json").write_text(json.dumps(about))
+    after = study.tabulate(tmp_path / "runs", results)
+    assert [row["name"] for row in after] == [row["name"] for row in rows]
+    assert after[0]["kind"] == "entmax"
+    assert after[0]["zeros_percent"] == 75.0
+    np.testing.assert_equal(after[1:], rows[1:])
+
+
+def test_another_table_is_not_overwritten(tmp_path, capsys):
+    for content in ("a,b\n1,2\n", "name,power\nx,many\n", "name\nx,y\n"):
+        (tmp_path / "results.csv").write_text(content)
+        words = ["--out", str(tmp_path), "--results", str(tmp_path)]
+        assert study.main(words) == 2
+        assert "is not a study's table" in capsys.readouterr().err
+        assert (tmp_path / "results.csv").read_text() == content
 
 
 @pytest.mark.slow

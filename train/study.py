@@ -9,6 +9,7 @@ so that a study can be stopped and continued at any time.
 from __future__ import annotations
 
 import concurrent.futures
+import csv
 import dataclasses
 import fnmatch
 import json
@@ -30,6 +31,10 @@ from train.plots import plot_study
 from train.recipes import STAGES, Run
 
 _FILES = ("study.json", "config.json")
+_TEXTS = frozenset({"stage", "name", "kind", "commit", "command"})
+_COUNTS = frozenset(
+    {"power", "head_dim", "row_length", "seed", "steps", "parameters", "cores"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,21 +177,54 @@ def _commit() -> str:
 
 
 def tabulate(out: Path, results: Path) -> list[dict[str, Any]]:
-    """Writes results.csv and study.png of the runs that are done; returns the rows."""
-    rows = [
-        summarize(*(json.loads((run / name).read_text()) for name in _FILES))
-        for run in sorted(path.parent for path in out.glob(f"*/{_FILES[0]}"))
-    ]
+    """Writes results.csv and study.png; returns the rows.
+
+    Rows of runs that are in the table but not in `out` stay: they were made elsewhere.
+    """
+    rows = _tabulated(results / "results.csv")
+    for about in out.glob(f"*/{_FILES[0]}"):
+        done, config = (
+            json.loads((about.parent / name).read_text()) for name in _FILES
+        )
+        rows[done["name"]] = summarize(done, config)
     if not rows:
         return []
     results.mkdir(parents=True, exist_ok=True)
-    rows.sort(key=lambda row: (row["stage"], row["name"]))
-    columns = list(rows[0])
+    table = sorted(rows.values(), key=lambda row: (row["stage"], row["name"]))
+    columns = list(table[0])
     lines = [",".join(columns)]
-    lines += [",".join(_cell(row[name]) for name in columns) for row in rows]
+    lines += [",".join(_cell(row[name]) for name in columns) for row in table]
     write_atomic(results / "results.csv", "\n".join(lines) + "\n")
-    plot_study(rows, results / "study.png")
-    return rows
+    plot_study(table, results / "study.png")
+    return table
+
+
+def _tabulated(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of a table that is there already, by name, as `summarize` has them.
+
+    Raises:
+        ValueError: it is not such a table.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with path.open(newline="") as file:
+            rows = [
+                {name: _value(name, cell) for name, cell in row.items()}
+                for row in csv.DictReader(file, strict=True)
+            ]
+        return {row["name"]: row for row in rows}
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is not a study's table ({error}): choose another --results"
+        ) from None
+
+
+def _value(column: str, cell: str) -> str | int | float:
+    """A cell as a value: text, a whole number, or a number."""
+    if column in _TEXTS:
+        return cell
+    return int(cell) if column in _COUNTS else float(cell or "nan")
 
 
 def summarize(done: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +249,7 @@ def summarize(done: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         "zeros_percent": 100.0 * (1.0 - found["nonzero_fraction"]),
         "empty_rows_percent": 100.0 * found.get("empty_rows", float("nan")),
         "effective_keys": found.get("effective_keys", float("nan")),
-        "dead_heads": found.get("dead_heads", ""),
+        "dead_heads": found.get("dead_heads", float("nan")),
         "parameters": found["parameters"],
         "tokens_per_second": found["tokens_per_second"],
         "cores": done["cores"],
