@@ -33,6 +33,7 @@ def config(text):
         eval_rows=8,
         checkpoint_every=10,
         telemetry_rows=0,
+        threshold_schedule="linear",  # what waits for a loss may wait for its rounding
         threshold_end=0.7,
     )
 

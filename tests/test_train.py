@@ -96,14 +96,15 @@ def test_loss_falls_and_the_run_folder_is_complete(finished):
     assert results["train_loss"] == pytest.approx(float(lines[-1]["loss"]), rel=1e-6)
     assert [line["step"] for line in lines if line["validation_loss"]] == ["30", "60"]
     assert float(lines[0]["threshold_scale"]) == 0
-    assert float(lines[-1]["threshold_scale"]) == pytest.approx(0.85)
+    reached = float(lines[-1]["threshold_scale"])
+    assert 0.5 < reached <= 1
     assert 0 < results["nonzero_fraction"] < 1
     assert np.shape(results["sparsity"]) == (1, 2)
     assert np.mean(results["sparsity"]) == pytest.approx(results["nonzero_fraction"])
     assert len((out / "sparsity.csv").read_text().splitlines()) == 1 + 2 * 2
     assert list((out / "tensorboard").iterdir())
     model = load_run(out)
-    assert float(model.threshold_scale[...]) == pytest.approx(0.85)
+    assert float(model.threshold_scale[...]) == pytest.approx(reached)
     assert results["tokens_per_second"] > 0
     json.dumps(results)
 
@@ -135,11 +136,11 @@ def test_softmax_reports_that_every_score_is_non_zero(config):
 
 
 def test_schedules_follow_the_number_of_steps(config):
-    longer = dataclasses.replace(config, steps=600)
+    longer = dataclasses.replace(config, steps=600, threshold_schedule="linear")
     assert (longer.threshold_steps, longer.warmup_steps) == (400, 30)
     schedule = step.threshold_schedule(longer)
     values = [float(schedule(i)) for i in (0, 200, 400, 599)]
-    np.testing.assert_allclose(values, [0, 0.425, 0.85, 0.85], rtol=1e-6)
+    np.testing.assert_allclose(values, [0, 0.5, 1, 1], rtol=1e-6)
     rate = step.learning_rate_schedule(longer)
     assert float(rate(0)) < float(rate(29)) < float(rate(30)) == pytest.approx(1e-2)
     assert float(rate(600)) == pytest.approx(1e-3)
