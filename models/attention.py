@@ -12,7 +12,8 @@ from flax import nnx
 import hsrjax
 from models.config import Implementation, ModelConfig
 from models.entmax import entmax_threshold
-from models.layers import RMSNorm, lecun_normal, residual_init, rotate, unit_norm
+from models.layers import RMSNorm, lecun_normal, residual_init, unit_norm
+from models.rope import rotate
 
 
 class Attention(nnx.Module):
@@ -20,21 +21,25 @@ class Attention(nnx.Module):
 
     Args:
       config: the model's shape and its kind of attention.
+      layer: its number; some models have windows or positions in part of the layers.
       rngs: `params` stream that draws the projections.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int = 0, *, rngs: nnx.Rngs):
         self.config = config
+        self.window = config.layer_window(layer)
+        self.turns = config.layer_turns(layer)
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        dtype = jnp.dtype(config.dtype)
+        dtype, kept = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
 
         def project(features: tuple[int, int]) -> nnx.LinearGeneral:
             return nnx.LinearGeneral(
                 config.embed_dim,
                 features,
-                use_bias=False,
+                use_bias=config.qkv_bias,
                 kernel_init=lecun_normal(),
                 dtype=dtype,
+                param_dtype=kept,
                 rngs=rngs,
             )
 
@@ -46,9 +51,10 @@ class Attention(nnx.Module):
             (heads, config.value_size),
             config.embed_dim,
             axis=(-2, -1),
-            use_bias=False,
+            use_bias=config.out_bias,
             kernel_init=residual_init(config),
             dtype=dtype,
+            param_dtype=kept,
             rngs=rngs,
         )
 
@@ -65,6 +71,9 @@ class Attention(nnx.Module):
             self.subtracted = per_head(0.5)
         if config.keep_self:
             self.self_weight = per_head(0.05)
+        if config.head_norm:
+            self.query_norm = RMSNorm(config.head_dim, config, rngs=rngs)
+            self.key_norm = RMSNorm(config.head_dim, config, rngs=rngs)
         if config.normalizes_output:
             self.out_norm = RMSNorm(config.value_size, config, rngs=rngs)
 
@@ -98,6 +107,7 @@ class Attention(nnx.Module):
             activation=activation,
             implementation=self.config.attention,
             is_causal=True,
+            window=self.window,
             scale=scale,
             capacity=self.config.capacity,
             return_info=return_info,
@@ -143,6 +153,7 @@ class Attention(nnx.Module):
             cache,
             activation=activation,
             implementation=self.config.attention,
+            window=self.window,
             scale=scale,
             positions=seen_from,
             capacity=self.config.capacity,
@@ -156,14 +167,27 @@ class Attention(nnx.Module):
 
         W is the number of views; heads of one view stand side by side.
         """
-        query = rotate(self.query(inputs), positions, theta=self.config.rope_theta)
-        key = rotate(self.key(inputs), positions, theta=self.config.rope_theta)
+        query, key = self.query(inputs), self.key(inputs)
+        if self.config.head_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.turns:
+            query, key = self._turn(query, positions), self._turn(key, positions)
         if self.config.normalizes_heads:
             query, key = unit_norm(query), unit_norm(key)
         if self.config.normalizes_heads and not self.config.is_thresholded:
             gain = self.gain[...].astype(query.dtype)[None, None, :, None]
             query = query * (gain * self.config.head_dim)  # as of RMS-normed vectors
         return query, key, self.value(inputs)
+
+    def _turn(self, heads: jax.Array, positions: jax.Array) -> jax.Array:
+        config = self.config
+        return rotate(
+            heads,
+            positions,
+            theta=config.rope_theta,
+            rotary_dim=config.rotary_dim,
+            scaling=config.rope_scaling,
+        )
 
     def rule(
         self,

@@ -36,7 +36,7 @@ def parse(
                 args=arguments,
                 prog=prog,
                 default=default,
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as stopped:
         if not stopped.code:

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
+from models.rope import RopeScaling, frequencies
+
 AttentionKind = Literal[
     "softmax", "relu", "relu_length", "threshold_relu", "differential_relu", "entmax"
 ]
@@ -17,6 +19,7 @@ _CHOICES = {
     "attention_kind": get_args(AttentionKind),
     "attention": get_args(Implementation),
     "dtype": get_args(ComputeDtype),
+    "param_dtype": get_args(ComputeDtype),
     "threshold": get_args(Threshold),
 }
 # The largest value of each integer field: far above any model that fits a machine, so
@@ -33,8 +36,12 @@ _LARGEST = {
     "relu_power": 16,
     "capacity": 2**31 - 1,
     "top_r": 2**31 - 1,
+    "rotary_dim": 2**10,
+    "window": 2**31 - 1,
+    "nope_interval": 2**12,
 }
 _MAY_BE_NONE = ("value_dim", "qk_norm", "output_norm", "capacity", "top_r", "epsilon")
+_MAY_BE_NONE += ("rotary_dim", "rope_scaling", "window", "nope_interval")
 _FLOATS = ("rope_theta", "norm_eps", "epsilon")
 
 
@@ -73,9 +80,18 @@ class ModelConfig:
       top_r: softmax only: keep the r best keys of every query. An approximation.
       epsilon: softmax only: leave out at most this share of the mass. Likewise.
       rope_theta: base of the RoPE wavelengths.
+      rope_scaling: how they are stretched for longer rows, see `models.rope`.
+      rotary_dim: first dimensions of a query and key head that turn; None is all.
+      nope_interval: every so many layers, one has no positions (SmolLM3).
+      window: keys a query sees, itself included; None is all up to itself.
+      window_from: the first layer with a window (Qwen2).
+      head_norm: RMSNorm with a learned scale on query and key heads, before RoPE
+        (Qwen3).
+      qkv_bias, out_bias, mlp_bias: whether these layers add a bias.
       norm_eps: added to the mean square in every RMSNorm.
       tie_embeddings: whether the output layer is the transposed embedding.
-      dtype: of the computation; parameters are always float32.
+      dtype: of the computation.
+      param_dtype: of the parameters; what is trained is float32.
 
     Raises:
       ValueError: a field has the wrong type or a value that no model can have.
@@ -106,9 +122,19 @@ class ModelConfig:
     top_r: int | None = None
     epsilon: float | None = None
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    nope_interval: int | None = None
+    window: int | None = None
+    window_from: int = 0
+    head_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     dtype: ComputeDtype = "float32"
+    param_dtype: ComputeDtype = "float32"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -119,6 +145,19 @@ class ModelConfig:
     def value_size(self) -> int:
         """The value head size with None resolved."""
         return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def turning_dim(self) -> int:
+        """`rotary_dim` with None resolved."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def layer_window(self, layer: int) -> int | None:
+        """Keys that a query of this layer sees; None is all."""
+        return self.window if layer >= self.window_from else None
+
+    def layer_turns(self, layer: int) -> bool:
+        """Whether this layer has rotary positions."""
+        return self.nope_interval is None or (layer + 1) % self.nope_interval != 0
 
     @property
     def is_thresholded(self) -> bool:
@@ -171,6 +210,9 @@ class ModelConfig:
                 f"ModelConfig.from_dict: missing fields {missing}, unknown fields "
                 f"{unknown}; the fields are {', '.join(known)}."
             )
+        scaling = fields.get("rope_scaling")
+        if scaling is not None:
+            fields = fields | {"rope_scaling": RopeScaling.from_dict(scaling)}
         return cls(**fields)
 
 
@@ -198,6 +240,16 @@ def _check_field(name: str, value: Any) -> None:
                 f"ModelConfig: {name} must be a finite number above 0, got {value!r}; "
                 "leave it out to take the default."
             )
+    elif name == "rope_scaling":
+        if not isinstance(value, RopeScaling):
+            raise ValueError(
+                f"ModelConfig: rope_scaling must be a RopeScaling, got {value!r}."
+            )
+    elif name == "window_from":
+        if type(value) is not int or value < 0:
+            raise ValueError(
+                f"ModelConfig: window_from must be an integer from 0, got {value!r}."
+            )
     elif not isinstance(value, bool):
         raise ValueError(f"ModelConfig: {name} must be True or False, got {value!r}.")
 
@@ -214,6 +266,14 @@ def _check_together(config: ModelConfig) -> None:
             "ModelConfig: head_dim must be even because RoPE turns pairs, got "
             f"{config.head_dim}; use {config.head_dim + 1}."
         )
+    if config.turning_dim % 2 or config.turning_dim > config.head_dim:
+        raise ValueError(
+            f"ModelConfig: rotary_dim must be even and at most head_dim, got "
+            f"{config.rotary_dim} and {config.head_dim}; leave it out to turn all."
+        )
+    scaling = config.rope_scaling
+    if scaling is not None:
+        frequencies(config.turning_dim, theta=config.rope_theta, scaling=scaling)
     if config.is_thresholded and not config.normalizes_heads:
         raise ValueError(
             "ModelConfig: thresholds are those of unit vectors, got qk_norm=False with "

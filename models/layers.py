@@ -1,4 +1,4 @@
-"""The parts of the transformer that are not attention: norms, feed-forward, RoPE."""
+"""The parts of the transformer that are not attention: norms and feed-forward."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ class RMSNorm(nnx.Module):
     def __init__(self, features: int, config: ModelConfig, *, rngs: nnx.Rngs):
         del rngs
         self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
+        self.scale = nnx.Param(jnp.ones(features, jnp.dtype(config.param_dtype)))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """f[..., features] -> the same shape and dtype."""
         wide = inputs.astype(jnp.float32)
         square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         scale = self.scale[...].reshape((1,) * (inputs.ndim - 1) + (-1,))
+        scale = scale.astype(jnp.float32)
         return (scale * (wide * jax.lax.rsqrt(square + self.eps))).astype(inputs.dtype)
 
 
@@ -52,9 +53,10 @@ class FeedForward(nnx.Module):
             return nnx.Linear(
                 inputs,
                 outputs,
-                use_bias=False,
+                use_bias=config.mlp_bias,
                 kernel_init=kernel_init,
                 dtype=dtype,
+                param_dtype=jnp.dtype(config.param_dtype),
                 rngs=rngs,
             )
 
@@ -76,27 +78,6 @@ def residual_init(config: ModelConfig) -> nnx.Initializer:
     return nnx.initializers.variance_scaling(
         1.0 / (2 * config.num_layers), "fan_in", "truncated_normal"
     )
-
-
-def rotate(heads: jax.Array, positions: jax.Array, *, theta: float) -> jax.Array:
-    """Rotary position embedding: turns (x_j, x_{j + H/2}) by position / theta^(2j/H).
-
-    Args:
-      heads: f[B, T, N, H] with H even.
-      positions: i32[B, T]; B may be 1.
-      theta: base of the wavelengths.
-
-    Returns:
-      f[B, T, N, H] of the same dtype; angles are computed in float32.
-    """
-    half = heads.shape[-1] // 2
-    exponent = jnp.arange(half, dtype=jnp.float32) / half
-    frequency = jnp.float32(theta) ** -exponent  # [H/2]
-    angle = positions.astype(jnp.float32)[..., None, None] * frequency[None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)  # [B, T, 1, H/2]
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(heads.dtype)
 
 
 def unit_norm(heads: jax.Array) -> jax.Array:

@@ -141,6 +141,14 @@ def model_item(model: Transformer) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.state(model))
 
 
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a nested dictionary by names like "blocks.0.mlp.up.kernel"."""
+    return {
+        ".".join(str(getattr(key, "key", key)) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def restore_model(config: ModelConfig, item: dict[str, Any]) -> Transformer:
     """Builds a model around arrays that `model_item` returned.
 
@@ -258,25 +266,25 @@ def save_release(
       ValueError: a value is not finite in that dtype.
     """
     write_run_config(folder, model.config, train=train or {})
-    release.write_weights(Path(folder), _by_name(model_item(model)), dtype=dtype)
+    release.write_weights(Path(folder), by_name(model_item(model)), dtype=dtype)
 
 
 def _read_released(path: Path, config: ModelConfig) -> Transformer:
     item = model_item(abstract_model(config))
     try:
-        found = release.read_weights(path, _by_name(item))
+        found = release.read_weights(path, by_name(item))
     except ValueError as error:
         raise ModelFileError(
             f"{path} cannot be loaded as the model of {CONFIG_FILE} ({error}); restore "
             "the file from a copy."
         ) from error
     # Both list the leaves in the same order.
-    leaves = [jnp.asarray(found[name]) for name in _by_name(item)]
+    leaves = [jnp.asarray(found[name]) for name in by_name(item)]
     return restore_model(config, jax.tree.unflatten(jax.tree.structure(item), leaves))
 
 
 def _check_finite(model: Transformer, path: Path, remedy: str) -> None:
-    for name, leaf in _by_name(model_item(model)).items():
+    for name, leaf in by_name(model_item(model)).items():
         if not bool(jnp.isfinite(leaf).all()):
             raise ModelFileError(
                 f"{path} holds values that are not finite in {name}; {remedy}."
@@ -323,7 +331,7 @@ def _read_every_byte(path: Path) -> None:
 
 
 def _check_same(item: Any, shapes: dict[str, Any]) -> None:
-    got, expected = _by_name(item), _by_name(shapes)
+    got, expected = by_name(item), by_name(shapes)
     if got.keys() != expected.keys():
         raise ValueError(
             f"missing variables {sorted(expected.keys() - got.keys())}, unknown "
@@ -336,14 +344,6 @@ def _check_same(item: Any, shapes: dict[str, Any]) -> None:
                 f"{name} must be {want.dtype}{list(want.shape)}, got "
                 f"{leaf.dtype}{list(leaf.shape)}"
             )
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    """The leaves under names like "blocks.0.mlp.up.kernel"."""
-    return {
-        ".".join(str(getattr(key, "key", key)) for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
 
 
 def _first_line(error: BaseException) -> str:

@@ -70,7 +70,7 @@ class BPETokenizer:
         """Wraps a byte-level tokenizer without special tokens."""
         self.inner = inner
         self.vocab_size = inner.get_vocab_size()
-        alphabet = {character: byte for byte, character in _alphabet().items()}
+        alphabet = {character: byte for byte, character in byte_alphabet().items()}
         texts = (inner.id_to_token(number) or "" for number in range(self.vocab_size))
         self._texts = [bytes(alphabet[c] for c in text) for text in texts]
         self.token_bytes = np.array([len(text) for text in self._texts], np.int32)
@@ -115,7 +115,7 @@ def train_bpe(text: bytes, *, vocab_size: int) -> BPETokenizer:
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        initial_alphabet=sorted(_alphabet().values()),
+        initial_alphabet=sorted(byte_alphabet().values()),
         show_progress=False,
     )
     inner.train_from_iterator(_pieces(text.decode("utf-8", errors="replace")), trainer)
@@ -153,7 +153,7 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
     return found
 
 
-def _alphabet() -> dict[int, str]:
+def byte_alphabet() -> dict[int, str]:
     """The character that byte-level BPE writes for each byte (as GPT-2 does)."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in kept]

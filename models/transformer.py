@@ -32,12 +32,13 @@ class Block(nnx.Module):
 
     Args:
       config: the model's shape.
+      layer: its number.
       rngs: `params` stream that draws the weights.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int = 0, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.embed_dim, config, rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, layer, rngs=rngs)
         self.mlp_norm = RMSNorm(config.embed_dim, config, rngs=rngs)
         self.mlp = FeedForward(config, rngs=rngs)
 
@@ -105,10 +106,11 @@ class Transformer(nnx.Module):
             config.embed_dim,
             embedding_init=nnx.initializers.normal(0.02),
             dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
         )
         self.blocks = nnx.List(
-            [Block(config, rngs=rngs) for _ in range(config.num_layers)]
+            [Block(config, layer, rngs=rngs) for layer in range(config.num_layers)]
         )
         self.final_norm = RMSNorm(config.embed_dim, config, rngs=rngs)
         if not config.tie_embeddings:
@@ -118,6 +120,7 @@ class Transformer(nnx.Module):
                 use_bias=False,
                 kernel_init=nnx.initializers.normal(0.02),
                 dtype=jnp.dtype(config.dtype),
+                param_dtype=jnp.dtype(config.param_dtype),
                 rngs=rngs,
             )
         self.threshold_scale = ThresholdScale(jnp.ones((), jnp.float32))

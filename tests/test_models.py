@@ -15,7 +15,8 @@ import hsrjax
 from models import load
 from models.attention import hsr_attention_fn
 from models.config import ModelConfig
-from models.layers import RMSNorm, rotate, unit_norm
+from models.layers import RMSNorm, unit_norm
+from models.rope import rotate
 from models.transformer import ThresholdScale, Transformer, with_attention
 
 KINDS = ("softmax", "relu", "threshold_relu")

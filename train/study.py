@@ -213,7 +213,7 @@ def _tabulated(path: Path) -> dict[str, dict[str, Any]]:
                 {name: _value(name, cell) for name, cell in row.items()}
                 for row in csv.DictReader(file, strict=True)
             ]
-        return {row["name"]: row for row in rows}
+        return {str(row["name"]): row for row in rows}
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(
             f"{path} is not a study's table ({error}): choose another --results"

@@ -1,0 +1,279 @@
+"""Tokenizers of published models: from tokenizer.json, or rebuilt from a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from models.stored import read_json
+from models.tokenizer import FILE, byte_alphabet
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+_WORDS = rf"{_BEFORE}\p{{L}}+"
+_SIGNS, _SPACES = r" ?[^\s\p{L}\p{N}]+", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST = rf"{_SIGNS}[\r\n]*|{_SPACES}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*"
+# How a GGUF file's tokenizer.ggml.pre cuts a text before merging; "" is GPT-2's way.
+_CUTS = {
+    "default": "",
+    "gpt-2": "",
+    "smollm": "digits",
+    "llama-bpe": rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
+    "qwen2": rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",
+    "tekken": rf"{_CASED}|\p{{N}}|{_SIGNS}[\r\n/]*|{_SPACES}",
+}
+_UNKNOWN, _CONTROL, _USER = 2, 3, 4  # tokenizer.ggml.token_type
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+_SPACE = "\u2581"
+
+
+class PretrainedTokenizer:
+    """A published tokenizer, as `train` and `generate` need one.
+
+    Args:
+      inner: of the `tokenizers` package.
+      vocab_size: V of the model, which may be padded beyond the tokenizer's.
+      stops: tokens that end a text.
+      chat_template: Jinja template that arranges a conversation, if there is one.
+
+    Attributes:
+      vocab_size: V.
+      token_bytes: i32[V], bytes that each token stands for; special ones are 0.
+      stops, chat_template: as given.
+
+    Raises:
+      ValueError: it has tokens that the model has not, or spells in an unknown way.
+    """
+
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        vocab_size: int,
+        stops: frozenset[int] = frozenset(),
+        chat_template: str | None = None,
+    ) -> None:
+        self.inner, self.vocab_size = inner, vocab_size
+        self.stops, self.chat_template = stops, chat_template
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        if not vocabulary or max(vocabulary.values()) >= vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(vocabulary)} tokens up to number "
+                f"{max(vocabulary.values(), default=-1)} and the model {vocab_size}"
+            )
+        spell = _spelling(inner)
+        added = inner.get_added_tokens_decoder()
+        self._texts = [b""] * vocab_size
+        for text, number in vocabulary.items():
+            if number not in added:
+                self._texts[number] = spell(text)
+            elif not added[number].special:
+                self._texts[number] = text.encode()
+        self.token_bytes = np.array([len(text) for text in self._texts], np.int32)
+
+    def encode(self, text: bytes, *, is_chat: bool = False) -> np.ndarray:
+        """Tokens i32[n] of a text, with the first token that the model expects.
+
+        Args:
+          text: UTF-8; other bytes become U+FFFD.
+          is_chat: it comes from the chat template, which has written that token.
+        """
+        readable = text.decode("utf-8", errors="replace")
+        found = self.inner.encode(readable, add_special_tokens=not is_chat)
+        return np.array(found.ids, np.int32)
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        """The bytes of the tokens, which may end inside a character."""
+        return b"".join(self._texts[token] for token in tokens)
+
+    def text_of(self, token: int) -> str:
+        """How a token is written, special ones included; for chat templates."""
+        return self.inner.id_to_token(token) or ""
+
+
+def from_folder(folder: Path, *, vocab_size: int) -> PretrainedTokenizer | None:
+    """The tokenizer of a Hugging Face folder; None where there is no tokenizer.json.
+
+    Raises:
+      ValueError: a file is damaged, or the tokenizer does not fit the model.
+    """
+    if not (folder / FILE).exists():
+        return None
+    try:
+        inner = tokenizers.Tokenizer.from_str(json.dumps(read_json(folder / FILE)))
+    except Exception as error:  # the package raises Exception itself
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{folder / FILE} is not a tokenizer ({reason})") from error
+    inner.no_padding()
+    inner.no_truncation()
+    settings, template = {}, None
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            found = read_json(folder / name)
+            settings |= found if isinstance(found, dict) else {}
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    elif isinstance(settings.get("chat_template"), str):
+        template = settings["chat_template"]
+    ends = settings.get("eos_token_id")
+    stops = {x for x in (ends if isinstance(ends, list) else [ends]) if type(x) is int}
+    written = settings.get("eos_token")
+    if isinstance(written, dict):
+        written = written.get("content")
+    number = inner.token_to_id(written) if isinstance(written, str) else None
+    if number is not None:
+        stops.add(number)
+    return PretrainedTokenizer(
+        inner,
+        vocab_size=vocab_size,
+        stops=frozenset(stops),
+        chat_template=template,
+    )
+
+
+def from_gguf(metadata: dict[str, Any], *, vocab_size: int) -> PretrainedTokenizer:
+    """Rebuilds the tokenizer that a GGUF file describes.
+
+    Args:
+      metadata: plain values by name.
+      vocab_size: V of the model.
+
+    Raises:
+      ValueError: a table is missing or of the wrong kind, or the tokenizer is of a
+        kind that is not known here.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    tokens = _table(metadata, "tokens", str)
+    types = _table(metadata, "token_type", int)
+    if len(types) != len(tokens):
+        raise ValueError("tokenizer.ggml.token_type and .tokens differ in length")
+    if kind == "gpt2":
+        inner = _byte_level(metadata, tokens)
+    elif kind == "llama":
+        inner = _sentence_piece(metadata, tokens, types)
+    else:
+        raise ValueError(f"tokenizer.ggml.model is {kind!r} and can be gpt2 or llama")
+    for token, is_what in zip(tokens, types, strict=True):
+        if is_what in (_CONTROL, _USER):
+            added = tokenizers.AddedToken(token, special=is_what == _CONTROL)
+            add = inner.add_special_tokens if added.special else inner.add_tokens
+            add([added])
+    first = metadata.get("tokenizer.ggml.bos_token_id")
+    before = metadata.get("tokenizer.ggml.add_bos_token", _begins(metadata, kind))
+    if before and type(first) is int and 0 <= first < len(tokens):
+        inner.post_processor = processors.TemplateProcessing(
+            single=[tokens[first], "$A"], special_tokens=[(tokens[first], first)]
+        )
+    last = (metadata.get(f"tokenizer.ggml.{x}_token_id") for x in ("eos", "eot"))
+    template = metadata.get("tokenizer.chat_template")
+    return PretrainedTokenizer(
+        inner,
+        vocab_size=vocab_size,
+        stops=frozenset(x for x in last if type(x) is int),
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+def _begins(metadata: dict[str, Any], kind: str) -> bool:
+    """Whether a text begins with a token of its own where the file does not say."""
+    return kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+
+
+def _table(metadata: dict[str, Any], name: str, kind: type) -> list[Any]:
+    found = metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(found, list) or not all(isinstance(x, kind) for x in found):
+        raise ValueError(f"tokenizer.ggml.{name} is missing or damaged")
+    return found
+
+
+def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> tokenizers.Tokenizer:
+    """GPT-2's way: bytes, cut by a pattern, then merged."""
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in _CUTS:
+        raise ValueError(
+            f"tokenizer.ggml.pre is {name!r} and can be one of {', '.join(_CUTS)}"
+        )
+    pairs = [tuple(x.split(" ")) for x in _table(metadata, "merges", str)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    try:
+        inner = tokenizers.Tokenizer(models.BPE(vocabulary, pairs))
+    except Exception as error:  # a merge of pieces that are no tokens
+        raise ValueError(f"tokenizer.ggml.merges: {error}") from error
+    cut, byte_level = (
+        _CUTS[name],
+        pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=_CUTS[name] in ("", "digits")
+        ),
+    )
+    before = []
+    if cut == "digits":
+        before = [pre_tokenizers.Digits(individual_digits=True)]
+    elif cut:
+        before = [pre_tokenizers.Split(Regex(cut), "isolated")]
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*before, byte_level])
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def _sentence_piece(
+    metadata: dict[str, Any], tokens: list[str], types: list[int]
+) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE: the pair whose union scores best is merged first."""
+    scores = _table(metadata, "scores", float)
+    if len(scores) != len(tokens):
+        raise ValueError("tokenizer.ggml.scores and .tokens differ in length")
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    merges = [
+        (-scores[number], number, cut, (token[:cut], token[cut:]))
+        for token, number in vocabulary.items()
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    unknown = [token for token, x in zip(tokens, types, strict=True) if x == _UNKNOWN]
+    bpe = models.BPE(
+        vocabulary,
+        [pair for *_, pair in sorted(merges)],
+        unk_token=unknown[0] if unknown else None,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    inner = tokenizers.Tokenizer(bpe)
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    before = [normalizers.Prepend(_SPACE)] if prefix else []
+    inner.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", _SPACE)])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return inner
+
+
+def _spelling(inner: tokenizers.Tokenizer) -> Any:
+    """The function from a token as it is written to the bytes that it stands for."""
+    written = json.dumps(json.loads(inner.to_str()).get("decoder"))
+    if "ByteLevel" in written:
+        alphabet = {character: byte for byte, character in byte_alphabet().items()}
+
+        def spell(token: str) -> bytes:
+            if all(character in alphabet for character in token):
+                return bytes(alphabet[character] for character in token)
+            return token.encode()
+
+    elif "ByteFallback" in written or "Metaspace" in written:
+
+        def spell(token: str) -> bytes:
+            if byte := _BYTE.fullmatch(token):
+                return bytes.fromhex(byte[1])
+            return token.replace(_SPACE, " ").encode()
+
+    else:
+        raise ValueError("the tokenizer is neither byte-level nor SentencePiece BPE")
+    return spell
