@@ -16,15 +16,11 @@ from models.stored import Stored
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 
 
-def model_config(
-    fields: Any, *, context: int | None = None, dtype: ComputeDtype = "float32"
-) -> ModelConfig:
+def model_config(fields: Any, *, dtype: ComputeDtype = "float32") -> ModelConfig:
     """Translates the content of a Hugging Face config.json, trusting nothing.
 
     Args:
       fields: the parsed JSON.
-      context: tokens the model is to read, where that decides how positions are
-        stretched (longrope); None is at most those of the original training.
       dtype: of the parameters and the computation.
 
     Returns:
@@ -59,7 +55,7 @@ def model_config(
         vocab_size=reader.count("vocab_size"),
         attention_kind="softmax",
         rope_theta=rope.number("rope_theta", reader.number("rope_theta", 10_000.0)),
-        rope_scaling=_scaling(rope, reader, context),
+        rope_scaling=_scaling(rope, reader),
         rotary_dim=_rotary_dim(rope, reader, head_dim),
         nope_interval=_nope_interval(reader, layers) if family == "smollm3" else None,
         window=window,
@@ -187,7 +183,7 @@ def _rotary_dim(rope: _Fields, reader: _Fields, head_dim: int) -> int | None:
     return None if share == 1 else int(head_dim * share)
 
 
-def _scaling(rope: _Fields, reader: _Fields, context: int | None) -> RopeScaling | None:
+def _scaling(rope: _Fields, reader: _Fields) -> RopeScaling | None:
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind == "default":
         return None
@@ -217,12 +213,12 @@ def _scaling(rope: _Fields, reader: _Fields, context: int | None) -> RopeScaling
             attention_factor=gain,
         )
     if kind in ("longrope", "su"):
-        stretched = context is not None and context > original
         return RopeScaling(
             kind="longrope",
             factor=rope.number("factor", longest / original),
             original_length=original,
-            divisors=rope.numbers("long_factor" if stretched else "short_factor"),
+            divisors=rope.numbers("short_factor"),
+            long_divisors=rope.numbers("long_factor"),
             attention_factor=gain,
         )
     raise ValueError(

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -22,10 +21,11 @@ import tyro
 from models.command import parse
 from models.config import Implementation
 from models.decoding import Counts, Sampling, Session, check_request
-from models.load import load_run
+from models.opening import attending, open_model
 from models.sampling import check_sampling
-from models.tokenizer import Tokenizer, load_tokenizer
-from models.transformer import Transformer, with_attention
+from models.tokenizer import Tokenizer
+from models.transformer import Transformer, with_attention, with_length
+from models.vocabulary import PretrainedTokenizer
 
 MAX_LENGTH = 131_072
 
@@ -80,6 +80,7 @@ def generate(
     seed: int = 0,
     attention: Implementation | None = None,
     max_length: int = MAX_LENGTH,
+    stops: frozenset[int] = frozenset(),
     on_token: Callable[[int, int], None] | None = None,
 ) -> Generation:
     """Continues a batch of prompts.
@@ -97,6 +98,7 @@ def generate(
       seed: of the random draws, 0 <= seed < 2**32.
       attention: "dense", "hsr" or "auto"; None keeps the model's own.
       max_length: refuse prompts that would grow beyond this.
+      stops: tokens that end a row; they are not returned.
       on_token: called as on_token(row, token) as soon as each token is known.
 
     Returns:
@@ -115,6 +117,7 @@ def generate(
         model = with_attention(
             model, attention, top_r=config.top_r, epsilon=config.epsilon
         )
+    model = with_length(model, max(map(len, rows)) + max_tokens)
     session = Session(
         model,
         rows,
@@ -123,17 +126,20 @@ def generate(
         seed=seed,
     )
     tokens: list[list[int]] = [[] for _ in rows]
+    ended = [False for _ in rows]
 
     def emit(drawn: jax.Array, counts: list[Counts]) -> None:
         if not all(np.asarray(part.finite) for part in counts):
             raise FloatingPointError(
-                f"the model's logits are not finite at token {len(tokens[0])}; load an "
-                "earlier checkpoint or compute in float32"
+                f"the model's logits are not finite at token {max(map(len, tokens))}; "
+                "load an earlier checkpoint or compute in float32"
             )
         for row, token in enumerate(np.asarray(drawn).tolist()):
-            tokens[row].append(token)
-            if on_token is not None:
-                on_token(row, token)
+            ended[row] = ended[row] or token in stops
+            if not ended[row]:
+                tokens[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
 
     started = time.perf_counter()
     first = session.prefill()
@@ -144,6 +150,8 @@ def generate(
         steps.append(session.decode())
         if len(steps) > 1:  # read one step late: the device never waits for the host
             emit(*steps[-2])
+        if all(ended):
+            break
     if steps:
         emit(*steps[-1])
     finished = time.perf_counter()
@@ -168,13 +176,19 @@ class Options:
     """
 
     model: Annotated[str, tyro.conf.arg(metavar="PATH")]
-    """Run folder that `python -m train --out` wrote."""
+    """Folder of `python -m train`, folder of Hugging Face, or .gguf file."""
     prompt: Annotated[
         tuple[str, ...],
         tyro.conf.arg(metavar="TEXT"),
         tyro.conf.UseAppendAction,
     ]
     """Text to continue; give it several times for a batch."""
+    chat: bool = False
+    """Take each prompt for a message to the model, and let it answer."""
+    system: str = ""
+    """With --chat: what the model is told before the message."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the computation; None is the run's own, or float32."""
     max_tokens: int = 128
     """Tokens to draw for each prompt."""
     temperature: float = 0.0
@@ -185,6 +199,8 @@ class Options:
     """Draw from the most probable tokens that together hold this probability."""
     seed: int = 0
     """Seed of the random draws."""
+    ignore_stops: bool = False
+    """Go on where the model ends its text."""
     attention: Literal["dense", "hsr", "auto", "top_r", "epsilon"] = "auto"
     """The first three give the same text; top_r and epsilon approximate softmax."""
     r: int = 64
@@ -228,11 +244,13 @@ def _run(options: Options) -> int:
     if not texts:
         return _fail("no prompt was given; give at least one with --prompt TEXT", 2)
     try:
-        model = _load(options)
-        tokenizer = load_tokenizer(
-            Path(options.model), vocab_size=model.config.vocab_size
+        opened = open_model(options.model, dtype=options.dtype)
+        tokenizer, limits = (
+            opened.tokenizer,
+            {"r": options.r, "epsilon": options.epsilon},
         )
-        prompts = [tokenizer.encode(text).tolist() for text in texts]
+        model = attending(opened.model, options.attention, **limits)
+        prompts = [_tokens(text, tokenizer, options) for text in texts]
         check_request(
             model,
             prompts,
@@ -245,7 +263,7 @@ def _run(options: Options) -> int:
         )
     except ValueError as error:
         return _fail(str(error), 2)
-    printer = _Printer(texts, tokenizer)
+    printer = _Printer([b""] * len(texts) if options.chat else texts, tokenizer)
     result = generate(
         model,
         prompts,
@@ -255,6 +273,7 @@ def _run(options: Options) -> int:
         top_p=options.top_p,
         seed=options.seed,
         max_length=options.max_length,
+        stops=frozenset() if options.ignore_stops else tokenizer.stops,
         on_token=printer,
     )
     printer.finish()
@@ -262,19 +281,18 @@ def _run(options: Options) -> int:
     return 0
 
 
-def _load(options: Options) -> Transformer:
-    model = load_run(options.model)
-    if options.attention not in ("top_r", "epsilon"):
-        return with_attention(model, options.attention)
-    if model.config.attention_kind != "softmax":
+def _tokens(text: bytes, tokenizer: Tokenizer, options: Options) -> list[int]:
+    """A prompt as tokens, or the conversation that it begins."""
+    if not options.chat:
+        return tokenizer.encode(text).tolist()
+    if not isinstance(tokenizer, PretrainedTokenizer):
         raise ValueError(
-            f"--attention {options.attention} approximates softmax attention and "
-            f"{options.model} has attention_kind={model.config.attention_kind!r}, "
-            "which is sparse and exact already; use --attention hsr."
+            f"{options.model} was not trained to chat: leave out --chat to let it "
+            "continue a text"
         )
-    if options.attention == "top_r":
-        return with_attention(model, "hsr", top_r=options.r)
-    return with_attention(model, "hsr", epsilon=options.epsilon)
+    said = [("system", options.system)] if options.system else []
+    said.append(("user", text.decode("utf-8", "replace")))
+    return tokenizer.encode_chat([{"role": x, "content": y} for x, y in said]).tolist()
 
 
 class _Printer:

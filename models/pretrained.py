@@ -47,14 +47,11 @@ class Pretrained(NamedTuple):
     tokenizer: PretrainedTokenizer | None
 
 
-def load_pretrained(
-    path: Path, *, context: int | None = None, dtype: ComputeDtype = "float32"
-) -> Pretrained:
+def load_pretrained(path: Path, *, dtype: ComputeDtype = "float32") -> Pretrained:
     """Loads a softmax model that was trained elsewhere, and its tokenizer.
 
     Args:
       path: a folder with config.json and safetensors files, or a .gguf file.
-      context: tokens that it is to read, for models whose positions depend on it.
       dtype: of the parameters and the computation.
 
     Returns:
@@ -66,7 +63,7 @@ def load_pretrained(
     """
     try:
         source = _open(path)
-        config = model_config(source.fields, context=context, dtype=dtype)
+        config = model_config(source.fields, dtype=dtype)
         shapes = source.stored.shapes()
         if config.num_layers > len(shapes):
             raise ValueError(

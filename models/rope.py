@@ -28,6 +28,8 @@ class RopeScaling:
       beta_fast: yarn: dimensions with more turns within original_length stay.
       beta_slow: yarn: those with fewer are divided.
       divisors: longrope: one number per pair of dimensions.
+      long_divisors: longrope: those for rows longer than original_length.
+      is_long: longrope: whether these are meant.
       attention_factor: what queries and keys are multiplied by; None is the kind's own
         (1, and for yarn and longrope a number that grows with log(factor)).
 
@@ -43,6 +45,8 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
+    is_long: bool = False
     attention_factor: float | None = None
 
     def __post_init__(self):
@@ -66,8 +70,13 @@ class RopeScaling:
                 "RopeScaling: low_freq_factor must be below high_freq_factor, got "
                 f"{self.low_freq_factor} and {self.high_freq_factor}."
             )
-        for number in self.divisors:
-            _check_positive("divisors", number)
+        for name in ("divisors", "long_divisors"):
+            for number in getattr(self, name):
+                _check_positive(name, number)
+        if not isinstance(self.is_long, bool):
+            raise ValueError(
+                f"RopeScaling: is_long must be a bool, got {self.is_long!r}."
+            )
 
     @classmethod
     def from_dict(cls, fields: Any) -> RopeScaling:
@@ -82,10 +91,17 @@ class RopeScaling:
         missing = {"kind", "factor", "original_length"} - set(fields)
         if missing:
             raise ValueError(f"RopeScaling: missing fields {sorted(missing)}.")
-        divisors = fields.get("divisors", ())
-        if not isinstance(divisors, (list, tuple)) or len(divisors) > 2**12:
-            raise ValueError("RopeScaling: divisors must be a list of numbers.")
-        return cls(**{**fields, "divisors": tuple(divisors)})
+        tables = {}
+        for name in ("divisors", "long_divisors"):
+            tables[name] = fields.get(name, ())
+            if not isinstance(tables[name], (list, tuple)) or len(tables[name]) > 2**12:
+                raise ValueError(f"RopeScaling: {name} must be a list of numbers.")
+        return cls(**{**fields, **{name: tuple(x) for name, x in tables.items()}})
+
+    def for_length(self, tokens: int) -> RopeScaling:
+        """The scaling of rows of so many tokens: all but longrope's are for any."""
+        is_long = self.kind == "longrope" and tokens > self.original_length
+        return dataclasses.replace(self, is_long=is_long)
 
 
 def frequencies(
@@ -116,12 +132,14 @@ def frequencies(
     elif scaling.kind == "yarn":
         found, gain = _yarn(base, theta, scaling), 0.1 * math.log(scaling.factor) + 1.0
     else:
-        if len(scaling.divisors) != rotary_dim // 2:
-            raise ValueError(
-                f"RopeScaling: longrope needs {rotary_dim // 2} divisors, one for each "
-                f"pair of dimensions, got {len(scaling.divisors)}."
-            )
-        found = base / np.asarray(scaling.divisors, np.float64)
+        for divisors in (scaling.divisors, scaling.long_divisors):
+            if len(divisors) != rotary_dim // 2:
+                raise ValueError(
+                    f"RopeScaling: longrope needs {rotary_dim // 2} divisors, one for "
+                    f"each pair of dimensions, got {len(divisors)}."
+                )
+        divisors = scaling.long_divisors if scaling.is_long else scaling.divisors
+        found = base / np.asarray(divisors, np.float64)
         gain = math.sqrt(
             1.0 + math.log(max(scaling.factor, 1.0)) / math.log(scaling.original_length)
         )

@@ -31,10 +31,12 @@ class Tokenizer(Protocol):
     Attributes:
       vocab_size: V, tokens are 0 to V - 1.
       token_bytes: i32[V], bytes that each token stands for.
+      stops: tokens that end a text.
     """
 
     vocab_size: int
     token_bytes: np.ndarray
+    stops: frozenset[int]
 
     def encode(self, text: bytes) -> np.ndarray:
         """Tokens u16 or i32[n] of a text."""
@@ -49,6 +51,7 @@ class ByteTokenizer:
     """Every byte is a token."""
 
     vocab_size = 256
+    stops: frozenset[int] = frozenset()
 
     def __init__(self) -> None:
         """Nothing to load."""
@@ -65,6 +68,8 @@ class ByteTokenizer:
 
 class BPETokenizer:
     """Byte-pair encoding of UTF-8 bytes, as trained by `train_bpe`."""
+
+    stops: frozenset[int] = frozenset()
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         """Wraps a byte-level tokenizer without special tokens."""

@@ -140,6 +140,21 @@ class Transformer(nnx.Module):
           Logits f32[B, T, V]; with `return_info`, logits and a tuple of hsrjax's info
           per layer, each with fields [B, T, N].
         """
+        stream, infos = self.encode(tokens, return_info=return_info, remat=remat)
+        logits = self.unembed(stream)
+        return (logits, infos) if return_info else logits
+
+    def encode(
+        self, tokens: jax.Array, *, return_info: bool = False, remat: bool = False
+    ) -> tuple[jax.Array, tuple[hsrjax.Info, ...] | None]:
+        """A call without the output layer, for callers that need few of the logits.
+
+        Args:
+          tokens, return_info, remat: as in a call.
+
+        Returns:
+          The residual stream f[B, T, E] (see `unembed`), and the infos if asked for.
+        """
         _check_tokens(tokens)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         stream, infos = self.embed(tokens), []
@@ -152,8 +167,7 @@ class Transformer(nnx.Module):
             else:
                 stream, info = block(*arguments, return_info=return_info)
             infos.append(info)
-        logits = self.unembed(stream)
-        return (logits, tuple(infos)) if return_info else logits
+        return stream, tuple(infos) if return_info else None
 
     def step(
         self,
@@ -273,9 +287,25 @@ def with_attention(
     Raises:
       ValueError: top_r or epsilon on a model whose attention is not softmax.
     """
-    config = dataclasses.replace(
-        model.config, attention=attention, top_r=top_r, epsilon=epsilon
-    )
+    changes = {"attention": attention, "top_r": top_r, "epsilon": epsilon}
+    return with_config(model, dataclasses.replace(model.config, **changes))
+
+
+def with_length(model: Transformer, tokens: int) -> Transformer:
+    """The same parameters for rows of so many tokens.
+
+    Phi-3's positions turn otherwise in rows that are longer than those of its first
+    training; every other model is returned as it is.
+    """
+    scaling = model.config.rope_scaling
+    if scaling is None or scaling == scaling.for_length(tokens):
+        return model
+    scaling = scaling.for_length(tokens)
+    return with_config(model, dataclasses.replace(model.config, rope_scaling=scaling))
+
+
+def with_config(model: Transformer, config: ModelConfig) -> Transformer:
+    """The same parameters under another config of the same shapes."""
     return nnx.merge(nnx.graphdef(abstract_model(config)), nnx.state(model))
 
 

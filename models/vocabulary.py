@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from models.chat import Message, render
 from models.stored import read_json
 from models.tokenizer import FILE, byte_alphabet
 
@@ -32,6 +33,7 @@ _CUTS = {
     "tekken": rf"{_CASED}|\p{{N}}|{_SIGNS}[\r\n/]*|{_SPACES}",
 }
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # tokenizer.ggml.token_type
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"
 
@@ -44,11 +46,12 @@ class PretrainedTokenizer:
       vocab_size: V of the model, which may be padded beyond the tokenizer's.
       stops: tokens that end a text.
       chat_template: Jinja template that arranges a conversation, if there is one.
+      special: how the template calls special tokens, and how these are written.
 
     Attributes:
       vocab_size: V.
       token_bytes: i32[V], bytes that each token stands for; special ones are 0.
-      stops, chat_template: as given.
+      stops: as given.
 
     Raises:
       ValueError: it has tokens that the model has not, or spells in an unknown way.
@@ -61,9 +64,10 @@ class PretrainedTokenizer:
         vocab_size: int,
         stops: frozenset[int] = frozenset(),
         chat_template: str | None = None,
+        special: Mapping[str, str] | None = None,
     ) -> None:
-        self.inner, self.vocab_size = inner, vocab_size
-        self.stops, self.chat_template = stops, chat_template
+        self.inner, self.vocab_size, self.stops = inner, vocab_size, stops
+        self._template, self._special = chat_template, special or {}
         vocabulary = inner.get_vocab(with_added_tokens=True)
         if not vocabulary or max(vocabulary.values()) >= vocab_size:
             raise ValueError(
@@ -80,24 +84,31 @@ class PretrainedTokenizer:
                 self._texts[number] = text.encode()
         self.token_bytes = np.array([len(text) for text in self._texts], np.int32)
 
-    def encode(self, text: bytes, *, is_chat: bool = False) -> np.ndarray:
+    def encode(self, text: bytes) -> np.ndarray:
         """Tokens i32[n] of a text, with the first token that the model expects.
 
-        Args:
-          text: UTF-8; other bytes become U+FFFD.
-          is_chat: it comes from the chat template, which has written that token.
+        Bytes that are not UTF-8 become U+FFFD.
         """
         readable = text.decode("utf-8", errors="replace")
-        found = self.inner.encode(readable, add_special_tokens=not is_chat)
+        return np.array(self.inner.encode(readable).ids, np.int32)
+
+    def encode_chat(self, messages: Sequence[Message]) -> np.ndarray:
+        """Tokens i32[n] of a conversation and the beginning of the answer.
+
+        Raises:
+          ValueError: the model has no chat template, or it does not render.
+        """
+        if self._template is None:
+            raise ValueError(
+                "the model has no chat template: it continues texts, without --chat"
+            )
+        text = render(self._template, messages, special=self._special)
+        found = self.inner.encode(text, add_special_tokens=False)  # they are written
         return np.array(found.ids, np.int32)
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         """The bytes of the tokens, which may end inside a character."""
         return b"".join(self._texts[token] for token in tokens)
-
-    def text_of(self, token: int) -> str:
-        """How a token is written, special ones included; for chat templates."""
-        return self.inner.id_to_token(token) or ""
 
 
 def from_folder(folder: Path, *, vocab_size: int) -> PretrainedTokenizer | None:
@@ -115,29 +126,33 @@ def from_folder(folder: Path, *, vocab_size: int) -> PretrainedTokenizer | None:
         raise ValueError(f"{folder / FILE} is not a tokenizer ({reason})") from error
     inner.no_padding()
     inner.no_truncation()
-    settings, template = {}, None
+    settings: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             found = read_json(folder / name)
             settings |= found if isinstance(found, dict) else {}
+    template = settings.get("chat_template")
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    elif isinstance(settings.get("chat_template"), str):
-        template = settings["chat_template"]
+    special = {name: _written(settings.get(name)) for name in _SPECIAL}
     ends = settings.get("eos_token_id")
     stops = {x for x in (ends if isinstance(ends, list) else [ends]) if type(x) is int}
-    written = settings.get("eos_token")
-    if isinstance(written, dict):
-        written = written.get("content")
-    number = inner.token_to_id(written) if isinstance(written, str) else None
-    if number is not None:
+    if (number := inner.token_to_id(special["eos_token"])) is not None:
         stops.add(number)
     return PretrainedTokenizer(
         inner,
         vocab_size=vocab_size,
         stops=frozenset(stops),
-        chat_template=template,
+        chat_template=template if isinstance(template, str) else None,
+        special=special,
     )
+
+
+def _written(token: Any) -> str:
+    """A token of tokenizer_config.json, which is a text or an object with one."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""
 
 
 def from_gguf(metadata: dict[str, Any], *, vocab_size: int) -> PretrainedTokenizer:
@@ -167,19 +182,26 @@ def from_gguf(metadata: dict[str, Any], *, vocab_size: int) -> PretrainedTokeniz
             added = tokenizers.AddedToken(token, special=is_what == _CONTROL)
             add = inner.add_special_tokens if added.special else inner.add_tokens
             add([added])
-    first = metadata.get("tokenizer.ggml.bos_token_id")
+    names = ("bos", "eos", "eot")
+    numbers = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names}
+    numbers = {
+        name: number
+        for name, number in numbers.items()
+        if type(number) is int and 0 <= number < len(tokens)
+    }
     before = metadata.get("tokenizer.ggml.add_bos_token", _begins(metadata, kind))
-    if before and type(first) is int and 0 <= first < len(tokens):
+    if before and "bos" in numbers:
+        first = tokens[numbers["bos"]]
         inner.post_processor = processors.TemplateProcessing(
-            single=[tokens[first], "$A"], special_tokens=[(tokens[first], first)]
+            single=[first, "$A"], special_tokens=[(first, numbers["bos"])]
         )
-    last = (metadata.get(f"tokenizer.ggml.{x}_token_id") for x in ("eos", "eot"))
     template = metadata.get("tokenizer.chat_template")
     return PretrainedTokenizer(
         inner,
         vocab_size=vocab_size,
-        stops=frozenset(x for x in last if type(x) is int),
+        stops=frozenset(numbers[name] for name in ("eos", "eot") if name in numbers),
         chat_template=template if isinstance(template, str) else None,
+        special={f"{name}_token": tokens[x] for name, x in numbers.items()},
     )
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from models.load import ModelFileError
 from models.pretrained import load_pretrained
 from models.tokenizer import train_bpe
-from models.transformer import with_attention
+from models.transformer import with_attention, with_length
 from models.vocabulary import from_folder
 
 HERE = Path(__file__).parent / "pretrained"
@@ -35,8 +35,9 @@ def logits(model, tokens):
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_those_of_transformers(name):
     tokens, want = expected(name)
-    model, _ = load_pretrained(HERE / name, context=tokens.shape[1])
-    got = logits(with_attention(model, "dense"), tokens)
+    model, _ = load_pretrained(HERE / name)
+    model = with_length(with_attention(model, "dense"), tokens.shape[1])
+    got = logits(model, tokens)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -148,6 +149,16 @@ def change(folder, **fields):
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be a"),
         (
             {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}},
+            "long_factor is missing",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0],
+                    "long_factor": [1.0],
+                }
+            },
             "longrope needs 3 divisors",
         ),
         ({"model_type": "qwen2", "layer_types": ["odd"]}, "layer_types is not"),
@@ -272,10 +283,16 @@ def test_a_folders_tokenizer(folder):
     assert tokenizer.token_bytes[inner.token_to_id("<|end|>")] == 0
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    (folder / "chat_template.jinja").write_text("hello")
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenizer.encode_chat([])
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}"
+    template += "{% endfor %}{% if add_generation_prompt %}model:{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
     tokenizer = from_folder(folder, vocab_size=300)
     assert tokenizer.stops == {5, 7, inner.token_to_id("<|end|>")}
-    assert tokenizer.chat_template == "hello"
+    tokens = tokenizer.encode_chat([{"role": "user", "content": "def"}])
+    assert inner.token_to_id("<|end|>") in tokens
+    assert tokenizer.decode(tokens) == b"user: defmodel:"
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(folder):

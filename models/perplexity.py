@@ -1,0 +1,180 @@
+"""How well a model predicts a text, and what its attention looked at meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import hsrjax
+from models.transformer import Transformer, with_length
+
+_PIECE = 256  # positions whose logits exist at the same time
+
+
+class Perplexity(NamedTuple):
+    """What `perplexity` found.
+
+    Attributes:
+      losses: f64[n, T], nats of each predicted token.
+      text_bytes: of the predicted tokens.
+      looked_at: f64[L, N], exact scores computed, as a share of the visible keys.
+      fired: f64[L, N], weights that are not zero, likewise.
+      missed_mass: f64[L, N], mean bound on the share of the softmax mass left out.
+      error_bound: f64[L, N], mean bound on the error of the output, maximum norm.
+    """
+
+    losses: np.ndarray
+    text_bytes: int
+    looked_at: np.ndarray
+    fired: np.ndarray
+    missed_mass: np.ndarray
+    error_bound: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss per token; infinite where that overflows."""
+        mean = float(self.losses.mean())
+        return math.exp(mean) if mean < 700 else math.inf
+
+    def summary(self) -> dict[str, float | int]:
+        """The means as plain numbers."""
+        return {
+            "perplexity": self.perplexity,
+            "nats_per_token": float(self.losses.mean()),
+            "bits_per_byte": float(
+                self.losses.sum() / math.log(2) / max(1, self.text_bytes)
+            ),
+            "tokens": int(self.losses.size),
+            "keys_looked_at": float(self.looked_at.mean()),
+            "keys_fired": float(self.fired.mean()),
+            "missed_mass_bound": float(self.missed_mass.mean()),
+            "error_bound": float(self.error_bound.mean()),
+        }
+
+
+def rows_of(
+    tokens: Sequence[int] | np.ndarray, *, context: int, limit: int | None = None
+) -> np.ndarray:
+    """A text as rows of context + 1 tokens, of which the first is only read.
+
+    Args:
+      tokens: of the whole text.
+      context: T, predicted tokens per row.
+      limit: the most rows, the first ones.
+
+    Returns:
+      i32[n, T + 1]; what is left at the end of the text is not used.
+
+    Raises:
+      ValueError: the text is shorter than a row.
+    """
+    if context < 1:
+        raise ValueError(f"context must be 1 or more tokens, got {context}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"rows must be 1 or more, got {limit}")
+    kept = np.asarray(tokens, np.int32)
+    rows = kept[: kept.size // (context + 1) * (context + 1)].reshape(-1, context + 1)
+    if not len(rows):
+        raise ValueError(
+            f"the text has {kept.size:,} tokens and a row needs {context + 1:,}: give "
+            "a longer text or a smaller --context"
+        )
+    return rows[:limit]
+
+
+def perplexity(
+    model: Transformer,
+    rows: np.ndarray,
+    *,
+    token_bytes: np.ndarray,
+    on_row: Callable[[np.ndarray], None] | None = None,
+) -> Perplexity:
+    """Reads rows one after the other, every position predicting the next.
+
+    Args:
+      model: any transformer; `with_attention` says how it attends.
+      rows: i32[n, T + 1].
+      token_bytes: i32[V], bytes of each token.
+      on_row: called with the losses f32[T] of each row.
+
+    Raises:
+      FloatingPointError: the model's losses became NaN or infinite.
+    """
+    graphdef, state = nnx.split(with_length(model, rows.shape[1]))
+    read = jax.jit(lambda state, row: _read(nnx.merge(graphdef, state), row))
+    losses, counts = [], []
+    for row in rows:
+        found = jax.device_get(read(state, jnp.asarray(row)))
+        if not np.isfinite(found[0]).all():
+            raise FloatingPointError(
+                "the model's losses are not finite: compute in float32"
+            )
+        losses.append(found[0])
+        counts.append(found[1])
+        if on_row is not None:
+            on_row(found[0])
+    shares = np.asarray(counts, np.float64).mean(axis=0)  # [4, L, N]
+    return Perplexity(
+        np.asarray(losses, np.float64),
+        int(token_bytes[rows[:, 1:]].sum()),
+        *shares,
+    )
+
+
+def _read(model: Transformer, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Losses f32[T] of a row i32[T + 1], and what attention did, f32[4, L, N]."""
+    inputs, targets = row[None, :-1], row[1:]
+    stream, infos = model.encode(inputs, return_info=True)
+    losses = jax.lax.map(
+        lambda pair: _loss(model, *pair),
+        (stream[0], targets),
+        batch_size=_PIECE,
+    )
+    assert infos is not None
+    length = inputs.shape[1]
+    return losses, jnp.stack([_measure(info, length) for info in infos], axis=1)
+
+
+def _loss(model: Transformer, stream: jax.Array, target: jax.Array) -> jax.Array:
+    logits = model.unembed(stream[None, None])[0, 0]
+    return jax.nn.logsumexp(logits) - logits[target]
+
+
+def _measure(info: hsrjax.Info, length: int) -> jax.Array:
+    """Shares of the visible keys, and mean bounds: f32[4, N]."""
+    visible = length * (length + 1) / 2
+
+    def over_rows(field: jax.Array) -> jax.Array:
+        return jnp.sum(field.astype(jnp.float32)[0], axis=0)
+
+    return jnp.stack(
+        [
+            over_rows(info.candidates) / visible,
+            over_rows(info.count) / visible,
+            over_rows(info.missed_mass) / length,
+            over_rows(info.error_bound) / length,
+        ]
+    )
+
+
+def table(found: Perplexity) -> list[dict[str, Any]]:
+    """What each head did, as lines of a CSV file."""
+    layers, heads = found.looked_at.shape
+    return [
+        {
+            "layer": layer,
+            "head": head,
+            "keys_looked_at": found.looked_at[layer, head],
+            "keys_fired": found.fired[layer, head],
+            "missed_mass_bound": found.missed_mass[layer, head],
+            "error_bound": found.error_bound[layer, head],
+        }
+        for layer in range(layers)
+        for head in range(heads)
+    ]

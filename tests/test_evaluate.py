@@ -1,0 +1,244 @@
+"""Perplexity by definition, published models from the command line, chat templates."""
+
+import csv
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from models import mapping
+from models.chat import render
+from models.config import ModelConfig
+from models.evaluate import main
+from models.families import model_config
+from models.generate import generate
+from models.generate import main as generate_main
+from models.load import by_name, model_item, save_run
+from models.opening import open_model
+from models.perplexity import perplexity, rows_of
+from models.tokenizer import train_bpe
+from models.transformer import Transformer, abstract_model, with_attention
+
+FIELDS = {
+    "model_type": "llama",
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "eos_token_id": 269,
+}
+TEMPLATE = (
+    "{% for m in messages %}<|end|>{{ m.role }}: {{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|end|>{% endif %}"
+)
+TEXT = "def f(self): return self.g(self)\n" * 40
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder as Hugging Face has them, with random weights and a tokenizer."""
+    folder = tmp_path_factory.mktemp("published")
+    config = model_config(FIELDS)
+    shapes = {
+        name: leaf.shape
+        for name, leaf in by_name(model_item(abstract_model(config))).items()
+        if name != "threshold_scale"
+    }
+    generator = np.random.default_rng(0)
+    tensors = {
+        part.name: generator.normal(0, 0.4, part.stored_shape).astype(np.float32)
+        for part in mapping.parts(config, mapping.HUGGING_FACE, shapes).values()
+    }
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(FIELDS))
+    inner = train_bpe(TEXT.encode(), vocab_size=256 + 13).inner
+    inner.add_special_tokens(["<|end|>"])
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+# --- perplexity ---
+
+
+def test_perplexity_by_definition(published):
+    opened = open_model(published)
+    model = with_attention(opened.model, "dense")
+    rows = rows_of(opened.tokenizer.encode(TEXT.encode()), context=21, limit=3)
+    assert rows.shape == (3, 22)
+    found = perplexity(model, rows, token_bytes=opened.tokenizer.token_bytes)
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    logits = np.asarray(run(state, jnp.asarray(rows[:, :-1])), np.float64)
+    chance = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    picked = np.take_along_axis(chance, rows[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found.losses, -np.log(picked), rtol=2e-5, atol=1e-6)
+    expected = math.exp(-np.log(picked).mean())
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    length = sum(len(opened.tokenizer.decode(row[1:])) for row in rows)
+    bits = -np.log2(picked).sum() / length
+    assert found.summary()["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    np.testing.assert_array_equal(found.looked_at, 1)
+    np.testing.assert_array_equal(found.error_bound, 0)
+    assert found.looked_at.shape == (2, 4)
+
+
+def test_command_writes_a_line_for_every_r_and_head(published, text, tmp_path, capsys):
+    words = ["perplexity", "--model", str(published), "--text", str(text)]
+    words += ["--context", "30", "--rows", "2", "--json"]
+    out = ["--attention", "top_r", "--r", "2", "64", "--out", str(tmp_path / "out")]
+    assert main([*words, *out]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    few, all_keys = json.loads(printed[-1])["results"]
+    assert main([*words, "--attention", "dense"]) == 0
+    dense = json.loads(capsys.readouterr().out.splitlines()[-1])["results"][0]
+    assert all_keys["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
+    assert few["perplexity"] != pytest.approx(dense["perplexity"], rel=1e-3)
+    # The r best of i keys, on average over i = 1 ... 30.
+    assert few["keys_fired"] == pytest.approx((1 + 2 * 29) / (30 * 31 / 2), rel=1e-5)
+    assert few["missed_mass_bound"] > 0 == all_keys["missed_mass_bound"]
+    with (tmp_path / "out" / "heads.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 2 * 2 * 4
+    assert {line["attention"] for line in lines} == {"top_r 2", "top_r 64"}
+    assert len((tmp_path / "out/perplexity.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no task was named"),
+        (["nonsense"], "no task is called nonsense: choose from perplexity"),
+        (["perplexity"], "missing"),
+        (["perplexity", "--model", "none", "--text", "none"], "none cannot be read"),
+        (["perplexity", "--contxt", "3"], "contxt"),
+    ],
+)
+def test_wrong_words_are_refused(words, message, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_texts_that_are_too_short_are_refused(published, text, tmp_path, capsys):
+    words = ["perplexity", "--model", str(published), "--text"]
+    (tmp_path / "empty").write_bytes(b"")
+    assert main([*words, str(tmp_path / "empty")]) == 2
+    assert "the text has 0 tokens and a row needs 2,049" in capsys.readouterr().err
+    assert main([*words, str(text), "--context", "0"]) == 2
+    assert "context must be 1 or more" in capsys.readouterr().err
+    assert main([*words, str(text), "--context", "5", "--rows", "0"]) == 2
+    assert "rows must be 1 or more" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+
+
+# --- published models in generate ---
+
+
+def test_a_published_model_continues_and_answers(published, capsys):
+    words = ["--model", str(published), "--prompt", "def", "--max-tokens", "4"]
+    assert generate_main([*words, "--json", "--ignore-stops"]) == 0
+    plain = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert plain["attention_kind"] == "softmax"
+    assert len(plain["tokens"][0]) == 4
+    chat = ["--chat", "--system", "be short", "--json", "--ignore-stops"]
+    assert generate_main([*words, *chat]) == 0
+    answered = json.loads(capsys.readouterr().out.splitlines()[-1])
+    tokenizer = open_model(published).tokenizer
+    said = [("system", "be short"), ("user", "def")]
+    said = [{"role": role, "content": content} for role, content in said]
+    length = len(tokenizer.encode_chat(said))
+    assert answered["prompt_tokens"] == [length]
+
+
+def test_a_stop_ends_its_row_alone(published):
+    model, tokenizer = open_model(published)
+    prompts = [tokenizer.encode(x).tolist() for x in (b"def", b"self.g", b"return")]
+    whole = generate(model, prompts, max_tokens=6).tokens
+    stops = frozenset({whole[0][2]})
+    seen = []
+    cut = generate(
+        model,
+        prompts,
+        max_tokens=6,
+        stops=stops,
+        on_token=lambda row, token: seen.append((row, token)),
+    ).tokens
+    for row, tokens in enumerate(whole):
+        ends = [place for place, token in enumerate(tokens) if token in stops]
+        expected = tokens[: ends[0]] if ends else tokens
+        assert cut[row] == expected
+        assert [token for x, token in seen if x == row] == expected
+    assert cut[0] == whole[0][: whole[0].index(whole[0][2])]
+    every = frozenset(token for row in whole for token in row[:1])
+    result = generate(model, prompts, max_tokens=50, stops=every)
+    assert result.tokens == [[], [], []]
+    assert result.decode.tokens <= 3
+
+
+def test_a_byte_model_does_not_chat(tmp_path, capsys):
+    config = ModelConfig(
+        num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16
+    )
+    save_run(tmp_path / "run", Transformer(config, rngs=nnx.Rngs(0)))
+    words = ["--model", str(tmp_path / "run"), "--prompt", "x", "--chat"]
+    assert generate_main(words) == 2
+    assert "was not trained to chat" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_tokenizer_is_refused(published, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((published / name).read_bytes())
+    assert generate_main(["--model", str(tmp_path), "--prompt", "x"]) == 2
+    assert "holds no tokenizer.json" in capsys.readouterr().err
+
+
+# --- chat templates ---
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for", "does not render"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.__class__.__mro__ }}", "does not render"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does not render"),
+        ("{{ cycler.__init__.__globals__.os.system('x') }}", "does not render"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{{ messages[9].content.x }}", "does not render"),
+        ("{{ 1 // 0 }}", "does not render"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "does too much"),
+        ("{% include '/etc/passwd' %}", "does not render"),
+    ],
+)
+def test_templates_are_kept_in_a_sandbox(template, words):
+    messages = [{"role": "user", "content": "hello"}]
+    with pytest.raises(ValueError, match=words):
+        render(template, messages, special={})
+
+
+def test_a_template_writes_the_conversation():
+    template = (
+        "{{ bos_token }}{%- for m in messages -%}\n"
+        "    {% if loop.first %}[{% endif %}{{ m['role'] }}={{ m.content | trim }}\n"
+        "{% endfor %}{% if add_generation_prompt %}]{% endif %}{{ {'a': 1} | tojson }}"
+    )
+    messages = [{"role": "user", "content": " hi "}]
+    got = render(template, messages, special={"bos_token": "<s>"})
+    assert got == '<s>[user=hi\n]{"a": 1}'
