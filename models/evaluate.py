@@ -1,58 +1,107 @@
 """What a model can do, measured: `python -m models.evaluate TASK --model PATH`.
 
-Tasks: perplexity. `python -m models.evaluate TASK --help` lists a task's options.
+perplexity  how well it predicts a text, with any attention
+needle      whether it finds a fact in a long text, by length and depth
+variables   whether it follows a chain of assignments through one
+words       whether it sees which words of a long list come back most often
+
+`python -m models.evaluate TASK --help` lists a task's options.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from models import retrieval, tasks
 from models.command import carry_out
 from models.load import write_atomic
 from models.opening import attending, open_model
 from models.perplexity import Perplexity, perplexity, rows_of, table
+from models.transformer import Transformer
 
-TASKS = ("perplexity",)
+Attention = Literal["dense", "hsr", "auto", "top_r", "epsilon"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Reads a text, every token predicted from those before it, and reports the loss.
-
-    With several values of --r or --epsilon, one line for each.
-    """
+class Options:
+    """What every task is told."""
 
     model: str
     """Folder of `python -m train`, folder of Hugging Face, or .gguf file."""
+    attention: Attention = "auto"
+    """The first three give the same results; top_r and epsilon approximate softmax."""
+    r: tuple[int, ...] = (64,)
+    """With --attention top_r: keys kept per query; several are measured in turn."""
+    epsilon: tuple[float, ...] = (1e-3,)
+    """With --attention epsilon: largest share of the mass left out; likewise."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the computation; None is the run's own, or float32."""
+    out: Path | None = None
+    """Folder for the tables and plots."""
+    json: bool = False
+    """End with one line on stdout that holds the results as JSON."""
+
+    def attended(self, model: Transformer) -> Iterator[tuple[str, Transformer]]:
+        """The model under each attention that was asked for, with its name."""
+        limits = {"top_r": self.r, "epsilon": self.epsilon}.get(self.attention)
+        if limits is None:
+            yield self.attention, attending(model, self.attention)
+        for limit in limits or ():
+            name = "r" if self.attention == "top_r" else "epsilon"
+            limited = attending(model, self.attention, **{name: limit})
+            yield f"{self.attention} {limit:g}", limited
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Read(Options):
+    """Reads a text, every token predicted from those before it, and reports the loss.
+
+    With --out, perplexity.csv has a line for each attention and heads.csv what every
+    head did.
+    """
+
     text: Path
     """Text file (UTF-8)."""
     context: int = 2048
     """Tokens per row; each row is read on its own."""
     rows: int | None = None
     """Rows to read at most, the first ones; None is the whole text."""
-    attention: Literal["dense", "hsr", "auto", "top_r", "epsilon"] = "auto"
-    """The first three give the same loss; top_r and epsilon approximate softmax."""
-    r: tuple[int, ...] = (64,)
-    """With --attention top_r: keys kept per query."""
-    epsilon: tuple[float, ...] = (1e-3,)
-    """With --attention epsilon: largest share of the softmax mass left out."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the computation; None is the run's own, or float32."""
-    out: Path | None = None
-    """Folder for perplexity.csv and heads.csv, what every head did."""
-    json: bool = False
-    """End with one line on stdout that holds the results as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ask(Options):
+    """Asks about long texts whose answers are known, and counts those that are found.
+
+    With --out, TASK.csv has a line for each question and TASK-ATTENTION.png is a map of
+    the scores by length (and depth).
+    """
+
+    contexts: tuple[int, ...] = (512, 1024, 2048)
+    """Tokens of question and answer together."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where the needle is, from 0 (the beginning) to 1 (the end)."""
+    samples: int = 3
+    """Questions for each context and depth."""
+    seed: int = 0
+    """Of the first question; the others follow."""
+    max_tokens: int = 32
+    """Tokens of an answer."""
+    chat: bool = False
+    """Ask by the model's chat template."""
+    text: Path | None = None
+    """Text whose sentences surround needles and variables; None is a filler."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,65 +117,100 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] in (["--help"], ["-h"]):
         print((__doc__ or "").strip())
         return 0
-    if not words or words[0] not in TASKS:
-        wanted = f"no task is called {words[0]}" if words else "no task was named"
+    task = words[0] if words else ""
+    kinds = ("perplexity", *tasks.KINDS)
+    if task not in kinds:
+        wanted = f"no task is called {task}" if words else "no task was named"
         print(
-            f"error: {wanted}: choose from {', '.join(TASKS)} "
+            f"error: {wanted}: choose from {', '.join(kinds)} "
             "(see python -m models.evaluate --help)",
             file=sys.stderr,
         )
         return 2
+    reads = task == "perplexity"
     return carry_out(
-        Measured,
+        Read if reads else Ask,
         words[1:],
-        _measure_all,
-        prog=f"python -m models.evaluate {words[0]}",
+        _read_text if reads else functools.partial(_ask, task),
+        prog=f"python -m models.evaluate {task}",
     )
 
 
-def _measure_all(command: Measured) -> None:
-    text = _read(command.text)
-    opened = open_model(command.model, dtype=command.dtype)
+def _read_text(options: Read) -> None:
+    text = _bytes_of(options.text)
+    opened = open_model(options.model, dtype=options.dtype)
     rows = rows_of(
-        opened.tokenizer.encode(text), context=command.context, limit=command.rows
+        opened.tokenizer.encode(text), context=options.context, limit=options.rows
     )
-    values: dict[str, tuple[Any, ...]] = {"top_r": command.r}
-    values["epsilon"] = command.epsilon
-    summaries, heads = [], []
-    for value in values.get(command.attention, (None,)):
-        limited = {} if value is None else {"r": int(value), "epsilon": value}
-        model = attending(opened.model, command.attention, **limited)
-        label = _label(command.attention, value)
+    lines, heads = [], []
+    for label, model in options.attended(opened.model):
         started = time.perf_counter()
         with tqdm(total=len(rows), desc=label, unit="row", file=sys.stderr) as bar:
-            losses: list[float] = []
-
-            def show(
-                loss: np.ndarray, bar: tqdm = bar, losses: list[float] = losses
-            ) -> None:
-                losses.append(float(loss.mean()))
-                bar.set_postfix_str(f"perplexity {np.exp(np.mean(losses)):.4g}")
-                bar.update()
-
             found = perplexity(
-                model, rows, token_bytes=opened.tokenizer.token_bytes, on_row=show
+                model,
+                rows,
+                token_bytes=opened.tokenizer.token_bytes,
+                on_row=functools.partial(_show_loss, bar, []),
             )
         seconds = time.perf_counter() - started
-        summaries.append({"attention": label, **found.summary(), "seconds": seconds})
+        lines.append({"attention": label, **found.summary(), "seconds": seconds})
         heads += [{"attention": label, **line} for line in table(found)]
         print(_sentence(label, found))
-    if command.out is not None:
-        command.out.mkdir(parents=True, exist_ok=True)
-        _write_csv(command.out / "perplexity.csv", summaries)
-        _write_csv(command.out / "heads.csv", heads)
-    if command.json:
-        about = {"model": command.model, "text": str(command.text)}
-        about |= {"context": command.context, "rows": len(rows)}
-        print(json.dumps(about | {"results": summaries}))
+    if options.out is not None:
+        _write_csv(options.out, "perplexity", lines)
+        _write_csv(options.out, "heads", heads)
+    if options.json:
+        about = {"model": options.model, "text": str(options.text)}
+        about |= {"context": options.context, "rows": len(rows)}
+        print(json.dumps(about | {"results": lines}))
 
 
-def _label(attention: str, value: float | None) -> str:
-    return attention if value is None else f"{attention} {value:g}"
+def _ask(kind: str, options: Ask) -> None:
+    plan = retrieval.Plan(
+        kind=kind,
+        contexts=options.contexts,
+        depths=options.depths,
+        samples=options.samples,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+        is_chat=options.chat,
+        haystack=retrieval.read_haystack(options.text),
+    )
+    opened = open_model(options.model, dtype=options.dtype)
+    lines, scores = [], {}
+    for label, model in options.attended(opened.model):
+        total = len(plan.cells)
+        with tqdm(total=total, desc=label, unit="question", file=sys.stderr) as bar:
+            found = retrieval.ask(
+                model,
+                opened.tokenizer,
+                plan,
+                on_answer=functools.partial(_show_score, bar, []),
+            )
+        lines += [{"attention": label, **line} for line in found]
+        scores[label] = float(np.mean([line["score"] for line in found]))
+        print(f"{label}: {scores[label]:.1%} of the answers found")
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            figure = retrieval.draw(found, label)
+            name = label.replace(" ", "-")
+            figure.savefig(options.out / f"{kind}-{name}.png", dpi=120)
+    if options.out is not None:
+        _write_csv(options.out, kind, lines)
+    if options.json:
+        print(json.dumps({"model": options.model, "scores": scores, "results": lines}))
+
+
+def _show_loss(bar: tqdm, losses: list[float], loss: np.ndarray) -> None:
+    losses.append(float(loss.mean()))
+    bar.set_postfix_str(f"perplexity {np.exp(np.mean(losses)):.4g}")
+    bar.update()
+
+
+def _show_score(bar: tqdm, scores: list[float], line: dict[str, Any]) -> None:
+    scores.append(line["score"])
+    bar.set_postfix_str(f"found {np.mean(scores):.1%}")
+    bar.update()
 
 
 def _sentence(label: str, found: Perplexity) -> str:
@@ -140,7 +224,7 @@ def _sentence(label: str, found: Perplexity) -> str:
     )
 
 
-def _read(path: Path) -> bytes:
+def _bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
@@ -149,12 +233,13 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
-def _write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
+def _write_csv(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     written = io.StringIO()
     writer = csv.DictWriter(written, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    write_atomic(path, written.getvalue())
+    write_atomic(folder / f"{name}.csv", written.getvalue())
 
 
 if __name__ == "__main__":

@@ -84,13 +84,16 @@ class PretrainedTokenizer:
                 self._texts[number] = text.encode()
         self.token_bytes = np.array([len(text) for text in self._texts], np.int32)
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """Tokens i32[n] of a text, with the first token that the model expects.
+    def encode(self, text: bytes, *, is_start: bool = True) -> np.ndarray:
+        """Tokens i32[n] of a text.
 
-        Bytes that are not UTF-8 become U+FFFD.
+        Args:
+          text: UTF-8; other bytes become U+FFFD.
+          is_start: begin with the token that the model expects first.
         """
         readable = text.decode("utf-8", errors="replace")
-        return np.array(self.inner.encode(readable).ids, np.int32)
+        found = self.inner.encode(readable, add_special_tokens=is_start)
+        return np.array(found.ids, np.int32)
 
     def encode_chat(self, messages: Sequence[Message]) -> np.ndarray:
         """Tokens i32[n] of a conversation and the beginning of the answer.
@@ -103,8 +106,7 @@ class PretrainedTokenizer:
                 "the model has no chat template: it continues texts, without --chat"
             )
         text = render(self._template, messages, special=self._special)
-        found = self.inner.encode(text, add_special_tokens=False)  # they are written
-        return np.array(found.ids, np.int32)
+        return self.encode(text.encode(), is_start=False)  # it is written
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         """The bytes of the tokens, which may end inside a character."""

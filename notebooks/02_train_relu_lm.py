@@ -50,6 +50,7 @@ if "google.colab" in sys.modules and not os.path.exists("hsrjax"):
     sys.path.insert(0, os.getcwd())
 
 # %%
+import argparse
 import dataclasses
 import pathlib
 import tempfile
@@ -62,6 +63,7 @@ from IPython.display import Image
 
 from models.generate import generate
 from models.load import load_run
+from models.opening import open_model
 from train import data, plots
 from train.config import PRESETS
 from train.loop import train
@@ -182,7 +184,38 @@ print(bytes(prompt + made["hsr"].tokens[0]).decode("utf-8", errors="replace"))
 # A model of this size has seen its text for a minute, and it shows. And at 256 keys
 # there is nothing to gain in time: reading everything is as fast. What this shows is
 # that sparsity can be trained, and that using it costs nothing in exactness.
+
+# %% [markdown]
+# ## A model that has read for an hour
 #
-# From here: `make demo` trains a larger one in a few minutes, `python -m train --help`
-# lists every option (`--data` takes a text of your own), and `python -m models.generate
-# --model RUN --prompt TEXT` writes with what you have trained.
+# `models/released/` holds a larger one, made by `python -m train --preset base` on the
+# same text, cut into byte pairs. Its model card says how it was trained and what it
+# cannot do. It was trained on rows of 1,024 tokens; here it continues the source of a
+# module of the standard library, a prompt that is eight times as long.
+
+# %%
+folder = pathlib.Path("models/released/python-2.8m")
+if not folder.exists():
+    folder = ".." / folder  # the notebook was started from its own folder
+released, tokenizer = open_model(folder)
+source = pathlib.Path(argparse.__file__).read_bytes()
+prompt = tokenizer.encode(source)[:8000].tolist()
+made = {
+    name: generate(released, [prompt], max_tokens=120, attention=name)
+    for name in ("dense", "hsr")
+}
+for name, result in made.items():
+    share = 100 * result.decode.keys_looked_at
+    print(
+        f"{name:6s} {result.decode.tokens_per_second:5.0f} tokens/s, "
+        f"{share:5.1f} % of the visible keys looked at"
+    )
+assert made["dense"].tokens == made["hsr"].tokens
+print("the tokens are equal\n")
+print(tokenizer.decode(prompt[-60:] + made["hsr"].tokens[0]).decode(errors="replace"))
+
+# %% [markdown]
+# From here: `make demo` trains a model in a few minutes, `python -m train --help` lists
+# every option (`--data` takes a text of your own), and `python -m models.generate
+# --model RUN --prompt TEXT` writes with what you have trained, or with a published
+# softmax model: a Hugging Face folder or a GGUF file.

@@ -1,8 +1,10 @@
 """Perplexity by definition, published models from the command line, chat templates."""
 
+import collections
 import csv
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models import mapping
+from models import mapping, tasks
 from models.chat import render
 from models.config import ModelConfig
 from models.evaluate import main
@@ -123,7 +125,7 @@ def test_command_writes_a_line_for_every_r_and_head(published, text, tmp_path, c
     ("words", "message"),
     [
         ([], "no task was named"),
-        (["nonsense"], "no task is called nonsense: choose from perplexity"),
+        (["nonsense"], "no task is called nonsense: choose from perplexity, needle"),
         (["perplexity"], "missing"),
         (["perplexity", "--model", "none", "--text", "none"], "none cannot be read"),
         (["perplexity", "--contxt", "3"], "contxt"),
@@ -146,6 +148,97 @@ def test_texts_that_are_too_short_are_refused(published, text, tmp_path, capsys)
     assert main([*words, str(text), "--context", "5", "--rows", "0"]) == 2
     assert "rows must be 1 or more" in capsys.readouterr().err
     assert main(["--help"]) == 0
+
+
+# --- tasks ---
+
+
+def words_of(text):
+    return len(text.split())
+
+
+@pytest.mark.parametrize("kind", tasks.KINDS)
+def test_a_task_fills_the_length_and_can_be_solved(kind):
+    short, long = (
+        tasks.make(kind, length=size, depth=0.5, seed=3, count=words_of)
+        for size in (250, 900)
+    )
+    for task, size in ((short, 250), (long, 900)):
+        whole = f"{task.text}\n{task.question}\n{task.beginning}"
+        assert size - 8 <= words_of(whole) <= size
+        assert task.score(" ".join(task.answers)) == 1
+        assert task.score("I do not know") == 0
+        for answer in task.answers:
+            assert answer in task.text
+    again = tasks.make(kind, length=250, depth=0.5, seed=3, count=words_of)
+    assert again == short
+    other = tasks.make(kind, length=250, depth=0.5, seed=4, count=words_of)
+    assert other.answers != short.answers
+
+
+def test_a_needle_is_at_its_depth():
+    def place(depth):
+        task = tasks.make("needle", length=600, depth=depth, seed=0, count=words_of)
+        return task.text.index(task.answers[0]) / len(task.text)
+
+    assert place(0.0) < 0.05
+    assert 0.45 < place(0.5) < 0.55
+    assert place(1.0) > 0.95
+
+
+def test_variables_follow_from_each_other():
+    task = tasks.make("variables", length=500, depth=0.0, seed=0, count=words_of)
+    values = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", task.text))
+    name, chain = task.answers[-1], []
+    while name in values:
+        chain.append(name)
+        name = values[name]
+    assert name in task.question
+    assert set(chain) == set(task.answers)
+    assert task.score(task.answers[0]) == 1 / 5
+
+
+def test_common_words_are_the_most_common():
+    task = tasks.make("words", length=600, depth=0.0, seed=0, count=words_of)
+    counted = collections.Counter(re.findall(r"[a-z]+", task.text))
+    assert {word for word, _ in counted.most_common(5)} == set(task.answers)
+
+
+def test_tasks_that_cannot_be_are_refused():
+    for options, message in (
+        ({"kind": "riddle"}, "no task is called riddle"),
+        ({"depth": 1.5}, "depth must lie between 0 and 1"),
+        ({"length": 9}, "9 tokens are too few"),
+    ):
+        given = {"kind": "needle", "length": 300, "depth": 0.0} | options
+        with pytest.raises(ValueError, match=message):
+            tasks.make(**given, seed=0, count=words_of)
+
+
+def test_questions_are_asked_and_drawn(published, tmp_path, capsys):
+    words = ["--model", str(published), "--contexts", "480", "--depths", "0", "1"]
+    words += ["--samples", "1", "--max-tokens", "3", "--out", str(tmp_path), "--json"]
+    assert main(["needle", *words, "--chat"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [line["depth"] for line in found] == [0, 1]
+    assert all(440 < line["prompt_tokens"] <= 477 for line in found)
+    assert all(line["score"] == 0 for line in found)  # the weights are random
+    assert (tmp_path / "needle-auto.png").read_bytes()[:4] == b"\x89PNG"
+    assert len((tmp_path / "needle.csv").read_text().splitlines()) >= 3
+
+
+def test_bad_plans_are_refused(published, tmp_path, capsys):
+    words = ["needle", "--model", str(published)]
+    (tmp_path / "empty").write_text(" ")
+    for more, message in (
+        (["--samples", "0"], "samples must be 1 or more"),
+        (["--contexts", "50"], "too few for a task"),
+        (["--depths", "2", "--contexts", "480"], "depth must lie between"),
+        (["--text", str(tmp_path / "none")], "cannot be read"),
+        (["--text", str(tmp_path / "empty")], "is empty"),
+    ):
+        assert main([*words, *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 # --- published models in generate ---

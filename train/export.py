@@ -119,6 +119,8 @@ def card(
         f"{model['num_heads']} query and {model['num_kv_heads']} key/value heads of "
         f"{model['head_dim']}"
     )
+    waits = options["threshold_schedule"] == "loss"
+    rise = "rising while the loss falls" if waits else "rising linearly"
     return f"""# {name}
 
 A {parameters / 1e6:.2f} M parameter language model with `{model["attention_kind"]}`
@@ -132,8 +134,8 @@ attention (ReLU to the power {model["relu_power"]}), trained by hsrjax.
 | training | {options["steps"]:,} steps of {options["batch"]} rows of \
 {options["row_length"]:,} tokens ({tokens / 1e6:.1f} M tokens), seed {options["seed"]} |
 | learning rate | {options["learning_rate"]:g}, AdamW, cosine |
-| thresholds | {options["threshold_start"]:g} to {options["threshold_end"]:g} over \
-{100 * options["threshold_fraction"]:.0f} % of the steps |
+| thresholds | from {options["threshold_start"]:g} to {options["threshold_end"]:g} times \
+what is expected of the largest of so many cosines, {rise} |
 | held-out loss | {last["validation_loss"]:.4f} nats per byte |
 | zero attention scores | {zeros:.2f} % of the visible ones, on held-out rows |
 
