@@ -134,8 +134,8 @@ attention (ReLU to the power {model["relu_power"]}), trained by hsrjax.
 | training | {options["steps"]:,} steps of {options["batch"]} rows of \
 {options["row_length"]:,} tokens ({tokens / 1e6:.1f} M tokens), seed {options["seed"]} |
 | learning rate | {options["learning_rate"]:g}, AdamW, cosine |
-| thresholds | from {options["threshold_start"]:g} to {options["threshold_end"]:g} times \
-what is expected of the largest of so many cosines, {rise} |
+| thresholds | from {options["threshold_start"]:g} to {options["threshold_end"]:g} \
+times what the largest of so many unrelated cosines would be, {rise} |
 | held-out loss | {last["validation_loss"]:.4f} nats per byte |
 | zero attention scores | {zeros:.2f} % of the visible ones, on held-out rows |
 
