@@ -199,7 +199,7 @@ def test_two_processes_train_what_one_does(config, finished, tmp_path, repo_root
     flags = "--xla_force_host_platform_device_count=4"
     command = [sys.executable, "-m", "train", "--preset", "micro", "--out", str(out)]
     names = ("data", "steps", "eval_every", "eval_rows", "checkpoint_every")
-    for name in (*names, "threshold_end"):
+    for name in (*names, "threshold_schedule", "threshold_end"):
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     command += ["--telemetry-rows", "0", "--data-parallel", "--distributed", "--json"]
     command += ["--coordinator", f"localhost:{port}", "--num-processes", "2"]
