@@ -6,7 +6,7 @@ Command, cost and result of each preset (`python -m train --preset NAME --out DI
 |--------|------------|------------|-------------|--------------|-----------------|
 | micro  | 0.02 M     | 0.01 M     | 2 CPU cores | 0.3          | about 3.0       |
 | tiny   | 0.89 M     | 0.8 M      | 2 CPU cores | 3            | 1.707           |
-| base   | 2.8 M      | 47 M       | 2 CPU cores | 76           | not measured    |
+| base   | 2.8 M      | 47 M       | 2 CPU cores | 83           | 0.679           |
 | small  | 25.3 M     | 164 M      | one GPU     | not measured | not measured    |
 
 `micro` is for tests and for trying an option; its loss means nothing.
