@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 Normalize = Literal["row_sum", "length", "none"]
 _NORMALIZE = ("row_sum", "length", "none")
+_TAILS = (1, 2, 4, 8, 16, 32)
 
 
 @functools.partial(
@@ -65,7 +66,9 @@ class ReLU:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["epsilon"], meta_fields=["top_r"]
+    jax.tree_util.register_dataclass,
+    data_fields=["epsilon"],
+    meta_fields=["top_r", "tail"],
 )
 @dataclasses.dataclass(frozen=True)
 class Softmax:
@@ -76,21 +79,29 @@ class Softmax:
         tied with the r-th are all kept. None keeps every key.
       epsilon: leave out keys that together hold at most this fraction of the row's
         softmax mass, 0 < epsilon < 1. May be traced.
+      tail: what is left out acts all the same, through sketches: each key by its
+        bounded score and by the 8-bit mean value of so many consecutive keys, 1, 2, 4,
+        8, 16 or 32. An approximation of *full* softmax, with a bound in `Info`, that
+        looks at no more keys: dense attention, which has all scores, is full softmax.
+        Gradients take the tail for constant. None drops what is left out.
 
     Raises:
-      ValueError: top_r < 1, epsilon outside (0, 1), or both given.
+      ValueError: top_r < 1, epsilon outside (0, 1), or both given; tail is no such
+        number, or nothing is left out.
 
     Example:
       >>> import hsrjax
       >>> hsrjax.Softmax(top_r=64)
-      Softmax(top_r=64, epsilon=None)
+      Softmax(top_r=64, epsilon=None, tail=None)
 
     Source: Chen et al. 2024, Definitions 1.1, B.1 and B.2; the epsilon rule is
-    Theorem 4.3 with a measured certificate in place of its assumption.
+    Theorem 4.3 with a measured certificate in place of its assumption. The tail is
+    not in the paper: see `hsrjax.tail`.
     """
 
     top_r: int | None = None
     epsilon: jax.typing.ArrayLike | None = None
+    tail: int | None = None
 
     def __post_init__(self):
         if self.top_r is not None and (not _is_integer(self.top_r) or self.top_r < 1):
@@ -107,6 +118,13 @@ class Softmax:
                 "Softmax: top_r and epsilon exclude each other, got "
                 f"top_r={self.top_r!r} and epsilon={self.epsilon!r}; give one of them."
             )
+        if self.tail is not None:
+            check_tail(self.tail)
+            if self.is_full:
+                raise ValueError(
+                    f"Softmax: tail={self.tail} is what keys left out contribute, got "
+                    "neither top_r nor epsilon; give one of them."
+                )
 
     @property
     def is_full(self) -> bool:
@@ -115,6 +133,22 @@ class Softmax:
 
 
 Activation = ReLU | Softmax
+
+
+def tail_of(activation: Activation) -> int | None:
+    """Keys that share a mean value where what is left out acts too, else None."""
+    return activation.tail if isinstance(activation, Softmax) else None
+
+
+def dense_twin(activation: Activation) -> Activation:
+    """What dense attention computes: full softmax where what is left out acts too."""
+    return activation if tail_of(activation) is None else Softmax()
+
+
+def check_tail(tail) -> None:
+    """Raises ValueError unless so many consecutive keys may share a mean value."""
+    if not _is_integer(tail) or tail not in _TAILS:
+        raise ValueError(f"tail must be None or one of {_TAILS}, got {tail!r}.")
 
 
 def _is_integer(value) -> bool:

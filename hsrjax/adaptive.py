@@ -80,7 +80,12 @@ def attend(
         return scored()
     tiles = cut(plan.tile)
     choose = lambda: reported.report(
-        activation, index, tiles, capacity=plan.capacity, parts=plan.parts
+        activation,
+        index,
+        values.sketch,
+        tiles,
+        capacity=plan.capacity,
+        parts=plan.parts,
     )
     gather = lambda sets: uncut(
         reported.attend_sets(

@@ -131,6 +131,12 @@ def select(
     return Selection(offset, shift, left_out, share)
 
 
+def everything(peak: jax.Array) -> Selection:
+    """The selection of rows that leave out none of the keys looked at."""
+    zeros = jnp.zeros_like(peak)
+    return Selection(zeros - jnp.inf, _finite(peak), zeros, zeros)
+
+
 def error_bound(
     selection: Selection,
     total: jax.Array,

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from hsrjax import adaptive, bitset, checks, memory, planner, reported, visible
 from hsrjax import index as index_module
 from hsrjax import shape as shape_module
-from hsrjax.activations import Activation
+from hsrjax import tail as tail_module
+from hsrjax.activations import Activation, check_tail, tail_of
 from hsrjax.attention import check_heads, check_query
 from hsrjax.index import Index
 from hsrjax.layout import heads_first, query_tiles
@@ -64,6 +65,7 @@ def init_cache(
     *,
     value_dim: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
+    tail: int | None = None,
 ) -> KVCache:
     """An empty cache (Algorithm 1, Init).
 
@@ -74,12 +76,16 @@ def init_cache(
       head_dim: H of the keys.
       value_dim: D of the values, None is H.
       dtype: of keys and values.
+      tail: keep the mean values that `Softmax(tail=...)` needs, of so many consecutive
+        tokens; None is none.
 
     Returns:
-      KVCache; per token and head H int8 bytes beside the keys and values.
+      KVCache; per token and head H int8 bytes beside the keys and values, and D / tail
+      more with a tail.
 
     Raises:
-      ValueError: a size below 1, H > 1024, or more room than there is memory.
+      ValueError: a size below 1, H > 1024, a tail that Softmax would refuse, or more
+        room than there is memory.
       TypeError: dtype is not float32, bfloat16 or float16.
 
     Example:
@@ -100,12 +106,17 @@ def init_cache(
         checks.check_positive(name, size)
     checks.check_float_dtype("dtype", jnp.dtype(dtype))
     checks.check_head_dim("head_dim", head_dim)
+    if tail is not None:
+        check_tail(tail)
     lead = (batch, num_kv_heads)
     memory.check_room("max_length", max_length, lead, head_dim, dtype, beside=value_dim)
     index = index_module.empty(lead, head_dim, max_keys=max_length, dtype=dtype)
     rows = jnp.zeros((*index.keys.shape[:-1], value_dim), dtype)
     values = reported.Values(
-        rows, jnp.zeros(lead, jnp.float32), jnp.zeros((*lead, value_dim), jnp.float32)
+        rows=rows,
+        bound=jnp.zeros(lead, jnp.float32),
+        poison=jnp.zeros((*lead, value_dim), jnp.float32),
+        sketch=None if tail is None else tail_module.sketch_values(rows, tail),
     )
     return KVCache(index, values, max_length)
 
@@ -164,10 +175,15 @@ def _extend(cache, key, value, lengths):
     slots = jnp.where(stored, slots, cache.values.rows.shape[-2])
     rows = heads_first(value)
     fresh = reported.summarize_values(jnp.where(stored[..., None], rows, 0))
+    rows, sketch = put_rows(cache.values.rows, slots, rows), cache.values.sketch
+    if sketch is not None:
+        first = cache.index.size // bitset.WORD
+        sketch = tail_module.sketch_again(sketch, rows, first, new)
     values = reported.Values(
-        rows=put_rows(cache.values.rows, slots, rows),
+        rows=rows,
         bound=jnp.maximum(cache.values.bound, fresh.bound),
         poison=cache.values.poison + fresh.poison,
+        sketch=sketch,
     )
     return KVCache(index, values, cache.max_length)
 
@@ -209,7 +225,11 @@ def reindex(cache: KVCache) -> KVCache:
 def _reindex(cache):
     index, order = index_module.in_spatial_order(cache.index)
     rows = jnp.take_along_axis(cache.values.rows, order[..., None], axis=-2)
-    values = cache.values._replace(rows=rows)
+    sketch = cache.values.sketch
+    if sketch is not None:
+        group = tail_module.group_of(sketch, rows)
+        sketch = tail_module.sketch_values(rows, group)
+    values = cache.values._replace(rows=rows, sketch=sketch)
     return dataclasses.replace(cache, index=index, values=values)
 
 
@@ -305,7 +325,10 @@ def plan_call(
     keys, values = cache.index.keys, cache.values.rows
     devices = memory.devices(query, keys)
     shape = shape_module.of_decode(query, keys, values, devices=devices)
-    return shape, planner.plan(activation, implementation, shape, capacity=capacity)
+    plan = planner.plan(activation, implementation, shape, capacity=capacity)
+    if plan.implementation != "dense":
+        _check_sketch(cache, tail_of(activation))
+    return shape, plan
 
 
 @functools.partial(jax.jit, static_argnames=("window", "sinks", "plan"))
@@ -364,6 +387,19 @@ def _check_decode(query, cache, activation, positions) -> None:
         checks.check_integer("positions", positions)
         expected = query.shape[:2]
         checks.check_equal("positions.shape", positions.shape, expected, "[B, T]")
+
+
+def _check_sketch(cache, tail) -> None:
+    values = cache.values
+    found = None
+    if values.sketch is not None:
+        found = tail_module.group_of(values.sketch, values.rows)
+    if tail is not None and found != tail:
+        raise ValueError(
+            f"activation has tail={tail}, which needs mean values of so many tokens in "
+            f"the cache, got a cache with tail={found}; make it with "
+            f"hsrjax.init_cache(..., tail={tail})."
+        )
 
 
 def _check_cache(cache) -> None:

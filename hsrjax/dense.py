@@ -17,6 +17,7 @@ from hsrjax import bitset, bounds, certificates, chunked
 from hsrjax.activations import (
     Activation,
     Softmax,
+    dense_twin,
     fires,
     normalize_rows,
     power_of,
@@ -55,6 +56,7 @@ def attend(
       Outputs f32[M, *B, Q, D] and Info, each [M, *B, Q]. Cost O(S (H + D)) a query,
       memory O(Q C) beside operands and results. First derivatives only with chunks.
     """
+    activation = dense_twin(activation)
     if chunk is not None:
         return _attend_chunks(
             activation, keys, values, ids, tiles, chunk=chunk, counted=counted
@@ -155,14 +157,12 @@ def _select(
 ) -> certificates.Selection:
     """What `certificates` selects when both bounds are the scores themselves."""
     peak, top = jnp.max(scores, axis=-1), None
-    zeros = jnp.zeros_like(peak)
     if activation.is_full:
-        shift = jnp.where(peak == -jnp.inf, 0.0, peak)
-        return certificates.Selection(zeros - jnp.inf, shift, zeros, zeros)
+        return certificates.everything(peak)
     if activation.top_r is None:
         offset = certificates.safe_offset(activation, scores, scores, sinks)
     else:
-        offset = zeros
+        offset = jnp.zeros_like(peak)
         wanted = activation.top_r + 1
         others = scores if sinks is None else jnp.where(sinks, -jnp.inf, scores)
         top = jax.lax.top_k(others, min(wanted, scores.shape[-1]))[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from hsrjax import checks, costs, memory
-from hsrjax.activations import Activation, Softmax
+from hsrjax.activations import Activation, Softmax, dense_twin
 from hsrjax.costs import Costs
 from hsrjax.shape import Shape
 
@@ -130,7 +130,7 @@ def lay_out(activation: Activation, shape: Shape, capacity: int | None = None) -
     tile, parts = _tile(shape.queries, shape.group)
     heads = shape.batch * shape.heads
     dense_tile, chunk = dense_tiling(
-        activation, queries=shape.queries, keys=shape.keys, heads=heads
+        dense_twin(activation), queries=shape.queries, keys=shape.keys, heads=heads
     )
     if capacity is None:
         # Few queries should need one run a set; of many sets, runs should end full.

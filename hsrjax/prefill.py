@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hsrjax import adaptive, reported
-from hsrjax.activations import Activation
+from hsrjax.activations import Activation, tail_of
 from hsrjax.index import build
 from hsrjax.layout import heads_first, query_tiles
 from hsrjax.planner import Plan
@@ -52,7 +52,7 @@ def prefill(
     index = build(heads_first(key), reorder=False)
     padding = index.keys.shape[-2] - key.shape[1]
     rows = jnp.pad(heads_first(value), [(0, 0), (0, 0), (0, padding), (0, 0)])
-    values = reported.summarize_values(rows)
+    values = reported.summarize_values(rows, tail_of(activation))
     cut = lambda tile: query_tiles(
         activation, query, visible, scale=scale, kv_heads=key.shape[2], tile=tile
     )

@@ -30,7 +30,8 @@ def attention(
       query: f[B, T, N, H].
       key: f[B, S, K, H].
       value: f[B, S, K, D].
-      activation: `hsrjax.ReLU` or `hsrjax.Softmax`; epsilon leaves nothing out.
+      activation: `hsrjax.ReLU` or `hsrjax.Softmax`; epsilon leaves nothing out, and
+        nor does top_r with a tail.
       is_causal: query i sees keys 0..i.
       segment_ids: i32[B, S]; queries see the keys of their own run of equal ids.
       window: query i sees keys i - window + 1..i, and the sinks.
@@ -76,9 +77,10 @@ def attention(
         weights = jnp.where(total == 0, 0.0, weights / jnp.where(total == 0, 1, total))
     else:
         scores = jnp.where(visible, scores, -jnp.inf)
-        if activation.top_r is not None and activation.top_r < k.shape[1]:
+        r = k.shape[1] if activation.tail else activation.top_r or k.shape[1]
+        if r < k.shape[1]:
             others = jnp.where(sink, -jnp.inf, scores)
-            kth = jnp.sort(others, axis=-1)[..., -activation.top_r, None]
+            kth = jnp.sort(others, axis=-1)[..., -r, None]
             scores = jnp.where((scores < kth) & ~sink, -jnp.inf, scores)
         weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("btns,bsnd->btnd", weights, v, precision="highest")

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hsrjax import bitset, bounds, certificates, gathered
+from hsrjax import tail as tail_module
 from hsrjax.activations import (
     Activation,
     Softmax,
@@ -40,7 +41,8 @@ class Info(NamedTuple):
         that its whole tile of queries reports.
       overflow: bool, the row's part of a tile reports more keys than capacity: they
         took further runs, exact as well.
-      missed_mass: f32, bound on the fraction of softmax mass left out; 0 for ReLU.
+      missed_mass: f32, bound on the fraction of softmax mass left out, or left to the
+        tail; 0 for ReLU.
       error_bound: f32, bound on the maximum-norm distance to full softmax in exact
         arithmetic, before rounding to the output's dtype; 0 where nothing is left out
         by definition (ReLU, full softmax).
@@ -62,11 +64,13 @@ class Values(NamedTuple):
       poison: f32[*B, D], 0 where all are finite, else NaN: in a dense product a
         non-finite value spoils its coordinate for every query, since 0 * inf is NaN,
         and the reported product must agree.
+      sketch: of the values, or None where no tail is asked for.
     """
 
     rows: jax.Array
     bound: jax.Array
     poison: jax.Array
+    sketch: tail_module.ValueSketch | None = None
 
 
 class Tiles(NamedTuple):
@@ -90,20 +94,23 @@ class Sets(NamedTuple):
       words: u32[M, *B, J, P/32].
       selection: f32[M, *B, J, R] each.
       rounding: f32[M, *B, J, R], bound on that of a score.
+      tail: f32[M, *B, J, R, ...], what all other keys contribute, or None.
     """
 
     words: jax.Array
     selection: certificates.Selection
     rounding: jax.Array
+    tail: tail_module.Tail | None = None
 
 
-def summarize_values(rows: jax.Array) -> Values:
-    """Values with their bound and poison. Cost O(P D)."""
+def summarize_values(rows: jax.Array, tail: int | None = None) -> Values:
+    """Values with their bound, poison and, for a tail, sketch. Cost O(P D)."""
     stopped = jax.lax.stop_gradient(rows).astype(jnp.float32)
     return Values(
         rows=rows,
         bound=jnp.max(jnp.abs(stopped), axis=(-2, -1)),
         poison=jnp.where(jnp.all(jnp.isfinite(stopped), axis=-2), 0.0, jnp.nan),
+        sketch=None if tail is None else tail_module.sketch_values(stopped, tail),
     )
 
 
@@ -129,25 +136,28 @@ def attend(
     Returns:
       Outputs f32[M, *B, Q, D] and Info, each [M, *B, Q].
     """
-    sets = report(activation, index, tiles, capacity=capacity, parts=parts)
+    sets = report(
+        activation, index, values.sketch, tiles, capacity=capacity, parts=parts
+    )
     return attend_sets(activation, index, values, tiles, sets, capacity=capacity)
 
 
 def report(
     activation: Activation,
     index: Index,
+    sketch: tail_module.ValueSketch | None,
     tiles: Tiles,
     *,
     capacity: int,
     parts: int,
 ) -> Sets:
     """The first half of `attend`: which keys the parts of every tile look at."""
-    frozen_index, frozen_tiles = jax.lax.stop_gradient((index, _in_parts(tiles, parts)))
+    index, cut = jax.lax.stop_gradient((index, _in_parts(tiles, parts)))
 
     def choose(_, tile):
-        return None, _choose(activation, frozen_index, tile, capacity=capacity)
+        return None, _choose(activation, index, sketch, tile, capacity=capacity)
 
-    return jax.lax.scan(choose, None, frozen_tiles)[1]
+    return jax.lax.scan(choose, None, cut)[1]
 
 
 def attend_sets(
@@ -161,7 +171,7 @@ def attend_sets(
     counted: bool = True,
 ) -> tuple[jax.Array, Info]:
     """The second half of `attend`: exact work over the keys of the sets."""
-    words, selection, rounding = sets
+    words, selection, rounding, tail = sets
     batch = tiles.offsets.ndim - 1
     cut = _in_parts(tiles, words.shape[-2])
     softmax = isinstance(activation, Softmax)
@@ -180,13 +190,25 @@ def attend_sets(
     )
     overflow = bitset.size(words) > capacity
     overflow = jnp.broadcast_to(overflow[..., None], sums[1].shape)
-    weighted, total, count, candidates, overflow, selection, rounding = jax.tree.map(
-        lambda x: _join(x, batch), (*sums, overflow, selection, rounding)
+    sums, overflow, selection, rounding, tail = jax.tree.map(
+        lambda x: _join(x, batch), (sums, overflow, selection, rounding, tail)
     )
+    weighted, total, count, candidates = sums
     weighted = weighted + values.poison[..., None, :][None]
-    out = normalize_rows(activation, weighted, total, tiles.visible.count())
+    mass = total
+    if tail is not None:
+        weighted, mass = weighted + tail.weighted, total + tail.total
+    out = normalize_rows(activation, weighted, mass, tiles.visible.count())
     missed = bound = jnp.zeros_like(total)
-    if softmax:
+    if tail is not None:
+        missed, bound = tail_module.error_bound(
+            tail,
+            total,
+            values.bound[..., None][None],
+            rounding,
+            keys=index.keys.shape[-2],
+        )
+    elif softmax:
         missed, bound = certificates.error_bound(
             selection, total, count, values.bound[..., None][None], rounding
         )
@@ -209,7 +231,14 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _choose(activation: Activation, index: Index, cut: Tiles, *, capacity: int) -> Sets:
+def _choose(
+    activation: Activation,
+    index: Index,
+    sketch: tail_module.ValueSketch | None,
+    cut: Tiles,
+    *,
+    capacity: int,
+) -> Sets:
     """The reported sets of one tile in parts, and for softmax what `select` finds."""
     batch, parts = cut.offsets.ndim - 2, cut.offsets.shape[-2]
     a, offsets, seen = jax.tree.map(lambda x: _join(x, batch), cut)
@@ -227,20 +256,31 @@ def _choose(activation: Activation, index: Index, cut: Tiles, *, capacity: int) 
     upper = jnp.where(visible, upper, -jnp.inf)
     offset = certificates.safe_offset(activation, lower, upper, sinks)
     kept = fires(upper, offset[..., None], power=None, sinks=sinks)
+    if activation.tail is not None:
+        kept |= ~tail_module.whole(visible, activation.tail)
     words = pack_parts(visible & kept, parts)
     best = _best_scores(
         activation, index, cut.queries, cut.visible, words, capacity=capacity
     )
     peak, top = jax.tree.map(lambda x: _join(x, batch), best)
-    selection = certificates.select(activation, peak, top, offset, lower, upper, sinks)
+    if activation.tail is None or sketch is None:
+        tail = None
+        selection = certificates.select(
+            activation, peak, top, offset, lower, upper, sinks
+        )
+    else:
+        looked_at = bitset.unpack(words)[..., None, :]
+        left_out = _join(_cut(visible, batch, parts) & ~looked_at, batch)
+        selection = certificates.everything(peak)
+        tail = tail_module.sums(sketch, lower, upper, left_out, selection.shift)
     rounding = bounds.score_rounding(index.sketch, a)
-    chosen = jax.tree.map(lambda x: _cut(x, batch, parts), (selection, rounding))
+    chosen = jax.tree.map(lambda x: _cut(x, batch, parts), (selection, rounding, tail))
     return Sets(words, *chosen)
 
 
 def _best_scores(activation, index, a, seen, words, *, capacity):
     """The exact scores that `certificates.select` asks for, of the reported keys."""
-    wanted = 0 if activation.top_r is None else activation.top_r + 1
+    wanted = activation.top_r + 1 if activation.top_r and not activation.tail else 0
     ranked = bitset.rank(words)
 
     def one_pass(i, best):

@@ -36,12 +36,13 @@ _LARGEST = {
     "relu_power": 16,
     "capacity": 2**31 - 1,
     "top_r": 2**31 - 1,
+    "tail": 32,
     "rotary_dim": 2**10,
     "window": 2**31 - 1,
     "nope_interval": 2**12,
 }
 _MAY_BE_NONE = ("value_dim", "qk_norm", "output_norm", "capacity", "top_r", "epsilon")
-_MAY_BE_NONE += ("rotary_dim", "rope_scaling", "window", "nope_interval")
+_MAY_BE_NONE += ("tail", "rotary_dim", "rope_scaling", "window", "nope_interval")
 _FLOATS = ("rope_theta", "norm_eps", "epsilon")
 
 
@@ -79,6 +80,8 @@ class ModelConfig:
       capacity: slots of the hsr implementation; None lets hsrjax choose.
       top_r: softmax only: keep the r best keys of every query. An approximation.
       epsilon: softmax only: leave out at most this share of the mass. Likewise.
+      tail: with either: what is left out acts through sketches, its values as means of
+        so many consecutive keys. See `hsrjax.Softmax`.
       rope_theta: base of the RoPE wavelengths.
       rope_scaling: how they are stretched for longer rows, see `models.rope`.
       rotary_dim: first dimensions of a query and key head that turn; None is all.
@@ -121,6 +124,7 @@ class ModelConfig:
     capacity: int | None = None
     top_r: int | None = None
     epsilon: float | None = None
+    tail: int | None = None
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     rotary_dim: int | None = None
@@ -295,4 +299,10 @@ def _check_together(config: ModelConfig) -> None:
         raise ValueError(
             f"ModelConfig: epsilon must lie between 0 and 1, got {config.epsilon}; "
             "1e-3 is a good start."
+        )
+    if config.tail is not None and (config.tail.bit_count() != 1 or not limited):
+        raise ValueError(
+            "ModelConfig: tail must be 1, 2, 4, 8, 16 or 32, with top_r or epsilon, "
+            f"which leave keys out, got tail={config.tail}, top_r={config.top_r} and "
+            f"epsilon={config.epsilon}."
         )

@@ -46,6 +46,9 @@ class Options:
     """With --attention top_r: keys kept per query; several are measured in turn."""
     epsilon: tuple[float, ...] = (1e-3,)
     """With --attention epsilon: largest share of the mass left out; likewise."""
+    tail: int | None = None
+    """With either: what is left out acts through sketches, its values as means of so
+    many consecutive keys (1 to 32; 1 is the most exact)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the computation; None is the run's own, or float32."""
     out: Path | None = None
@@ -57,11 +60,13 @@ class Options:
         """The model under each attention that was asked for, with its name."""
         limits = {"top_r": self.r, "epsilon": self.epsilon}.get(self.attention)
         if limits is None:
-            yield self.attention, attending(model, self.attention)
+            yield self.attention, attending(model, self.attention, tail=self.tail)
         for limit in limits or ():
             name = "r" if self.attention == "top_r" else "epsilon"
-            limited = attending(model, self.attention, **{name: limit})
-            yield f"{self.attention} {limit:g}", limited
+            options = {name: limit, "tail": self.tail}
+            limited = attending(model, self.attention, **options)
+            label = f"{self.attention} {limit:g}"
+            yield label if self.tail is None else f"{label} tail {self.tail}", limited
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

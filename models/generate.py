@@ -24,7 +24,7 @@ from models.decoding import Counts, Sampling, Session, check_request
 from models.opening import attending, open_model
 from models.sampling import check_sampling
 from models.tokenizer import Tokenizer
-from models.transformer import Transformer, with_attention, with_length
+from models.transformer import Transformer, with_config, with_length
 from models.vocabulary import PretrainedTokenizer
 
 MAX_LENGTH = 131_072
@@ -114,9 +114,7 @@ def generate(
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     if attention is not None:
         config = model.config
-        model = with_attention(
-            model, attention, top_r=config.top_r, epsilon=config.epsilon
-        )
+        model = with_config(model, dataclasses.replace(config, attention=attention))
     model = with_length(model, max(map(len, rows)) + max_tokens)
     session = Session(
         model,
@@ -207,6 +205,9 @@ class Options:
     """With --attention top_r: keys kept per query."""
     epsilon: float = 1e-3
     """With --attention epsilon: largest share of the softmax mass left out."""
+    tail: int | None = None
+    """With either: what is left out acts through sketches, its values as means of so
+    many consecutive keys (1 to 32; 1 is the most exact)."""
     max_length: int = MAX_LENGTH
     """Refuse prompts that would grow beyond this many tokens."""
     json: bool = False
@@ -245,11 +246,14 @@ def _run(options: Options) -> int:
         return _fail("no prompt was given; give at least one with --prompt TEXT", 2)
     try:
         opened = open_model(options.model, dtype=options.dtype)
-        tokenizer, limits = (
-            opened.tokenizer,
-            {"r": options.r, "epsilon": options.epsilon},
+        tokenizer = opened.tokenizer
+        model = attending(
+            opened.model,
+            options.attention,
+            r=options.r,
+            epsilon=options.epsilon,
+            tail=options.tail,
         )
-        model = attending(opened.model, options.attention, **limits)
         prompts = [_tokens(text, tokenizer, options) for text in texts]
         check_request(
             model,

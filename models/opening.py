@@ -55,14 +55,25 @@ def open_model(path: str | Path, *, dtype: ComputeDtype | None = None) -> Opened
 
 
 def attending(
-    model: Transformer, attention: str, *, r: int = 64, epsilon: float = 1e-3
+    model: Transformer,
+    attention: str,
+    *,
+    r: int = 64,
+    epsilon: float = 1e-3,
+    tail: int | None = None,
 ) -> Transformer:
     """The model under an attention of the command line.
 
     Raises:
-      ValueError: an approximation of softmax, and the model is of another kind.
+      ValueError: an approximation of softmax, and the model is of another kind; or a
+        tail, and nothing is left out.
     """
     if attention not in ("top_r", "epsilon"):
+        if tail is not None:
+            raise ValueError(
+                f"--tail {tail} is what keys left out contribute, and --attention "
+                f"{attention} leaves out none: use --attention top_r or epsilon."
+            )
         return with_attention(model, cast(Implementation, attention))
     if model.config.attention_kind != "softmax":
         raise ValueError(
@@ -71,8 +82,8 @@ def attending(
             "exact already; use --attention hsr."
         )
     if attention == "top_r":
-        return with_attention(model, "hsr", top_r=r)
-    return with_attention(model, "hsr", epsilon=epsilon)
+        return with_attention(model, "hsr", top_r=r, tail=tail)
+    return with_attention(model, "hsr", epsilon=epsilon, tail=tail)
 
 
 def _is_published(folder: Path) -> bool:

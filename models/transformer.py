@@ -254,6 +254,7 @@ class Transformer(nnx.Module):
                 config.head_dim,
                 value_dim=config.value_size,
                 dtype=jnp.dtype(config.dtype),
+                tail=config.tail,
             )
             for _ in range(config.num_layers)
         )
@@ -272,6 +273,7 @@ def with_attention(
     *,
     top_r: int | None = None,
     epsilon: float | None = None,
+    tail: int | None = None,
 ) -> Transformer:
     """The same parameters computed by another implementation.
 
@@ -280,6 +282,7 @@ def with_attention(
       attention: "dense", "hsr" or "auto".
       top_r: for softmax models, keep the r best keys of every query.
       epsilon: for softmax models, leave out at most this share of the mass.
+      tail: with either, what is left out acts through sketches (`hsrjax.Softmax`).
 
     Returns:
       A model that shares the arrays of `model`.
@@ -287,8 +290,10 @@ def with_attention(
     Raises:
       ValueError: top_r or epsilon on a model whose attention is not softmax.
     """
-    changes = {"attention": attention, "top_r": top_r, "epsilon": epsilon}
-    return with_config(model, dataclasses.replace(model.config, **changes))
+    config = dataclasses.replace(
+        model.config, attention=attention, top_r=top_r, epsilon=epsilon, tail=tail
+    )
+    return with_config(model, config)
 
 
 def with_length(model: Transformer, tokens: int) -> Transformer:

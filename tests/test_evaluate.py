@@ -121,6 +121,23 @@ def test_command_writes_a_line_for_every_r_and_head(published, text, tmp_path, c
     assert len((tmp_path / "out/perplexity.csv").read_text().splitlines()) == 3
 
 
+def test_what_is_left_out_acts_through_its_sketch(published, text, capsys):
+    words = ["perplexity", "--model", str(published), "--text", str(text)]
+    words += ["--context", "60", "--rows", "2", "--json", "--attention"]
+    found = {}
+    for name, more in {
+        "dense": [],
+        "plain": ["--r", "2"],
+        "tail": ["--r", "2", "--tail", "1"],
+    }.items():
+        assert main([*words, "top_r" if more else name, *more]) == 0
+        results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+        found[name] = results[0]["perplexity"]
+    assert results[0]["attention"] == "top_r 2 tail 1"
+    off = {name: abs(found[name] - found["dense"]) for name in ("plain", "tail")}
+    assert 0 < off["tail"] < 0.05 * off["plain"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

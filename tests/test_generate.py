@@ -306,6 +306,8 @@ def test_command_refuses_in_one_sentence(run, capsys, arguments, message):
     [
         (["--attention", "top_r", "--r", "0"], "top_r must be an integer from 1"),
         (["--attention", "epsilon", "--epsilon", "2"], "epsilon must lie between"),
+        (["--attention", "hsr", "--tail", "8"], "use --attention top_r or epsilon"),
+        (["--attention", "top_r", "--tail", "5"], "got tail=5"),
     ],
 )
 def test_command_checks_the_softmax_options(tmp_path, capsys, options, message):

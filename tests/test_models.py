@@ -373,6 +373,8 @@ def test_config_survives_json():
             {"attention_kind": "softmax", "epsilon": 0.1, "top_r": 4},
             "top_r and epsilon exclude each other",
         ),
+        ({"attention_kind": "softmax", "tail": 8}, "tail must be 1, 2, 4, 8, 16 or 32"),
+        ({"attention_kind": "softmax", "top_r": 4, "tail": 3}, "got tail=3"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):

@@ -1,0 +1,202 @@
+"""What is left out acts through sketches, and within the bound that is promised."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hsrjax
+from hsrjax import tail as tail_module
+from tests.contract import SEGMENTS, SHAPE, inputs, reference_attention
+
+TAILS = (1, 2, 8, 32)
+LIMITS = [{"top_r": 5}, {"epsilon": 0.3}]
+VISIBLE = [
+    {"is_causal": True},
+    {"is_causal": False},
+    {"is_causal": True, "window": 12, "sinks": 2},
+    {"is_causal": False, "segment_ids": SEGMENTS},
+]
+
+
+def softmax(limit, tail):
+    return hsrjax.Softmax(**limit, tail=tail)
+
+
+def attend(query, key, value, *, activation, **options):
+    call = functools.partial(
+        hsrjax.attention, implementation="hsr", return_info=True, **options
+    )
+    return jax.jit(call)(query, key, value, activation=activation)
+
+
+def grown(key, value, tail, pieces=(5, 1, 40, 33)):
+    """A cache that was filled piece by piece."""
+    b, s, kv_heads, h = key.shape
+    size = value.shape[-1]
+    cache = hsrjax.init_cache(b, s + 9, kv_heads, h, value_dim=size, tail=tail)
+    at = 0
+    while at < s:
+        for piece in pieces:
+            cut = slice(at, min(at + piece, s))
+            if cut.start < cut.stop:
+                cache = hsrjax.extend(cache, key[:, cut], value[:, cut])
+            at = cut.stop
+    return cache
+
+
+def errors(out, expected):
+    return np.abs(np.asarray(out, np.float64) - np.asarray(expected)).max(-1)
+
+
+@pytest.mark.parametrize("visible", VISIBLE)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("limit", LIMITS)
+def test_within_its_bound_of_full_softmax(limit, tail, visible):
+    query, key, value, _ = inputs(SHAPE)
+    query = 2 * query
+    out, info = attend(query, key, value, activation=softmax(limit, tail), **visible)
+    full = reference_attention(
+        query, key, value, activation=hsrjax.Softmax(), **visible
+    )
+    assert (errors(out, full) <= np.asarray(info.error_bound)).all()
+    assert (np.asarray(info.missed_mass) <= 1).all()
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_every_value_of_its_own_is_nearly_exact(limit):
+    query, key, value, _ = inputs((1, 200, 200, 4, 2, 16, 24))
+    query = 2 * query
+    full = reference_attention(
+        query, key, value, activation=hsrjax.Softmax(), is_causal=True
+    )
+    worst = {}
+    for tail in (None, 1, 32):
+        activation = softmax(limit, tail)
+        out, info = attend(query, key, value, activation=activation, is_causal=True)
+        worst[tail] = errors(out, full).max()
+        assert (errors(out, full) <= np.asarray(info.error_bound)).all()
+        assert worst[tail] > 0 or tail is None
+    assert worst[1] < 0.02 * worst[None] and worst[32] < 0.6 * worst[None]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_values_of_any_size(scale):
+    query, key, value, _ = inputs(SHAPE)
+    value = value * scale
+    activation = softmax({"top_r": 2}, 8)
+    out, info = attend(query, key, value, activation=activation)
+    full = reference_attention(query, key, value, activation=hsrjax.Softmax())
+    assert (errors(out, full) <= np.asarray(info.error_bound)).all()
+
+
+def test_the_sketch_is_within_its_radius():
+    value = 3 * jax.random.normal(jax.random.key(3), (2, 64, 5))
+    for tail in TAILS:
+        sketch = tail_module.sketch_values(value, tail)
+        assert tail_module.group_of(sketch, value) == tail
+        coded = np.float64(sketch.scale)[..., None] * np.asarray(sketch.codes)
+        off = np.abs(np.repeat(coded, tail, axis=1) - np.asarray(value)).max(-1)
+        radius = np.repeat(np.asarray(sketch.radius), tail, axis=1)
+        assert (off <= radius).all()
+        assert radius.max() <= off.max() * 1.001 + 1e-6
+
+
+def test_dense_has_all_scores():
+    query, key, value, _ = inputs(SHAPE)
+    full = hsrjax.attention(query, key, value, activation=hsrjax.Softmax())
+    activation = softmax({"top_r": 2}, 16)
+    dense, info = hsrjax.attention(
+        query,
+        key,
+        value,
+        activation=activation,
+        implementation="dense",
+        return_info=True,
+    )
+    np.testing.assert_allclose(dense, full, atol=1e-6)
+    assert (np.asarray(info.error_bound) == 0).all()
+
+
+def test_no_value_that_a_query_must_not_see_reaches_it():
+    query, key, value, _ = inputs(SHAPE)
+    activation = softmax({"top_r": 1}, 8)
+    options = {"activation": activation, "is_causal": True, "window": 20}
+    out, _ = attend(query, key, value, **options)
+    later, _ = attend(query, key, value.at[:, 30:].add(1e3), **options)
+    earlier, _ = attend(query, key, value.at[:, :9].add(1e3), **options)
+    np.testing.assert_array_equal(out[:, :30], later[:, :30])
+    np.testing.assert_array_equal(out[:, 28:], earlier[:, 28:])
+    assert (np.asarray(out[:, 30:]) != np.asarray(later[:, 30:])).any()
+
+
+def test_a_value_that_is_no_number_spoils_its_coordinate_alone():
+    query, key, value, _ = inputs(SHAPE)
+    value = value.at[0, 3, 0, 2].set(jnp.nan)
+    out, _ = attend(query, key, value, activation=softmax({"top_r": 2}, 8))
+    spoiled = np.isnan(np.asarray(out))
+    assert spoiled[0, :, :2, 2].all()
+    assert spoiled.sum() == 37 * 2
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_cache_that_grew_is_as_good(tail):
+    query, key, value, _ = inputs((2, 3, 90, 4, 2, 16, 16))
+    cache = grown(key, value, tail)
+    whole = tail_module.sketch_values(cache.values.rows, tail)
+    for one, other in zip(cache.values.sketch, whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+    activation = softmax({"top_r": 4}, tail)
+    out, info = hsrjax.decode_attention(
+        query, cache, activation=activation, implementation="hsr"
+    )
+    padded = jnp.pad(query, [(0, 0), (87, 0), (0, 0), (0, 0)])
+    full = reference_attention(
+        padded, key, value, activation=hsrjax.Softmax(), is_causal=True
+    )[:, 87:]
+    assert (errors(out, full) <= np.asarray(info.error_bound)).all()
+    assert (np.asarray(info.candidates) < 90).any()
+
+
+def test_a_cache_in_spatial_order():
+    query, key, value, _ = inputs((1, 2, 90, 2, 1, 4, 8))
+    cache = hsrjax.reindex(grown(key, value, 8))
+    activation = softmax({"top_r": 4}, 8)
+    out, info = hsrjax.decode_attention(
+        query, cache, activation=activation, implementation="hsr"
+    )
+    padded = jnp.pad(query, [(0, 0), (88, 0), (0, 0), (0, 0)])
+    full = reference_attention(
+        padded, key, value, activation=hsrjax.Softmax(), is_causal=True
+    )[:, 88:]
+    assert (errors(out, full) <= np.asarray(info.error_bound)).all()
+
+
+def test_gradients_take_the_tail_for_constant():
+    query, key, value, cotangent = inputs((1, 40, 40, 2, 1, 16, 8))
+
+    def loss(value):
+        out, _ = attend(query, key, value, activation=softmax({"top_r": 3}, 4))
+        return jnp.vdot(out, cotangent)
+
+    gradient = jax.grad(loss)(value)
+    assert np.isfinite(gradient).all() and (np.asarray(gradient) != 0).any()
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="tail must be None or one of"):
+        hsrjax.Softmax(top_r=2, tail=3)
+    with pytest.raises(ValueError, match="neither top_r nor epsilon"):
+        hsrjax.Softmax(tail=8)
+    with pytest.raises(ValueError, match="tail must be None or one of"):
+        hsrjax.init_cache(1, 8, 1, 4, tail=64)
+    query, key, value, _ = inputs((1, 1, 40, 2, 1, 4, 8))
+    activation = softmax({"top_r": 2}, 8)
+    for tail in (None, 4):
+        cache = grown(key, value, tail)
+        with pytest.raises(ValueError, match=f"got a cache with tail={tail}"):
+            hsrjax.decode_attention(
+                query, cache, activation=activation, implementation="hsr"
+            )
