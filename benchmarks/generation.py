@@ -3,8 +3,8 @@
 One prompt of held-out text is read once; then every implementation goes on from a copy
 of the same caches, in turns of a few tokens, drawing greedily. What is timed is what
 `models.generate` runs: a jitted step and the token's way to the host. The tokens must
-be the same. Beside it the same with a short prompt: what a step takes without a long
-cache.
+be the same, but for approximations of softmax. Beside it the same with a short prompt:
+what a step takes without a long cache.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from benchmarks import report
 from benchmarks.common import Results, Settings
 from models.config import Implementation
 from models.decoding import Sampling, Session
-from models.load import load_run, read_run_config
-from models.tokenizer import load_tokenizer
-from models.transformer import Transformer, with_attention
+from models.load import read_run_config
+from models.opening import attending, is_published, open_model
+from models.tokenizer import Tokenizer
+from models.transformer import Transformer, with_config
 from train.data import load_corpus
 from train.length import held_out
 
@@ -33,6 +34,7 @@ CONTEXTS = (1024, 4096, 16384, 65536)
 SHORT = 128
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("dense", "hsr", "auto")
 TURN = 25
+_PUBLISHED_BYTES = 2**20
 """Tokens in a row; the first of a turn is not timed."""
 
 
@@ -41,13 +43,19 @@ class Command(Settings):
     """Times the decoding of a trained model by dense, hsr and auto."""
 
     model: Path = Path()
-    """Run folder, or released model."""
+    """Run folder or released model, Hugging Face folder, or .gguf file."""
     contexts: tuple[int, ...] = ()
     """Tokens of the prompt: 1,024 to 65,536; with --quick, 256."""
     tokens: int | None = None
     """Tokens to draw by each: 1,000; with --quick, 50."""
     data: str | None = None
-    """Text of the prompt, where it is not that of the run."""
+    """Text of the prompt, where it is not that of the run, as for training."""
+    r: tuple[int, ...] = ()
+    """Softmax models: race the r best keys of every query too."""
+    epsilon: tuple[float, ...] = ()
+    """Softmax models: race all keys but a share of the mass too."""
+    tail: int | None = None
+    """With either: once more with what is left out acting through sketches."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be measured."""
@@ -60,8 +68,9 @@ class Command(Settings):
 
 def run(command: Command) -> Results:
     """Measures every context."""
-    model = load_run(command.model)
-    text = _text(command, model)
+    model, tokenizer = open_model(command.model)
+    text = _text(command, tokenizer)
+    models = _entrants(command, model)
     contexts = command.contexts or ((256,) if command.quick else CONTEXTS)
     tokens = command.tokens or (2 * TURN if command.quick else 1000)
     if text.size < max(contexts):
@@ -71,14 +80,14 @@ def run(command: Command) -> Results:
         )
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
-    rest = _race(model, text[:SHORT], tokens=4 * TURN)
+    rest = _race(models, text[:SHORT], tokens=4 * TURN)
     base = {name: one["ms"] for name, one in rest.items()}
     for context in contexts:
-        found = _race(model, text[:context], tokens=tokens)
+        found = _race(models, text[:context], tokens=tokens)
         dense = found["dense"]
         for name, one in found.items():
             same = int(np.sum(np.equal(one["tokens"], dense["tokens"])))
-            if same != tokens:
+            if same != tokens and name in IMPLEMENTATIONS:
                 wrong.append(f"{name}, {context:,} keys: {same} of {tokens} tokens")
             rows.append(
                 {
@@ -107,10 +116,33 @@ def run(command: Command) -> Results:
     return Results(rows, summary, {"generation.png": _draw(rows)}, wrong)
 
 
-def _text(command: Command, model: Transformer) -> np.ndarray:
-    """Held-out text of the run as tokens, its stretches one after the other."""
+def _entrants(command: Command, model: Transformer) -> dict[str, Transformer]:
+    """The model under every attention that is raced; they share its parameters."""
+    # Full softmax leaves no key out.
+    full = model.config.attention_kind == "softmax"
+    names = ("dense",) if full else IMPLEMENTATIONS
+    models = {name: attending(model, name) for name in names}
+    limits: list[tuple[str, dict[str, Any]]] = [
+        *(("top_r", {"r": r}) for r in command.r),
+        *(("epsilon", {"epsilon": epsilon}) for epsilon in command.epsilon),
+    ]
+    for tail in dict.fromkeys((None, command.tail)):
+        for name, limit in limits:
+            label = f"{name} {next(iter(limit.values())):g}"
+            label += "" if tail is None else f" tail {tail}"
+            models[label] = attending(model, name, **limit, tail=tail)
+    return models
+
+
+def _text(command: Command, tokenizer: Tokenizer) -> np.ndarray:
+    """Held-out text of the run as tokens, its stretches one after the other.
+
+    Published models read from the beginning.
+    """
+    if is_published(command.model):
+        corpus = load_corpus(command.data or "")
+        return tokenizer.encode(bytes(corpus.data[:_PUBLISHED_BYTES]))
     _, options = read_run_config(command.model)
-    tokenizer = load_tokenizer(command.model, vocab_size=model.config.vocab_size)
     path = options.get("data", "") if command.data is None else command.data
     corpus = load_corpus(path).tokenized(tokenizer)
     row_length = int(options.get("row_length", 1024))
@@ -118,13 +150,12 @@ def _text(command: Command, model: Transformer) -> np.ndarray:
 
 
 def _race(
-    model: Transformer, prompt: np.ndarray, *, tokens: int
+    models: dict[str, Transformer], prompt: np.ndarray, *, tokens: int
 ) -> dict[str, dict[str, Any]]:
     """Draws tokens by every implementation in turns; what was found, by name."""
-    models = {name: with_attention(model, name) for name in IMPLEMENTATIONS}
     started = time.perf_counter()
     read = Session(
-        models["auto"],
+        _reader(models),
         [prompt.tolist()],
         max_tokens=tokens + 1,
         sampling=Sampling(),
@@ -137,10 +168,22 @@ def _race(
         for turn in range(-(-tokens // TURN)):
             number = min(TURN, tokens - turn * TURN)
             names = list(runs)
-            for name in names[turn % 3 :] + names[: turn % 3]:
+            first_up = turn % len(names)
+            for name in names[first_up:] + names[:first_up]:
                 runs[name].draw(number)
             bar.update(number)
     return {name: one.results() | {"prefill_s": prefill} for name, one in runs.items()}
+
+
+def _reader(models: dict[str, Transformer]) -> Transformer:
+    """What reads the prompt exactly, into a cache that all can go on from."""
+    tails = {model.config.tail: model for model in models.values()}
+    with_sketch = next((model for tail, model in tails.items() if tail), None)
+    if with_sketch is None:
+        return models.get("auto", models["dense"])
+    return with_config(
+        with_sketch, dataclasses.replace(with_sketch.config, attention="dense")
+    )
 
 
 class _Run:

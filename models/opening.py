@@ -40,7 +40,7 @@ def open_model(path: str | Path, *, dtype: ComputeDtype | None = None) -> Opened
       TokenizerError: likewise for the tokenizer's.
     """
     path = Path(path)
-    if path.is_file() or _is_published(path):
+    if is_published(path):
         model, tokenizer = load_pretrained(path, dtype=dtype or "float32")
         if tokenizer is None:
             raise ModelFileError(
@@ -86,10 +86,12 @@ def attending(
     return with_attention(model, "hsr", epsilon=epsilon, tail=tail)
 
 
-def _is_published(folder: Path) -> bool:
-    """Whether a folder's config.json is one of Hugging Face."""
+def is_published(path: Path) -> bool:
+    """Whether a path is a file, or a folder whose config.json is Hugging Face's."""
+    if path.is_file():
+        return True
     try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     return (

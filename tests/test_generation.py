@@ -15,12 +15,17 @@ from train.loop import train
 
 @pytest.fixture(scope="module")
 def model(text, tmp_path_factory):
+    return trained(text, tmp_path_factory.mktemp("runs") / "run")
+
+
+def trained(text, out, **changes):
     import jax
 
-    out = tmp_path_factory.mktemp("runs") / "run"
     config = dataclasses.replace(
         PRESETS["micro"], data=str(text), steps=20, eval_every=20, telemetry_rows=0
     )
+    shape = dataclasses.replace(config.model, **changes)
+    config = dataclasses.replace(config, model=shape)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         train(config, out, progress=False)
     return out
@@ -43,6 +48,20 @@ def test_small_run(model, tmp_path, capsys):
         assert float(row["keys_fired_percent"]) <= float(row["keys_looked_at_percent"])
     assert found["summary"]["dense_256"] == 1
     assert (tmp_path / "generate" / "generation.png").exists()
+
+
+def test_approximations_of_softmax_race_too(text, tmp_path, capsys):
+    run = trained(text, tmp_path / "run", attention_kind="softmax")
+    words = ["generate", "--model", str(run), "--quick", "--json", "--r", "4", "1000"]
+    assert main([*words, "--tail", "1", "--out", str(tmp_path)]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    found = {row["implementation"]: row for row in rows}
+    plain = ["dense", "top_r 4", "top_r 1000"]
+    assert list(found) == [*plain, "top_r 4 tail 1", "top_r 1000 tail 1"]
+    for name in ("dense", "top_r 1000", "top_r 1000 tail 1"):
+        assert found[name]["equal_tokens"] == 50
+    for name in ("top_r 4", "top_r 4 tail 1"):
+        assert found[name]["keys_looked_at_percent"] < 50
 
 
 def test_other_tokens_are_an_error(model, tmp_path, capsys, monkeypatch):
