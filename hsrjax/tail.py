@@ -151,11 +151,14 @@ def sums(
     codes = sketch.codes.astype(jnp.float32)
     scaled = by_group * sketch.scale[..., None, :]
     off = jnp.sum(by_group * sketch.radius[..., None, :], axis=-1)
-    wrong = jnp.sum(weights * jnp.expm1(half), axis=-1)
+    blocks = (*weights.shape[:-1], -1, WORD)  # share a slack: one exponential each
+    widest = jnp.max(half.reshape(blocks), axis=-1)
+    wrong = jnp.sum(weights.reshape(blocks), axis=-1) * jnp.expm1(widest)
+    wrong, total = jnp.sum(wrong, axis=-1), jnp.sum(by_group, axis=-1)
     return Tail(
         weighted=bounds.product("...qg,...gd->...qd", scaled, codes),
-        total=jnp.sum(by_group, axis=-1),
-        most=jnp.sum(weights * jnp.exp(half), axis=-1),
+        total=total,
+        most=total + wrong,
         error=jnp.stack([off, wrong], axis=-1),
     )
 
