@@ -104,6 +104,18 @@ def test_the_sketch_is_within_its_radius():
         assert radius.max() <= off.max() * 1.001 + 1e-6
 
 
+def test_the_bound_covers_values_that_differ_within_a_group():
+    """Signs are coded without error, so only the mean values are off."""
+    query, key, value, _ = inputs((1, 4, 64, 2, 1, 16, 8))
+    query, key = jnp.sign(query), jnp.sign(key)
+    activation = softmax({"top_r": 2}, 8)
+    out, info = attend(query, key, value, activation=activation)
+    full = reference_attention(query, key, value, activation=hsrjax.Softmax())
+    off, bound = errors(out, full), np.asarray(info.error_bound)
+    assert (off <= bound).all()
+    assert off.max() > 0.01 and (bound < 40 * off.max()).all()
+
+
 def test_dense_has_all_scores():
     query, key, value, _ = inputs(SHAPE)
     full = hsrjax.attention(query, key, value, activation=hsrjax.Softmax())
