@@ -34,8 +34,8 @@ CONTEXTS = (1024, 4096, 16384, 65536)
 SHORT = 128
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("dense", "hsr", "auto")
 TURN = 25
-_PUBLISHED_BYTES = 2**20
 """Tokens in a row; the first of a turn is not timed."""
+_PUBLISHED_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Command(Settings):
             raise ValueError("contexts must be 1 or more")
         if self.tokens is not None and self.tokens < 2 * TURN:
             raise ValueError(f"tokens must be {2 * TURN} or more, got {self.tokens}")
+        if self.tail is not None and not (self.r or self.epsilon):
+            raise ValueError(f"tail={self.tail} needs --r or --epsilon")
 
 
 def run(command: Command) -> Results:

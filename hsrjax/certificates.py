@@ -18,7 +18,7 @@ Dense attention calls the same functions with lower = upper = score.
 
 Rounding. A float32 sum of S non-negative terms has relative error at most S u, and
 every term exp(x - m) at most 96 u for |x - m| <= 88 (u = 2^-24; smaller terms are
-flushed to zero, at most 2^-126 each, against a term of at least the mean). `_guard`
+flushed to zero, at most 2^-126 each, against a term of at least the mean). `guard`
 multiplies by 1 + 4 (S + 256) u, which covers two such sums and their quotient.
 """
 
@@ -86,7 +86,7 @@ def safe_offset(
     heavy = jnp.exp(upper - peak[..., None])
     total = jnp.sum(jnp.exp(lower - peak[..., None]), axis=-1)
     epsilon = jnp.asarray(activation.epsilon, jnp.float32)
-    allowed = epsilon * total / _guard(lower.shape[-1])
+    allowed = epsilon * total / guard(lower.shape[-1])
 
     def small_enough(offset):
         tail = _tail(lower, heavy, offset, peak)
@@ -125,7 +125,7 @@ def select(
         # Between the r-th and the next: no rounding of either can change the set.
         offset = jnp.where(next_best == -jnp.inf, -jnp.inf, middle)
     heavy = jnp.exp(_but(sinks, upper) - shift[..., None])
-    left_out = _tail(lower, heavy, offset, shift) * _guard(lower.shape[-1])
+    left_out = _tail(lower, heavy, offset, shift) * guard(lower.shape[-1])
     share = 1.0 if activation.epsilon is None else activation.epsilon
     share = jnp.broadcast_to(jnp.asarray(share, jnp.float32), shift.shape)
     return Selection(offset, shift, left_out, share)
@@ -161,11 +161,11 @@ def error_bound(
     left_out = selection.left_out
     kept = total > 0
     missed = left_out / jnp.where(kept | (left_out > 0), total + left_out, 1.0)
-    missed = jnp.minimum(missed * _guard(0), selection.share)
-    # A score off by r changes its weight by a factor within e^r - 1 <= r e^r of one.
-    weight_error = 2.0 * score_rounding * jnp.exp(2.0 * score_rounding)
+    missed = jnp.minimum(missed * guard(0), selection.share)
     terms = 2.0 * (count.astype(jnp.float32) + 64.0) * 2.0**-24
-    rounding = jnp.minimum(2.0 * weight_error + terms, 2.0) * value_bound
+    rounding = (
+        jnp.minimum(2.0 * weight_error(score_rounding) + terms, 2.0) * value_bound
+    )
     return missed, theory.softmax_error_bound(missed, value_bound) + rounding
 
 
@@ -210,5 +210,14 @@ def _finite(x: jax.Array) -> jax.Array:
     return jnp.where(x == -jnp.inf, 0.0, x)
 
 
-def _guard(terms: int) -> float:
+def weight_error(score_rounding: jax.Array) -> jax.Array:
+    """Relative error of a weight whose score, and the shift, are off by at most this.
+
+    A score off by r changes its weight by a factor within e^r - 1 <= r e^r of one.
+    """
+    return 2.0 * score_rounding * jnp.exp(2.0 * score_rounding)
+
+
+def guard(terms: int) -> float:
+    """Factor that covers the rounding of float32 sums of so many terms."""
     return 1.0 + 4 * (terms + 256) * 2.0**-24

@@ -109,7 +109,10 @@ def init_cache(
     if tail is not None:
         check_tail(tail)
     lead = (batch, num_kv_heads)
-    memory.check_room("max_length", max_length, lead, head_dim, dtype, beside=value_dim)
+    beside = value_dim
+    if tail is not None:  # bytes, in numbers of the dtype
+        beside += -(-value_dim // (tail * jnp.dtype(dtype).itemsize))
+    memory.check_room("max_length", max_length, lead, head_dim, dtype, beside=beside)
     index = index_module.empty(lead, head_dim, max_keys=max_length, dtype=dtype)
     rows = jnp.zeros((*index.keys.shape[:-1], value_dim), dtype)
     values = reported.Values(

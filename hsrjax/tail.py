@@ -18,8 +18,8 @@ V >= |v| and h = (upper - lower) / 2, |w' - w| <= w' (e^h - 1) and therefore
 
 **Rounding (u = 2^-24, float32).** m is off the true middle by less than u (|lower| +
 |upper|), which `_halves` adds four times over to h. A weight has a relative error of at
-most 96 u, sums of P terms add P u; `_guard` multiplies by 1 + 4 (P + 256) u and
-`error_bound` adds as much of the tail's share of V.
+most 96 u, sums of P terms add P u; `error_bound` multiplies by `certificates.guard` and
+adds as much of V.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hsrjax import bounds
+from hsrjax import bounds, certificates
 from hsrjax.bitset import WORD, positions
 from hsrjax.rows import put_rows, take_rows
 
@@ -184,16 +184,14 @@ def error_bound(
       (share, bound) f32[...]: an upper bound on the fraction of the row's softmax mass
       in keys not looked at, and on the maximum-norm distance to full softmax.
     """
-    guard = 1.0 + 4 * (keys + 256) * _UNIT
+    guard = certificates.guard(keys)
     divisor = total + tail.total
     divisor = jnp.where(divisor > 0, divisor, 1.0)
     share = jnp.minimum(guard * tail.most / (total + tail.most), 1.0)
     share = jnp.where(tail.most > 0, share, 0.0)
     off, wrong = tail.error[..., 0], tail.error[..., 1]
     bound = guard * (off + 2.0 * value_bound * wrong) / divisor
-    # A score off by x changes its weight by a factor within e^x - 1 <= x e^x of one.
-    weight_error = 2.0 * rounding * jnp.exp(2.0 * rounding)
-    rounded = 2.0 * weight_error + 2.0 * (guard - 1.0)
+    rounded = 2.0 * certificates.weight_error(rounding) + 2.0 * (guard - 1.0)
     return share, bound + jnp.minimum(rounded, 2.0) * value_bound
 
 

@@ -210,7 +210,10 @@ class Attention(nnx.Module):
         config = self.config
         kind, scale = config.attention_kind, config.head_dim**-0.5
         if kind == "softmax":
-            return hsrjax.Softmax(config.top_r, config.epsilon, config.tail), scale
+            activation = hsrjax.Softmax(
+                top_r=config.top_r, epsilon=config.epsilon, tail=config.tail
+            )
+            return activation, scale
         if kind == "entmax":
             visible = key_positions[:, None, :] <= positions[:, :, None]
             tau = entmax_threshold(query, key, visible, scale=scale / 2)
