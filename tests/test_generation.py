@@ -91,6 +91,7 @@ def test_other_tokens_are_an_error(model, tmp_path, capsys, monkeypatch):
     [
         (["--contexts", "0"], "contexts must be 1 or more"),
         (["--tokens", "3"], "tokens must be 50 or more"),
+        (["--tail", "8"], "needs --r or --epsilon"),
         (["--model", "/no/such"], "does not exist"),
         (["--contexts", "9000000"], "fewer than a context of"),
     ],
