@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hsrjax import bitset, bounds, certificates, chunked
+from hsrjax import bitset, bounds, certificates, chunked, search
 from hsrjax.activations import (
     Activation,
     Softmax,
@@ -156,19 +156,16 @@ def _select(
     activation: Softmax, scores: jax.Array, sinks: jax.Array | None
 ) -> certificates.Selection:
     """What `certificates` selects when both bounds are the scores themselves."""
-    peak, top = jnp.max(scores, axis=-1), None
+    peak, best = jnp.max(scores, axis=-1), None
     if activation.is_full:
         return certificates.everything(peak)
     if activation.top_r is None:
         offset = certificates.safe_offset(activation, scores, scores, sinks)
     else:
         offset = jnp.zeros_like(peak)
-        wanted = activation.top_r + 1
         others = scores if sinks is None else jnp.where(sinks, -jnp.inf, scores)
-        top = jax.lax.top_k(others, min(wanted, scores.shape[-1]))[0]
-        missing = [(0, 0)] * (top.ndim - 1) + [(0, wanted - top.shape[-1])]
-        top = jnp.pad(top, missing, constant_values=-jnp.inf)
-    return certificates.select(activation, peak, top, offset, scores, scores, sinks)
+        best = search.at_ranks(others, activation.top_r)
+    return certificates.select(activation, peak, best, offset, scores, scores, sinks)
 
 
 def _score_rounding(keys: jax.Array, queries: jax.Array) -> jax.Array:

@@ -17,8 +17,9 @@ from hsrjax.shape import Shape
 Implementation = Literal["dense", "hsr", "auto"]
 IMPLEMENTATIONS = ("dense", "hsr", "auto")
 
-_TILE_ROWS = 512
 _PART_ROWS = 16
+_MOST_PARTS = 32
+_BOUNDS_AT_ONCE = 2**21
 _RUN_SLOTS = 64
 _LEAST_SLOTS = 128
 _MOST_SLOTS = 1024
@@ -127,8 +128,12 @@ def plan(
 
 def lay_out(activation: Activation, shape: Shape, capacity: int | None = None) -> Plan:
     """Tiles, slots and chunks of either way, in a plan of "hsr"."""
-    tile, parts = _tile(shape.queries, shape.group)
     heads = shape.batch * shape.heads
+    part_scores = max(1, _PART_ROWS // shape.group) * heads * shape.keys
+    # Softmax goes over the bounds of all keys many times: they should stay in cache.
+    selects = isinstance(activation, Softmax)
+    most = max(1, _BOUNDS_AT_ONCE // part_scores) if selects else _MOST_PARTS
+    tile, parts = _tile(shape.queries, shape.group, min(most, _MOST_PARTS))
     dense_tile, chunk = dense_tiling(
         dense_twin(activation), queries=shape.queries, keys=shape.keys, heads=heads
     )
@@ -263,12 +268,12 @@ def _even(total: int, most: int) -> int:
     return -(-total // -(-total // most))
 
 
-def _tile(queries: int, group: int) -> tuple[int, int]:
-    """Positions of a tile and into how many equal parts it is cut."""
+def _tile(queries: int, group: int, most: int) -> tuple[int, int]:
+    """Positions of a tile and into how many equal parts, at most so many, it is cut."""
     part = max(1, _PART_ROWS // group)
     if queries <= part:
         return queries, 1
-    parts = min(-(-queries // part), max(1, _TILE_ROWS // _PART_ROWS))
+    parts = min(-(-queries // part), most)
     return part * parts, parts
 
 

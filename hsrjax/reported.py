@@ -259,14 +259,15 @@ def _choose(
     if activation.tail is not None:
         kept |= ~tail_module.whole(visible, activation.tail)
     words = pack_parts(visible & kept, parts)
-    best = _best_scores(
+    scores = _best_scores(
         activation, index, cut.queries, cut.visible, words, capacity=capacity
     )
-    peak, top = jax.tree.map(lambda x: _join(x, batch), best)
+    peak, top = jax.tree.map(lambda x: _join(x, batch), scores)
     if activation.tail is None or sketch is None:
         tail = None
+        best = None if top is None else (top[..., -2], top[..., -1])
         selection = certificates.select(
-            activation, peak, top, offset, lower, upper, sinks
+            activation, peak, best, offset, lower, upper, sinks
         )
     else:
         looked_at = bitset.unpack(words)[..., None, :]

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hsrjax import bounds, certificates
+from hsrjax import bounds, certificates, search
 from hsrjax.bitset import WORD, positions
 from hsrjax.rows import put_rows, take_rows
 
@@ -145,18 +145,19 @@ def sums(
     lower, upper = (jnp.where(left_out, x, shift) for x in (lower, upper))
     middle, half = _halves(lower, upper)
     weights = jnp.where(left_out, jnp.exp(middle - shift), 0.0)
-    groups = sketch.scale.shape[-1]
-    by_group = weights.reshape(*weights.shape[:-1], groups, -1)
+    by_group = weights.reshape(*weights.shape[:-1], sketch.scale.shape[-1], -1)
     by_group = jnp.sum(by_group, axis=-1)
-    codes = sketch.codes.astype(jnp.float32)
-    scaled = by_group * sketch.scale[..., None, :]
-    off = jnp.sum(by_group * sketch.radius[..., None, :], axis=-1)
-    blocks = (*weights.shape[:-1], -1, WORD)  # share a slack: one exponential each
-    widest = jnp.max(half.reshape(blocks), axis=-1)
-    wrong = jnp.sum(weights.reshape(blocks), axis=-1) * jnp.expm1(widest)
-    wrong, total = jnp.sum(wrong, axis=-1), jnp.sum(by_group, axis=-1)
+    # What every group is summed with: values, radius and one.
+    ones = jnp.ones_like(sketch.scale)
+    coded = sketch.codes.astype(jnp.float32) * sketch.scale[..., None]
+    columns = jnp.concatenate(
+        [coded, jnp.stack([sketch.radius, ones], axis=-1)], axis=-1
+    )
+    summed = bounds.product("...qg,...gd->...qd", by_group, columns)
+    total, off = summed[..., -1], summed[..., -2]
+    wrong = search.masked_sum(left_out, weights * (jnp.exp(half) - 1.0))
     return Tail(
-        weighted=bounds.product("...qg,...gd->...qd", scaled, codes),
+        weighted=summed[..., :-2],
         total=total,
         most=total + wrong,
         error=jnp.stack([off, wrong], axis=-1),
