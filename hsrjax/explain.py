@@ -122,7 +122,7 @@ def explain(
       query: f[B, T, N, H].
       key: f[B, S, K, H]; None with a cache.
       value: f[B, S, K, D]; None with a cache.
-      activation: `hsrjax.ReLU` or `hsrjax.Softmax`.
+      activation: as in `attention` and `decode_attention`.
       cache: of `init_cache`, in place of key and value.
       implementation: "dense", "hsr" or "auto".
       is_causal: as in `attention`; decoding always is.
