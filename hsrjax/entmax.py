@@ -37,7 +37,7 @@ from hsrjax.visible import Visible
 _CLOSE = 2.0**-20
 """A step of less than this, times 1 + |tau|, is the last."""
 
-_KEPT = 256
+_KEPT = 512
 """Scores of each set that are kept from one step to the next."""
 
 

@@ -102,7 +102,7 @@ def _entmax(scores, visible, alpha):
     best = jnp.max(jnp.where(visible, z, -jnp.inf), axis=-1, keepdims=True)
     z = jnp.where(visible, z - jnp.where(best == -jnp.inf, 0.0, best), -2.0)
     ranked = -jnp.sort(-z, axis=-1)
-    rank = jnp.arange(1, z.shape[-1] + 1)
+    rank = jnp.arange(1, z.shape[-1] + 1).astype(jnp.float32)
     mean = jnp.cumsum(ranked, axis=-1) / rank
     if alpha == 2.0:
         tau = mean - 1.0 / rank
