@@ -153,7 +153,7 @@ def test_saturated_keys_are_exact_without_being_looked_at(activation):
 
 
 def test_sums_of_ranges_far_from_zero():
-    """Running sums are about the mean: a short window of a long row keeps its digits."""
+    """Running sums are about the mean: a short window keeps its digits."""
     x = 100.0 + np.random.default_rng(0).normal(size=(1, 1, 5000, 2))
     x = x.astype(np.float32)
     seen = visible.of_prefill(5000, 5000, is_causal=True, window=4, sinks=2)
@@ -194,5 +194,5 @@ def test_what_cannot_be_is_refused(make, message):
 def test_a_slope_that_fits_no_row_is_refused():
     query, key, value, _ = inputs((1, 3, 3, 2, 1, 8, 8))
     activation = hsrjax.PReLU(slope=jnp.ones(5))
-    with pytest.raises(ValueError, match="activation.slope must broadcast"):
+    with pytest.raises(ValueError, match="slope must broadcast"):
         attend(query, key, value, activation)
