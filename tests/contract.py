@@ -39,7 +39,6 @@ ACTIVATIONS = {
     "sparsemax": hsrjax.Entmax(2.0),
     "prelu": hsrjax.PReLU(slope=np.float32([0.3, -0.2, 0.0, 1.0]), bias=0.2),
     "celu": hsrjax.CELU(alpha=0.05, bias=0.3, normalize="none"),
-    "selu": hsrjax.SELU(bias=-0.2),
 }
 # Two rows of SHAPE: the first holds four documents, the third of them one token long
 # and with the id of the first; the second row is one document.
@@ -64,7 +63,6 @@ BEYOND = [
     ({"segment_ids": SEGMENTS}, False, "sparsemax"),
     ({"window": 6, "sinks": 3}, True, "prelu"),
     ({"segment_ids": SEGMENTS, "window": 6, "sinks": 3}, True, "celu"),
-    ({}, False, "selu"),
 ]
 
 
@@ -211,7 +209,7 @@ class AttentionContract:
         if not self.takes_segments:
             visible = {k: v for k, v in visible.items() if k != "segment_ids"}
         options = {"is_causal": is_causal or not self.takes_segments} | visible
-        if name in ("prelu", "celu", "selu") and not self.takes_closed_forms:
+        if name in ("prelu", "celu") and not self.takes_closed_forms:
             with pytest.raises(TypeError, match="running sums"):
                 self.attend(*arrays, activation=ACTIVATIONS[name], **options)
             return
