@@ -8,6 +8,10 @@ for growing caches, look only at the keys that fire; `explain` says what a call 
 
 from hsrjax import reference as reference
 from hsrjax import theory as theory
+from hsrjax.activations import CELU as CELU
+from hsrjax.activations import SELU as SELU
+from hsrjax.activations import Entmax as Entmax
+from hsrjax.activations import PReLU as PReLU
 from hsrjax.activations import ReLU as ReLU
 from hsrjax.activations import Softmax as Softmax
 from hsrjax.attention import attention as attention
@@ -30,10 +34,14 @@ from hsrjax.reported import Info as Info
 __version__ = "0.1.0"
 
 __all__ = (
+    "CELU",
+    "SELU",
+    "Entmax",
     "Explanation",
     "Index",
     "Info",
     "KVCache",
+    "PReLU",
     "ReLU",
     "Report",
     "Softmax",

@@ -1,17 +1,20 @@
-"""What turns scores into attention weights: ReLU^p and the three kinds of softmax.
+"""What turns scores into attention weights.
 
-Both are pytrees: `bias` and `epsilon` may be traced and `bias` differentiated; powers
-and ranks are static.
+ReLU^p and the three kinds of softmax, and beyond the paper's theorems what its section
+8 asks for (PReLU, CELU, SELU) and entmax. All are pytrees: `bias`, `slope` and
+`epsilon` may be traced, the first two differentiated; all else is static.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+
+from hsrjax.weights import Law, Saturating
 
 Normalize = Literal["row_sum", "length", "none"]
 _NORMALIZE = ("row_sum", "length", "none")
@@ -63,6 +66,136 @@ class ReLU:
             raise ValueError(
                 f"ReLU: normalize must be one of {_NORMALIZE}, got {self.normalize!r}."
             )
+
+
+Divisor = Literal["length", "none"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["slope", "bias"],
+    meta_fields=["normalize"],
+)
+@dataclasses.dataclass(frozen=True)
+class PReLU:
+    """PReLU attention weights: `max(x, 0) + slope min(x, 0)`, x = scale <q, k> - bias.
+
+    `slope x + (1 - slope) relu(x)`: the line is linear attention, summed over all
+    visible keys in closed form, and only the keys above the bias are looked at.
+    `Info.count` counts those.
+
+    Args:
+      slope: float, or an array that broadcasts to [B, T, N], such as one per head. May
+        be traced and differentiated.
+      bias: as in `hsrjax.ReLU`.
+      normalize: "length" divides by the number of visible keys, "none" leaves the sum
+        as it is. Weights may be negative, so there is no division by their sum.
+
+    Raises:
+      ValueError: normalize is "row_sum" or unknown.
+
+    Example:
+      >>> import hsrjax
+      >>> hsrjax.PReLU(slope=0.1)
+      PReLU(slope=0.1, bias=0.0, normalize='length')
+
+    Source: Chen et al. 2024, section 8, names it as future work; He et al. 2015.
+    """
+
+    slope: jax.typing.ArrayLike = 0.25
+    bias: jax.typing.ArrayLike = 0.0
+    normalize: Divisor = "length"
+
+    def __post_init__(self):
+        _check_divisor(self)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["bias"],
+    meta_fields=["alpha", "normalize"],
+)
+@dataclasses.dataclass(frozen=True)
+class CELU:
+    """CELU attention weights: x or `alpha (exp(x / alpha) - 1)`, whichever is the less.
+
+    With x = scale <q, k> - bias. Below x = -17.4 alpha the weight is -alpha in float32:
+    the sum of -alpha over all visible keys is a closed form, and only the keys above
+    are looked at and add what they weigh more. The exact weights of the others are
+    larger than -alpha by at most `2**-25 alpha` each. `Info.count` counts the keys
+    above.
+
+    Args:
+      alpha: > 0, static.
+      bias: as in `hsrjax.ReLU`.
+      normalize: "length" or "none", as in `hsrjax.PReLU`.
+
+    Raises:
+      ValueError: alpha is no number > 0, normalize is "row_sum" or unknown.
+
+    Example:
+      >>> import hsrjax
+      >>> hsrjax.CELU(alpha=0.1)
+      CELU(alpha=0.1, bias=0.0, normalize='length')
+
+    Source: Chen et al. 2024, section 8, names it as future work; Barron 2017.
+    """
+
+    alpha: float = 1.0
+    bias: jax.typing.ArrayLike = 0.0
+    normalize: Divisor = "length"
+    gain: ClassVar[float] = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < jnp.inf:
+            raise ValueError(
+                f"CELU: alpha must be a Python number > 0, got {self.alpha!r}."
+            )
+        _check_divisor(self)
+
+    @property
+    def law(self) -> Saturating:
+        """What a key weighs more than where CELU saturates."""
+        return Saturating(float(self.alpha), float(self.alpha))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["bias"], meta_fields=["normalize"]
+)
+@dataclasses.dataclass(frozen=True)
+class SELU:
+    """SELU attention weights: `1.0507 x` above 0, else `1.7581 (exp(x) - 1)`.
+
+    With x = scale <q, k> - bias. As in `hsrjax.CELU`, only keys with x > -17.4 are
+    looked at, and the exact weights of the others exceed theirs by at most
+    `2**-25 * 1.7581`.
+
+    Args:
+      bias: as in `hsrjax.ReLU`.
+      normalize: "length" or "none", as in `hsrjax.PReLU`.
+
+    Raises:
+      ValueError: normalize is "row_sum" or unknown.
+
+    Example:
+      >>> import hsrjax
+      >>> hsrjax.SELU(bias=1.0)
+      SELU(bias=1.0, normalize='length')
+
+    Source: Chen et al. 2024, section 8, names it as future work; Klambauer et al. 2017.
+    """
+
+    bias: jax.typing.ArrayLike = 0.0
+    normalize: Divisor = "length"
+    gain: ClassVar[float] = 1.0507009873554805
+
+    def __post_init__(self):
+        _check_divisor(self)
+
+    @property
+    def law(self) -> Saturating:
+        """What a key weighs more than where SELU saturates, without the gain."""
+        return Saturating(height=1.6732632423543772, width=1.0)
 
 
 @functools.partial(
@@ -132,7 +265,67 @@ class Softmax:
         return self.top_r is None and self.epsilon is None
 
 
-Activation = ReLU | Softmax
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=[], meta_fields=["alpha"]
+)
+@dataclasses.dataclass(frozen=True)
+class Entmax:
+    """Entmax attention weights: `relu((alpha - 1) s - tau)^(1 / (alpha - 1))`.
+
+    With s = scale <q, k> and, in every row, the tau for which they sum to one: softmax
+    with exact zeros. Bounds on the scores bound tau, so that half-space reporting finds
+    the keys which may weigh anything; their scores make tau exact, and gradients
+    include its own.
+
+    Args:
+      alpha: 1.5, or 2.0 which is sparsemax; static.
+
+    Raises:
+      ValueError: another alpha.
+
+    Example:
+      >>> import hsrjax
+      >>> hsrjax.Entmax(alpha=2.0)
+      Entmax(alpha=2.0)
+
+    Source: Peters, Niculae, Martins 2019; Martins, Astudillo 2016. Not in the paper.
+    """
+
+    alpha: float = 1.5
+
+    def __post_init__(self):
+        if self.alpha not in (1.5, 2.0):
+            raise ValueError(
+                f"Entmax: alpha must be 1.5 or 2.0, got {self.alpha!r}; softmax, which "
+                "is alpha = 1, is hsrjax.Softmax()."
+            )
+
+    @property
+    def power(self) -> int:
+        """1 / (alpha - 1): with tau for a bias this is ReLU^p attention."""
+        return 2 if self.alpha == 1.5 else 1
+
+
+Activation = ReLU | Softmax | PReLU | CELU | SELU | Entmax
+
+
+def selects(activation: Activation) -> bool:
+    """Whether all scores of a row are needed to say which keys take part."""
+    if isinstance(activation, Softmax):
+        return not activation.is_full
+    return isinstance(activation, Entmax)
+
+
+def core_of(activation: Activation) -> Activation:
+    """What is left to sum over keys when closed forms (`hsrjax.closed`) are taken out.
+
+    `activation` itself where there are none.
+    """
+    if isinstance(activation, PReLU):
+        return ReLU(1, activation.bias, "none")
+    if isinstance(activation, (CELU, SELU)):
+        return dataclasses.replace(activation, normalize="none")
+    return activation
 
 
 def tail_of(activation: Activation) -> int | None:
@@ -155,43 +348,19 @@ def _is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def power_of(activation: Activation) -> int | None:
-    """The static part of the weight function: p for ReLU^p, None for softmax."""
-    return activation.power if isinstance(activation, ReLU) else None
+def _check_divisor(activation) -> None:
+    if activation.normalize not in ("length", "none"):
+        raise ValueError(
+            f"{type(activation).__name__}: normalize must be 'length' or 'none', got "
+            f"{activation.normalize!r}: weights may be negative, and their sum zero."
+        )
 
 
-def weigh(
-    scores: jax.Array,
-    offset: jax.Array,
-    shift: jax.Array,
-    *,
-    power: int | None,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """Weights f32 of scores f32, one formula for dense and reported keys.
-
-    ReLU^p: `relu(scores - offset) ** p`. Softmax: `exp(scores - shift)` where the
-    score is at least `offset` or the key is a sink, else 0. NaN scores and offsets give
-    NaN weights.
-    """
-    if power is not None:
-        return jax.nn.relu(scores - offset) ** power
-    kept = fires(scores, offset, power=power, sinks=sinks)
-    return jnp.where(kept, jnp.exp(scores - shift), 0.0)
-
-
-def fires(
-    scores: jax.Array,
-    offset: jax.Array,
-    *,
-    power: int | None,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """Whether a key takes part: its weight is not exactly zero by definition."""
-    if power is not None:
-        return ~(scores <= offset)
-    reaches = ~(scores < offset)
-    return reaches if sinks is None else reaches | sinks
+def law_of(activation: Activation) -> Law:
+    """How the keys weigh that are summed one by one, of what `core_of` leaves."""
+    if isinstance(activation, (ReLU, Entmax)):
+        return activation.power
+    return activation.law if isinstance(activation, (CELU, SELU)) else None
 
 
 def normalize_rows(
@@ -205,7 +374,7 @@ def normalize_rows(
       total: f32[...], sum of the row's weights.
       length: i32[...], number of visible keys.
     """
-    normalize = activation.normalize if isinstance(activation, ReLU) else "row_sum"
+    normalize = getattr(activation, "normalize", "row_sum")
     if normalize == "none":
         return weighted
     if normalize == "length":

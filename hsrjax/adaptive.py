@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from hsrjax import bitset, bounds, dense, gathered, reported
-from hsrjax.activations import Activation
+from hsrjax.activations import Activation, law_of
 from hsrjax.bitset import WORD
 from hsrjax.index import Index
 from hsrjax.layout import from_tiles
 from hsrjax.planner import Plan
 from hsrjax.reported import Info, Tiles, Values
+from hsrjax.weights import edge
 
 _SLICES = 4
 """Runs of keys in a sample."""
@@ -102,7 +103,8 @@ def attend(
     if expected is None:
         return gather(choose())
     if index.ids is None:
-        runs = expected_runs(index, tiles, plan)
+        reached = tiles._replace(offsets=edge(law_of(activation), tiles.offsets))
+        runs = expected_runs(index, reached, plan)
         excess = expected.hsr + expected.one_run * runs - expected.dense
         dense_wins = _together(excess) > 0
         shapes = jax.eval_shape(choose)

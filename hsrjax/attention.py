@@ -7,9 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hsrjax import checks, dense, memory, planner, visible
+from hsrjax import checks, closed, dense, memory, planner, visible
 from hsrjax import shape as shape_module
-from hsrjax.activations import Activation, ReLU, Softmax
+from hsrjax.activations import Activation, core_of
 from hsrjax.layout import from_tiles, heads_first, query_tiles
 from hsrjax.planner import Implementation
 from hsrjax.prefill import prefill
@@ -41,7 +41,7 @@ def attention(
       query: f[B, T, N, H], float32, bfloat16 or float16.
       key: f[B, S, K, H], N a multiple of K: query heads n K/N share a key head.
       value: f[B, S, K, D]; D may differ from H.
-      activation: `hsrjax.ReLU` or `hsrjax.Softmax`.
+      activation: `hsrjax.ReLU`, `Softmax`, `PReLU`, `CELU`, `SELU` or `Entmax`.
       implementation: "dense" scores every key; "hsr" those that half-space reporting
         finds; "auto" takes the one expected to be faster, if need be after a look at
         how many keys fire (`hsrjax.explain` says what it will do). Under vmap it
@@ -186,9 +186,10 @@ def _attend(
     seen = visible.of_prefill(
         t, s, is_causal=is_causal, window=window, sinks=sinks, segment_ids=segment_ids
     )
+    core = core_of(activation)
     if plan.implementation == "dense":
         tiles = query_tiles(
-            activation,
+            core,
             query,
             seen,
             scale=scale,
@@ -197,7 +198,7 @@ def _attend(
         )
         values = summarize_values(heads_first(value))
         found = dense.attend(
-            activation,
+            core,
             heads_first(key),
             values,
             tiles,
@@ -211,11 +212,12 @@ def _attend(
             key,
             value,
             seen,
-            activation=activation,
+            activation=core,
             scale=scale,
             plan=plan,
             counted=counted,
         )
+    out = closed.complete(activation, out, query, key, value, seen, scale=scale)
     return out.astype(query.dtype), info
 
 
@@ -238,10 +240,10 @@ def _check(query, key, value, activation) -> None:
 
 def check_query(query: jax.Array, activation: Activation) -> None:
     """Static checks of a query f[B, T, N, H] and the activation."""
-    if not isinstance(activation, (ReLU, Softmax)):
+    if not isinstance(activation, Activation):
         raise TypeError(
-            "activation must be hsrjax.ReLU(...) or hsrjax.Softmax(...), got "
-            f"{activation!r}."
+            "activation must be hsrjax.ReLU(...), hsrjax.Softmax(...), PReLU, CELU, "
+            f"SELU or Entmax, got {activation!r}."
         )
     checks.check_float("query", query)
     checks.check_rank("query", query, "[B, T, N, H]")

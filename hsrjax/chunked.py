@@ -19,18 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsrjax import bitset, bounds
-from hsrjax.activations import fires, weigh
 from hsrjax.visible import Visible
+from hsrjax.weights import fires, weigh
 
 _Carry = TypeVar("_Carry")
 _Spans = list[tuple[jax.Array, jax.Array]]
 
 
-def _sum_tiles(power, chunk, counted, queries, keys, values, ids, offsets, seen):
+def _sum_tiles(law, chunk, counted, queries, keys, values, ids, offsets, seen):
     """Sums over the visible keys of each query, differentiable once.
 
     Args:
-      power: p of ReLU^p, or None for softmax over all keys; static.
+      law: of the weights (`hsrjax.weights`), None is softmax over all keys; static.
       chunk: C <= S, keys that are scored at once; static.
       counted: whether the number of firing keys is wanted; static.
       queries: f32[M, *B, Q, H].
@@ -45,10 +45,10 @@ def _sum_tiles(power, chunk, counted, queries, keys, values, ids, offsets, seen)
       per row for softmax, and how many keys fired, i32[M, *B, Q] (0 if not counted).
       Cost O(S (H + D)) a query, memory O((M Q + S) (H + D)), and O(Q C) for scores.
     """
-    return _forward(power, chunk, counted, queries, keys, values, ids, offsets, seen)[0]
+    return _forward(law, chunk, counted, queries, keys, values, ids, offsets, seen)[0]
 
 
-def _forward(power, chunk, counted, queries, keys, values, ids, offsets, seen):
+def _forward(law, chunk, counted, queries, keys, values, ids, offsets, seen):
     """The sums, and the score f32[M, *B, Q] that softmax weights are relative to."""
     size = keys.shape[-2]
 
@@ -59,18 +59,18 @@ def _forward(power, chunk, counted, queries, keys, values, ids, offsets, seen):
             (weighted, total, count), peak = carry
             k, v, visible = _cut(i, chunk, keys, values, ids, tile_seen)
             scores = bounds.dot(a, k)
-            if power is None:
+            if law is None:
                 scores = jnp.where(visible, scores, -jnp.inf)
                 last, peak = peak, jnp.maximum(peak, jnp.max(scores, axis=-1))
                 kept = jnp.exp(last - _finite(peak))
                 weighted, total = weighted * kept[..., None], total * kept
-            weights = _weigh(power, scores, offset, _finite(peak))
+            weights = _weigh(law, scores, offset, _finite(peak))
             # For ReLU the mask comes last: XLA's CPU backend makes that a faster loop.
             weights = jnp.where(visible, weights, 0.0)
             weighted += bounds.product("...qc,...cd->...qd", weights, v)
             if not counted:
                 return (weighted, total + jnp.sum(weights, axis=-1), count), peak
-            firing = fires(scores, offset[..., None], power=power) & visible
+            firing = fires(scores, offset[..., None], law=law) & visible
             new_total, new_count = sum_both(weights, firing.astype(jnp.int32))
             return (weighted, total + new_total, count + new_count), peak
 
@@ -89,12 +89,12 @@ def _forward(power, chunk, counted, queries, keys, values, ids, offsets, seen):
     return sums, _finite(peaks)
 
 
-def _sums_forward(power, chunk, counted, *arrays):
-    sums, shifts = _forward(power, chunk, counted, *arrays)
+def _sums_forward(law, chunk, counted, *arrays):
+    sums, shifts = _forward(law, chunk, counted, *arrays)
     return sums, (arrays, shifts)
 
 
-def _sums_backward(power, chunk, _, residuals, cotangents):
+def _sums_backward(law, chunk, _, residuals, cotangents):
     """Gradients from scores made anew.
 
     Those of keys and values are summed as [*B, H, S]: the products that make them so
@@ -115,7 +115,7 @@ def _sums_backward(power, chunk, _, residuals, cotangents):
             def weights_of(scores, offset):
                 # First here: what overflows out of sight would make 0 * inf below.
                 scores = jnp.where(visible, scores, -jnp.inf)
-                return _weigh(power, scores, offset, shift)
+                return _weigh(law, scores, offset, shift)
 
             weights, pull = jax.vjp(weights_of, bounds.dot(a, k), offset)
             scores_bar, new_offset = pull(bounds.dot(out_bar, v) + total_bar[..., None])
@@ -210,8 +210,8 @@ def _add(total: jax.Array, i: jax.Array, part: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=-1)
 
 
-def _weigh(power, scores, offset, shift):
-    return weigh(scores, offset[..., None], shift[..., None], power=power)
+def _weigh(law, scores, offset, shift):
+    return weigh(scores, offset[..., None], shift[..., None], law=law)
 
 
 def _turn(x: jax.Array) -> jax.Array:

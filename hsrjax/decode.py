@@ -18,7 +18,7 @@ from hsrjax import adaptive, bitset, checks, memory, planner, reported, visible
 from hsrjax import index as index_module
 from hsrjax import shape as shape_module
 from hsrjax import tail as tail_module
-from hsrjax.activations import Activation, check_tail, tail_of
+from hsrjax.activations import CELU, SELU, Activation, PReLU, check_tail, tail_of
 from hsrjax.attention import check_heads, check_query
 from hsrjax.index import Index
 from hsrjax.layout import heads_first, query_tiles
@@ -254,7 +254,8 @@ def decode_attention(
       query: f[B, T, N, H]; query t of a row stands at position length - T + t and sees
         the keys up to and including that position.
       cache: holds the keys of these positions already.
-      activation: `hsrjax.ReLU` or `hsrjax.Softmax`.
+      activation: `hsrjax.ReLU`, `Softmax` or `Entmax`; the others have closed forms
+        over all keys, for which a cache would have to keep running sums.
       implementation: "dense", "hsr" or "auto", as in `attention`.
       window: static; a query at position p sees positions p - window + 1 to p.
       sinks: static; the first so many tokens of each row stay visible outside the
@@ -384,6 +385,12 @@ def _check_decode(query, cache, activation, positions) -> None:
     _check_cache(cache)
     check_query(query, activation)
     b, kv_heads, _, h = cache.index.keys.shape
+    if isinstance(activation, (PReLU, CELU, SELU)):
+        raise TypeError(
+            "decode_attention takes hsrjax.ReLU, Softmax or Entmax, got "
+            f"{activation!r}: its closed form needs running sums that a cache does not "
+            "keep; use hsrjax.attention."
+        )
     checks.check_equal("query.shape[0]", query.shape[0], b, "the cache's batch size")
     check_heads(query, kv_heads, h)
     if positions is not None:

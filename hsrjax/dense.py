@@ -2,7 +2,7 @@
 
 The oracle, and the fast path for short rows. Short rows are scored at once and
 differentiated by JAX itself; long ones in chunks of keys (`hsrjax.chunked`) or, where
-softmax selects keys and so must see whole rows, one tile of queries after the other.
+which keys take part depends on whole rows, one tile of queries after the other.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hsrjax import bitset, bounds, certificates, chunked, search
+from hsrjax import bitset, bounds, certificates, chunked, entmax, search
 from hsrjax.activations import (
     Activation,
+    Entmax,
     Softmax,
     dense_twin,
-    fires,
+    law_of,
     normalize_rows,
-    power_of,
-    weigh,
 )
 from hsrjax.reported import Info, Tiles, Values
+from hsrjax.weights import fires, weigh
 
 _SELECTION = "selection"
 _FEW_QUERIES = 16
@@ -47,8 +47,8 @@ def attend(
       keys: f[*B, S, H].
       values: rows f[*B, S, D].
       tiles: M tiles of Q queries, attended to one after the other.
-      chunk: C, keys scored at once; None is all of them, and needed by
-        Softmax(top_r or epsilon).
+      chunk: C, keys scored at once; None is all of them, and needed where whole rows
+        say which keys take part: Softmax(top_r or epsilon), Entmax.
       counted: False may leave Info.count zero, which saves time.
       ids: i32[*B, S], the position of each key, None where they are in order.
 
@@ -79,17 +79,17 @@ def attend(
 
 
 def _attend_chunks(activation, keys, values, ids, tiles, *, chunk, counted):
-    """`attend` in linear memory, for ReLU and full softmax."""
-    power, offsets = power_of(activation), tiles.offsets
+    """`attend` in linear memory, where each key's weight is its own."""
+    law, offsets = law_of(activation), tiles.offsets
     weighted, total, count = chunked.sums(
-        power,
+        law,
         chunk,
         counted,
         tiles.queries,
         keys,
         values.rows,
         ids,
-        jnp.full_like(offsets, -jnp.inf) if power is None else offsets,
+        jnp.full_like(offsets, -jnp.inf) if law is None else offsets,
         tiles.visible,
     )
     weighted = weighted + values.poison[..., None, :][None]
@@ -114,7 +114,7 @@ def _attend_tile(activation, keys, values, ids, tile):
 
 def _attend_whole(activation, keys, values, ids, tile):
     """`_attend_tile`, whatever the batch axes."""
-    power = power_of(activation)
+    law = law_of(activation)
     slot = bitset.positions(keys.shape[-2], keys.ndim)
     slot = slot if ids is None else ids[..., None, :]
     visible, sinks = tile.visible.mask(slot), tile.visible.sinks(slot)
@@ -124,16 +124,21 @@ def _attend_whole(activation, keys, values, ids, tile):
     if isinstance(activation, Softmax):
         selection = _select(activation, jax.lax.stop_gradient(scores), sinks)
         selection = checkpoint_name(selection, _SELECTION)
+    if isinstance(activation, Entmax):
+        tau = entmax.threshold(jax.lax.stop_gradient(scores), activation.power)
+        tau = checkpoint_name(tau, _SELECTION)
+        tau = entmax.implicit(scores, tau, activation.power)
+        selection = selection._replace(offset=tau)
     offset, shift = selection.offset[..., None], selection.shift[..., None]
-    firing = visible & fires(scores, offset, power=power, sinks=sinks)
-    weights = weigh(scores, offset, shift, power=power, sinks=sinks)
+    firing = visible & fires(scores, offset, law=law, sinks=sinks)
+    weights = weigh(scores, offset, shift, law=law, sinks=sinks)
     if scores.shape[-2] < _FEW_QUERIES:
         # Weights for the product are made again once the sums are there, which the
         # offset waits for: nothing reads the scores any more, and XLA overwrites them.
         total, count = chunked.sum_both(weights, firing.astype(jnp.int32))
         nothing = jnp.where(count < 0, jax.lax.stop_gradient(total), 0.0)
         offset += nothing[..., None]
-        weights = weigh(scores, offset, shift, power=power, sinks=sinks)
+        weights = weigh(scores, offset, shift, law=law, sinks=sinks)
     else:
         total = jnp.sum(weights, axis=-1)
         count = jnp.sum(firing, axis=-1, dtype=jnp.int32)

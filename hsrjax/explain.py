@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from hsrjax import costs, memory, planner
-from hsrjax.activations import Activation, Softmax
+from hsrjax.activations import Activation, Softmax, selects
 from hsrjax.attention import plan_call as plan_attention
 from hsrjax.decode import KVCache
 from hsrjax.decode import plan_call as plan_decode
@@ -28,7 +28,8 @@ class Explanation:
       tile: query positions that "hsr" bounds together.
       dense_us: microseconds that "dense" is expected to take.
       hsr_us: microseconds that "hsr" is expected to take if few keys are reported; for
-        Softmax(epsilon), if it keeps one key in twenty. None for full softmax.
+        Softmax(epsilon) and Entmax, if they keep one key in twenty. None for full
+        softmax.
       share_us: microseconds more for every 1 % of the keys that a tile reports.
       break_even: share of the keys from which on "hsr" is expected to cost more; 0
         where it always does.
@@ -122,7 +123,7 @@ def explain(
       query: f[B, T, N, H].
       key: f[B, S, K, H]; None with a cache.
       value: f[B, S, K, D]; None with a cache.
-      activation: `hsrjax.ReLU` or `hsrjax.Softmax`.
+      activation: as in `attention` and `decode_attention`.
       cache: of `init_cache`, in place of key and value.
       implementation: "dense", "hsr" or "auto".
       is_causal: as in `attention`; decoding always is.
@@ -185,9 +186,8 @@ def _explain(activation: Activation, shape: Shape, plan: Plan) -> Explanation:
     table = costs.current()
     expected = planner.expect(activation, shape, plan, table=table.costs)
     one_run_each = planner.sets(shape, plan) * expected.one_run
-    softmax = isinstance(activation, Softmax)
-    full = softmax and activation.is_full
-    survivors = expected.survivors if softmax else one_run_each
+    full = isinstance(activation, Softmax) and activation.is_full
+    survivors = expected.survivors if selects(activation) else one_run_each
     refused = ""
     try:
         planner.refuse(shape, plan)

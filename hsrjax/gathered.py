@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from hsrjax import bitset, bounds
-from hsrjax.activations import fires, weigh
 from hsrjax.index import ids_of
 from hsrjax.rows import add_rows, gather_rows, take_rows
+from hsrjax.weights import fires, weigh
 
 _SLOTS_AT_ONCE = 2**12
 """Of all runs of a pass."""
@@ -102,12 +102,12 @@ def take(
 
 
 def _sum_tiles(
-    power, capacity, counted, queries, keys, values, ids, offsets, shifts, seen, words
+    law, capacity, counted, queries, keys, values, ids, offsets, shifts, seen, words
 ):
     """Sums over the reported keys of each part of each tile, differentiable once.
 
     Args:
-      power: p of ReLU^p or None for softmax; static.
+      law: of the weights (`hsrjax.weights`); static.
       capacity: C, slots of a run; static.
       counted: whether the numbers of keys are wanted; static.
       queries: f32[M, *A, K, J, R, H].
@@ -136,12 +136,12 @@ def _sum_tiles(
             visible, sinks = tile_seen.mask(run.at), tile_seen.sinks(run.at)
             scores = bounds.dot(a, k)
             masked = jnp.where(visible, scores, -jnp.inf)
-            weights = _weigh(power, masked, offset, shift, sinks)
+            weights = _weigh(law, masked, offset, shift, sinks)
             weighted = bounds.product("...qc,...cd->...qd", weights, v)
             total = jnp.sum(weights, axis=-1)
             if not counted:
                 return *run.add(sums[:2], (weighted, total)), *sums[2:]
-            firing = fires(scores, offset[..., None], power=power, sinks=sinks)
+            firing = fires(scores, offset[..., None], law=law, sinks=sinks)
             count = lambda x: jnp.sum(x, axis=-1, dtype=jnp.int32)
             new = weighted, total, count(firing & visible), count(visible)
             return run.add(sums, new)
@@ -158,11 +158,11 @@ def _sum_tiles(
     return jax.lax.map(one_tile, ((queries, offsets, shifts, seen), words))
 
 
-def _sums_forward(power, capacity, counted, *arrays):
-    return _sum_tiles(power, capacity, counted, *arrays), arrays
+def _sums_forward(law, capacity, counted, *arrays):
+    return _sum_tiles(law, capacity, counted, *arrays), arrays
 
 
-def _sums_backward(power, capacity, _, arrays, cotangents):
+def _sums_backward(law, capacity, _, arrays, cotangents):
     """Gradients over the forward pass's sets; keys outside them have none."""
     queries, keys, values, ids, offsets, shifts, seen, words = arrays
     walk = _Walk(capacity, keys, values, ids, words)
@@ -179,7 +179,7 @@ def _sums_backward(power, capacity, _, arrays, cotangents):
 
             def weights_of(scores, offset):
                 scores = jnp.where(visible, scores, -jnp.inf)
-                return _weigh(power, scores, offset, shift, sinks)
+                return _weigh(law, scores, offset, shift, sinks)
 
             weights, pull = jax.vjp(weights_of, bounds.dot(a, k), offset)
             weights_bar = bounds.dot(weighted_bar, v) + total_bar[..., None]
@@ -321,5 +321,5 @@ def _add(total: jax.Array, sets: jax.Array, new: jax.Array) -> jax.Array:
     return add_rows(flat(total), sets, flat(new)).reshape(total.shape)
 
 
-def _weigh(power, scores, offset, shift, sinks):
-    return weigh(scores, offset[..., None], shift[..., None], power=power, sinks=sinks)
+def _weigh(law, scores, offset, shift, sinks):
+    return weigh(scores, offset[..., None], shift[..., None], law=law, sinks=sinks)

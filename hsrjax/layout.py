@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hsrjax.activations import Activation, ReLU
+from hsrjax.activations import Activation, Entmax
 from hsrjax.reported import Tiles
 from hsrjax.visible import Visible
 
@@ -58,21 +58,34 @@ def query_tiles(
     <scale q, k> >= bias: the paper's Algorithms 1 and 2 ask for <q, k> >= b while
     applying ReLU to <q, k> / sqrt(d) - b, which reports far too much.
     """
-    b, t, n, h = query.shape
-    factor = h**-0.5 if scale is None else scale
-    scaled = query.astype(jnp.float32) * jnp.asarray(factor, jnp.float32)
-    bias = activation.bias if isinstance(activation, ReLU) else 0.0
-    bias = jnp.asarray(bias).astype(jnp.float32)
-    try:
-        bias = jnp.broadcast_to(bias, (b, t, n))
-    except ValueError:
-        raise ValueError(
-            f"activation.bias must broadcast to [B, T, N] = {(b, t, n)}, got shape "
-            f"{bias.shape}; one per head is [N], one per row [T, 1]."
-        ) from None
+    scaled = scale_query(query, scale)
+    if isinstance(activation, Entmax):
+        scaled = scaled * (activation.alpha - 1.0)
+    b, t, n, _ = query.shape
+    bias = per_row("bias", getattr(activation, "bias", 0.0), (b, t, n))
     cut = functools.partial(to_tiles, kv_heads=kv_heads, tile=tile)
     return Tiles(
         cut(scaled),
         cut(bias, padding=jnp.inf),  # padding reports nothing
         jax.tree.map(lambda x: cut(jnp.broadcast_to(x[..., None], (b, t, n))), visible),
     )
+
+
+def scale_query(query: jax.Array, scale: jax.typing.ArrayLike | None) -> jax.Array:
+    """Queries f32[..., H] times the scale, None is 1/sqrt(H)."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    return query.astype(jnp.float32) * jnp.asarray(factor, jnp.float32)
+
+
+def per_row(
+    name: str, x: jax.typing.ArrayLike, rows: tuple[int, int, int]
+) -> jax.Array:
+    """A field of an activation as f32[B, T, N]."""
+    x = jnp.asarray(x).astype(jnp.float32)
+    try:
+        return jnp.broadcast_to(x, rows)
+    except ValueError:
+        raise ValueError(
+            f"activation.{name} must broadcast to [B, T, N] = {rows}, got shape "
+            f"{x.shape}; one per head is [N], one per row [T, 1]."
+        ) from None

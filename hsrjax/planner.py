@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from hsrjax import checks, costs, memory
-from hsrjax.activations import Activation, Softmax, dense_twin
+from hsrjax.activations import Activation, Softmax, dense_twin, selects
 from hsrjax.costs import Costs
 from hsrjax.shape import Shape
 
@@ -27,7 +27,10 @@ _SLOT_SHARE = 64
 _MEASURED_ROWS = 2
 """Query rows of a key head that the curves of `Costs` were measured with."""
 _EPSILON_SHARE = 0.05
-"""Keys that Softmax(epsilon) is expected to keep: what language models do at 0.1."""
+"""Keys that Softmax(epsilon) is expected to keep: what language models do at 0.1.
+
+Entmax, whose number of keys depends on the scores as well, is taken for the same.
+"""
 _CLEARLY_LESS = 0.75
 """Of dense, for "auto" to choose inside the call: that costs time as well."""
 _GRADIENTS_DENSE = 3.5
@@ -149,7 +152,7 @@ def _choose(
     activation: Activation, shape: Shape, hsr: Plan, dense: Plan, expected: Expected
 ) -> Plan:
     """The static part of "auto"."""
-    if isinstance(activation, Softmax):
+    if selects(activation):
         if expected.hsr + expected.survivors < expected.dense:
             return hsr._replace(reason="reporting is expected to be cheaper")
         return dense._replace(reason="scoring every key is expected to be cheaper")
@@ -225,8 +228,8 @@ def expect(
     number = table.gather_number + part_rows * table.gather_product
     one_run = max(1.0, plan.capacity * (table.gather_row + width * number))
     survivors = 0.0
-    if isinstance(activation, Softmax) and not activation.is_full:
-        top_r = activation.top_r
+    if selects(activation):
+        top_r = getattr(activation, "top_r", None)
         kept = _EPSILON_SHARE * shape.keys if top_r is None else top_r
         kept = min(shape.keys, kept * part_rows)
         scores = keys * rows
@@ -242,7 +245,7 @@ def dense_tiling(
     """How dense attention cuts its scores: not where they or the queries are few.
 
     Args:
-      activation: Softmax(top_r or epsilon) needs whole rows.
+      activation: Softmax(top_r or epsilon) and Entmax need whole rows.
       queries: T.
       keys: S.
       heads: query heads of all batch rows.
@@ -254,7 +257,7 @@ def dense_tiling(
     """
     if queries < _LEAST_QUERIES or queries * keys * heads <= _SCORES_AT_ONCE:
         return queries, None
-    if isinstance(activation, Softmax) and not activation.is_full:
+    if selects(activation):
         return max(1, min(queries, _CHUNK_SCORES // (keys * heads))), None
     room = _CHUNK_SCORES // heads
     side = 2 ** ((room.bit_length() - 1) // 2)

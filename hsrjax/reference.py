@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsrjax.activations import Activation, ReLU
+from hsrjax.activations import CELU, SELU, Activation, Entmax, PReLU, ReLU
 
 
 def attention(
@@ -30,7 +30,7 @@ def attention(
       query: f[B, T, N, H].
       key: f[B, S, K, H].
       value: f[B, S, K, D].
-      activation: `hsrjax.ReLU` or `hsrjax.Softmax`; epsilon leaves nothing out, and
+      activation: as in `hsrjax.attention`; Softmax's epsilon leaves nothing out, and
         nor does top_r with a tail.
       is_causal: query i sees keys 0..i.
       segment_ids: i32[B, S]; queries see the keys of their own run of equal ids.
@@ -65,9 +65,19 @@ def attention(
         sinks=sinks,
     )
     visible, sink = visible[:, :, None, :], sink[:, :, None, :]
-    if isinstance(activation, ReLU):
-        bias = jnp.broadcast_to(jnp.asarray(activation.bias, jnp.float32), (b, t, n))
-        weights = jax.nn.relu(scores - bias[..., None]) ** activation.power
+    if isinstance(activation, Entmax):
+        weights = _entmax(scores, visible, activation.alpha)
+    elif isinstance(activation, (ReLU, PReLU, CELU, SELU)):
+        per_row = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), (b, t, n))
+        x = scores - per_row(activation.bias)[..., None]
+        if isinstance(activation, ReLU):
+            weights = jax.nn.relu(x) ** activation.power
+        elif isinstance(activation, PReLU):
+            weights = jnp.where(x > 0, x, per_row(activation.slope)[..., None] * x)
+        elif isinstance(activation, CELU):
+            weights = jax.nn.celu(x, activation.alpha)
+        else:
+            weights = jax.nn.selu(x)
         weights = jnp.where(visible, weights, 0.0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if activation.normalize == "none":
@@ -84,6 +94,25 @@ def attention(
             scores = jnp.where((scores < kth) & ~sink, -jnp.inf, scores)
         weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("btns,bsnd->btnd", weights, v, precision="highest")
+
+
+def _entmax(scores, visible, alpha):
+    """tau from sorted scores: with r keys it is one number, and that many exceed it."""
+    z = (alpha - 1.0) * scores
+    best = jnp.max(jnp.where(visible, z, -jnp.inf), axis=-1, keepdims=True)
+    z = jnp.where(visible, z - jnp.where(best == -jnp.inf, 0.0, best), -2.0)
+    ranked = -jnp.sort(-z, axis=-1)
+    rank = jnp.arange(1, z.shape[-1] + 1).astype(jnp.float32)
+    mean = jnp.cumsum(ranked, axis=-1) / rank
+    if alpha == 2.0:
+        tau = mean - 1.0 / rank
+    else:
+        spread = jnp.cumsum(ranked**2, axis=-1) / rank - mean**2
+        tau = mean - jnp.sqrt(jnp.maximum(1.0 / rank - spread, 1e-30))
+    number = jnp.sum(ranked > tau, axis=-1, keepdims=True)
+    tau = jnp.take_along_axis(tau, jnp.maximum(number - 1, 0), axis=-1)
+    weights = jax.nn.relu(z - tau) ** (1 if alpha == 2.0 else 2)
+    return jnp.where(visible, weights, 0.0)
 
 
 def visibility(

@@ -17,19 +17,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hsrjax import bitset, bounds, certificates, gathered
+from hsrjax import bitset, bounds, certificates, entmax, gathered
 from hsrjax import tail as tail_module
 from hsrjax.activations import (
     Activation,
+    Entmax,
     Softmax,
-    fires,
+    law_of,
     normalize_rows,
-    power_of,
+    selects,
 )
 from hsrjax.index import Index, ids_of
 from hsrjax.query import pack_parts, survivors, trips
 from hsrjax.rows import gather_rows
 from hsrjax.visible import Visible
+from hsrjax.weights import edge, fires
 
 
 class Info(NamedTuple):
@@ -42,10 +44,10 @@ class Info(NamedTuple):
       overflow: bool, the row's part of a tile reports more keys than capacity: they
         took further runs, exact as well.
       missed_mass: f32, bound on the fraction of softmax mass left out, or left to the
-        tail; 0 for ReLU.
+        tail; 0 but for softmax.
       error_bound: f32, bound on the maximum-norm distance to full softmax in exact
         arithmetic, before rounding to the output's dtype; 0 where nothing is left out
-        by definition (ReLU, full softmax).
+        by definition (all but softmax, full softmax).
     """
 
     count: jax.Array
@@ -88,11 +90,11 @@ class Tiles(NamedTuple):
 
 
 class Sets(NamedTuple):
-    """The keys that J parts of R queries look at, and for softmax what `select` finds.
+    """The keys that J parts of R queries look at, and what says which weigh anything.
 
     Attributes:
       words: u32[M, *B, J, P/32].
-      selection: f32[M, *B, J, R] each.
+      selection: f32[M, *B, J, R] each; of entmax the offset alone, its threshold.
       rounding: f32[M, *B, J, R], bound on that of a score.
       tail: f32[M, *B, J, R, ...], what all other keys contribute, or None.
     """
@@ -126,7 +128,7 @@ def attend(
     """Attention of tiles of queries over an index, looking only at reported keys.
 
     Args:
-      activation: ReLU, or Softmax with top_r or epsilon.
+      activation: what `core_of` leaves, but not full softmax.
       index: batch axes *B. Differentiable in `index.keys`.
       values: differentiable in `values.rows`.
       tiles: differentiable in queries and offsets.
@@ -174,20 +176,19 @@ def attend_sets(
     words, selection, rounding, tail = sets
     batch = tiles.offsets.ndim - 1
     cut = _in_parts(tiles, words.shape[-2])
-    softmax = isinstance(activation, Softmax)
-    sums = gathered.sums(
-        power_of(activation),
-        capacity,
-        counted,
+    arrays = (
         cut.queries,
         index.keys,
         values.rows,
         index.ids,
-        selection.offset if softmax else cut.offsets,
+        selection.offset if selects(activation) else cut.offsets,
         selection.shift,
         cut.visible,
         words,
     )
+    sums = gathered.sums(law_of(activation), capacity, counted, *arrays)
+    if isinstance(activation, Entmax):
+        sums = *entmax.settle(activation.power, capacity, sums[:2], arrays), *sums[2:]
     overflow = bitset.size(words) > capacity
     overflow = jnp.broadcast_to(overflow[..., None], sums[1].shape)
     sums, overflow, selection, rounding, tail = jax.tree.map(
@@ -208,7 +209,7 @@ def attend_sets(
             rounding,
             keys=index.keys.shape[-2],
         )
-    elif softmax:
+    elif isinstance(activation, Softmax):
         missed, bound = certificates.error_bound(
             selection, total, count, values.bound[..., None][None], rounding
         )
@@ -242,9 +243,10 @@ def _choose(
     """The reported sets of one tile in parts, and for softmax what `select` finds."""
     batch, parts = cut.offsets.ndim - 2, cut.offsets.shape[-2]
     a, offsets, seen = jax.tree.map(lambda x: _join(x, batch), cut)
-    if not isinstance(activation, Softmax):
+    zeros = jnp.zeros_like(cut.offsets)
+    if not isinstance(activation, (Softmax, Entmax)):
+        offsets = edge(law_of(activation), offsets)
         words = survivors(index, a, offsets, visible=seen, parts=parts)
-        zeros = jnp.zeros_like(cut.offsets)
         return Sets(words, certificates.Selection(*[zeros] * 4), zeros)
     query_sketch = bounds.sketch_query(index.sketch, a)
     products = bounds.code_products(index.sketch, query_sketch)
@@ -254,8 +256,21 @@ def _choose(
     sinks = seen.sinks(slot)
     lower = jnp.where(visible, lower, -jnp.inf)
     upper = jnp.where(visible, upper, -jnp.inf)
+    if isinstance(activation, Entmax):
+        low = entmax.safe_threshold(lower, activation.power)
+        words = pack_parts(visible & ~(upper <= low[..., None]), parts)
+        tau = entmax.find(
+            activation.power,
+            index,
+            cut.queries,
+            cut.visible,
+            words,
+            _cut(low, batch, parts),
+            capacity=capacity,
+        )
+        return Sets(words, certificates.Selection(tau, *[zeros] * 3), zeros)
     offset = certificates.safe_offset(activation, lower, upper, sinks)
-    kept = fires(upper, offset[..., None], power=None, sinks=sinks)
+    kept = fires(upper, offset[..., None], law=None, sinks=sinks)
     if activation.tail is not None:
         kept |= ~tail_module.whole(visible, activation.tail)
     words = pack_parts(visible & kept, parts)

@@ -13,6 +13,7 @@ import pytest
 
 import hsrjax
 from hsrjax import planner, reference
+from hsrjax.activations import selects
 
 SHAPE = (2, 37, 37, 4, 2, 16, 16)
 # (B, T, S, N, K, H, D), is_causal, activation: sizes that divide nothing, GQA, one key,
@@ -34,6 +35,10 @@ ACTIVATIONS = {
     "relu3": hsrjax.ReLU(power=3, bias=-0.2, normalize="length"),
     "softmax": hsrjax.Softmax(),
     "top_r": hsrjax.Softmax(top_r=5),
+    "entmax": hsrjax.Entmax(),
+    "sparsemax": hsrjax.Entmax(2.0),
+    "prelu": hsrjax.PReLU(slope=np.float32([0.3, -0.2, 0.0, 1.0]), bias=0.2),
+    "celu": hsrjax.CELU(alpha=0.05, bias=0.3, normalize="none"),
 }
 # Two rows of SHAPE: the first holds four documents, the third of them one token long
 # and with the id of the first; the second row is one document.
@@ -50,6 +55,14 @@ VISIBLE = [
     ({"segment_ids": SEGMENTS}, True, "softmax"),
     ({"segment_ids": SEGMENTS, "sinks": 2}, False, "top_r"),
     ({"segment_ids": SEGMENTS, "window": 6, "sinks": 3}, True, "relu2"),
+]
+# The same with gradients, of activations with no threshold that is known before, and of
+# those with a closed form over all keys.
+BEYOND = [
+    ({"window": 6, "sinks": 3}, True, "entmax"),
+    ({"segment_ids": SEGMENTS}, False, "sparsemax"),
+    ({"window": 6, "sinks": 3}, True, "prelu"),
+    ({"segment_ids": SEGMENTS, "window": 6, "sinks": 3}, True, "celu"),
 ]
 
 
@@ -93,8 +106,8 @@ def reference_visibility(queries, keys, **visible):
 def small_dense_tiling(activation, *, queries, keys, heads):
     """In place of `planner.dense_tiling`: sizes that divide nothing."""
     del heads
-    selects = isinstance(activation, hsrjax.Softmax) and not activation.is_full
-    return min(queries, 5), None if selects else min(keys, 7)
+    whole_rows = selects(activation)
+    return min(queries, 5), None if whole_rows else min(keys, 7)
 
 
 class AttentionContract:
@@ -102,6 +115,7 @@ class AttentionContract:
 
     differentiable = True
     takes_segments = True
+    takes_closed_forms = True
     dense_in_chunks = False
 
     @pytest.fixture(autouse=True)
@@ -188,6 +202,35 @@ class AttentionContract:
         expected = self.gradients(reference_attention, arrays, cotangent, **visible)
         for one, other in zip(got, expected, strict=True):
             assert relative_error(one, other) <= 1e-5
+
+    @pytest.mark.parametrize(("visible", "is_causal", "name"), BEYOND)
+    def test_beyond_the_paper(self, visible, is_causal, name):
+        *arrays, cotangent = inputs(SHAPE)
+        if not self.takes_segments:
+            visible = {k: v for k, v in visible.items() if k != "segment_ids"}
+        options = {"is_causal": is_causal or not self.takes_segments} | visible
+        if name in ("prelu", "celu") and not self.takes_closed_forms:
+            with pytest.raises(TypeError, match="running sums"):
+                self.attend(*arrays, activation=ACTIVATIONS[name], **options)
+            return
+
+        def both(attend):
+            def loss(*arrays):
+                out, info = attend(*arrays[:3], activation=arrays[3], **options)
+                return jnp.vdot(out, cotangent), (out, info)
+
+            if not self.differentiable:
+                return jax.jit(loss)(*arrays, ACTIVATIONS[name])[1], ()
+            run = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+            (_, results), grads = jax.jit(run)(*arrays, ACTIVATIONS[name])
+            return results, jax.tree.leaves(grads)
+
+        (out, info), grads = both(self.attend)
+        reference = lambda *a, **k: (reference_attention(*a, **k), None)
+        (expected, _), expected_grads = both(reference)
+        for one, other in zip((out, *grads), (expected, *expected_grads), strict=True):
+            assert relative_error(one, other) <= 1e-5
+        assert (info.count <= info.candidates).all() and (info.error_bound == 0).all()
 
     @pytest.mark.parametrize("normalize", ["row_sum", "none"])
     def test_empty_rows_are_zero_with_zero_gradients(self, normalize):

@@ -23,7 +23,7 @@ FUNCTIONS = {
     "query",
     "reindex",
 }
-ACTIVATIONS = {"ReLU", "Softmax"}
+ACTIVATIONS = {"CELU", "Entmax", "PReLU", "ReLU", "SELU", "Softmax"}
 RESULTS = {"Explanation", "Index", "Info", "KVCache", "Report"}
 MODULES = {"reference", "theory"}
 

@@ -34,6 +34,7 @@ def fill(key, value, *, room=0, chunk=None, reindexed=None):
 class CacheContract(AttentionContract):
     differentiable = False
     takes_segments = False
+    takes_closed_forms = False
     implementation = "dense"
     chunk = None
     appended = None
