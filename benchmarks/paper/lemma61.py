@@ -118,12 +118,20 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
                 [row[name] / row["bound"] for row in mine]
                 for name in ("least", "mean", "most")
             )
-            axes.plot(keys, mid, "o-", color=colours[rule], label=rule, markersize=4)
+            axes.plot(
+                keys,
+                mid,
+                "o-",
+                color=colours[rule],
+                label=rule,
+                markersize=4,
+                clip_on=False,
+            )
             axes.fill_between(keys, low, high, color=colours[rule], alpha=0.15)
-        axes.axhline(1, color="tab:gray", linestyle="--")
+        axes.axhline(1, color="tab:gray", linestyle="--", label="the lemma's bound")
         axes.set(xscale="log", title=f"d = {dim}", xlabel="n")
         axes.set_yscale("symlog", linthresh=1e-3)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 3)
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("keys in the half-space / $2 n^{4/5}$")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper")

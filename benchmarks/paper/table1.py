@@ -134,7 +134,7 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
         yscale="log",
         xlabel="n, number of keys",
         ylabel="keys that fire for a query",
-        title=f"d = {rows[0]['head_dim']}; with b as printed at most {most} in any row",
+        title=f"d = {rows[0]['head_dim']}; with b as printed {most or 'no'} keys fire",
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
