@@ -49,6 +49,11 @@ def count_bound(keys: int) -> float:
     return 2.0 * keys**0.8
 
 
+def norm_bound(head_dim: int, t: float) -> float:
+    """Lemma E.2's sqrt(3) sqrt(d + t) on the norm of a standard normal query."""
+    return math.sqrt(3.0 * (head_dim + t))
+
+
 def exponent(head_dim: int) -> float:
     """Of n in a query's time: max(1 - 1 / floor(d / 2), 4 / 5) (Theorem 5.1)."""
     return max(1.0 - 1.0 / (head_dim // 2), 0.8)

@@ -31,11 +31,11 @@ def laplace(rng: np.random.Generator, *, keys: int, rows: int, kept: int) -> Hea
 
 def clusters(rng: np.random.Generator, *, keys: int, rows: int, kept: int) -> Head:
     """n^(1 - gamma) clusters of n^gamma keys; queries come from the same clusters."""
-    number = max(1, round(keys / kept))
-    near, centres = math.sqrt(1 - SPREAD**2), _normal(rng, number)
-    which = np.arange(keys) % number
+    whole = keys // kept
+    near, centres = math.sqrt(1 - SPREAD**2), _normal(rng, whole + 1)
+    which = np.arange(keys) // kept
     key = near * centres[which] + SPREAD * _normal(rng, keys)
-    asked = near * centres[rng.integers(number, size=rows)]
+    asked = near * centres[rng.integers(whole, size=rows)]
     return _head(rng, asked + SPREAD * _normal(rng, rows), key)
 
 
