@@ -1,6 +1,6 @@
 """`python -m benchmarks COMMAND`: measures, prints ratios, writes results.
 
-A command is a module here with a dataclass `Command`, made of `common.Settings`, and a
+A command is a module here with a dataclass `Command`, made of `common.Basics`, and a
 function `run(command) -> common.Results`; naming it below is all that it takes. One
 that writes something else than a folder of results has a function `finish` as well.
 """
@@ -13,7 +13,7 @@ import sys
 from types import ModuleType
 
 from benchmarks.allocator import keep_freed_memory
-from benchmarks.common import Results, Settings, sentence
+from benchmarks.common import Basics, Results, sentence
 from models.command import parse
 
 COMMANDS = {
@@ -24,9 +24,19 @@ COMMANDS = {
     "generate": "a trained model's tokens per second, end to end",
     "grid": "auto against the better of dense and hsr, everywhere",
     "calibrate": "what work costs here: the table that auto chooses by",
+    "paper-table1": "the paper's Table 1, counted",
+    "paper-lemma61": "Lemma 6.1's bound on the keys that fire, printed and repaired",
+    "paper-theorem43": "Theorem 4.3 and Lemma 6.5 on real and random attention",
+    "paper-figure3": "Figure 3: perplexity with the top r keys of every query",
+    "paper-time": "running time by n and d beside the exponents of the theorems",
+    "paper-claims": "every claim of the paper and what came of it, from the five above",
 }
-MODULES = {"train": "training", "generate": "generation"}
-"""Where a command's module has another name."""
+MODULES = {
+    "train": "training",
+    "generate": "generation",
+    "paper-time": "paper.running_time",
+}
+"""Where a command's module has another name; paper-NAME is paper.NAME."""
 PROG = "python -m benchmarks"
 
 
@@ -63,15 +73,16 @@ def _module(name: str) -> ModuleType:
             f"unknown command {name}: choose from {', '.join(COMMANDS)} (see {PROG} "
             "--help)"
         )
-    return importlib.import_module(f"benchmarks.{MODULES.get(name, name)}")
+    module = MODULES.get(name, name.replace("paper-", "paper."))
+    return importlib.import_module(f"benchmarks.{module}")
 
 
-def _finish(arguments: list[str], command: Settings, results: Results) -> int:
+def _finish(arguments: list[str], command: Basics, results: Results) -> int:
     """Writes and prints; 1 if a result was wrong."""
     # Needs matplotlib's canvas, which --help need not wait for.
     from benchmarks import report
 
-    folder = command.folder / arguments[0]
+    folder = command.folder / arguments[0].replace("paper-", "paper/")
     report.write(folder, results, words=arguments, quick=command.quick)
     print(f"results: {folder}")
     for words in results.wrong:
@@ -85,7 +96,7 @@ def _finish(arguments: list[str], command: Settings, results: Results) -> int:
 
 def _usage() -> str:
     lines = [f"usage: {PROG} COMMAND [--help] [--quick] [--json] [--out DIR] ...", ""]
-    lines += [f"  {name:<9} {about}" for name, about in COMMANDS.items()]
+    lines += [f"  {name:<15} {about}" for name, about in COMMANDS.items()]
     return "\n".join(lines)
 
 

@@ -22,8 +22,8 @@ class Unavailable(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Options that every benchmark has."""
+class Basics:
+    """Options that every command has."""
 
     out: Path | None = None
     """Folder of the results: benchmarks/results; with --quick, runs/benchmarks."""
@@ -31,19 +31,34 @@ class Settings:
     """End with one line on stdout that holds the results as JSON."""
     quick: bool = False
     """Small sizes: shows that everything runs, says nothing about speed."""
-    repeats: int | None = None
-    """Rounds in which everything takes a turn; medians count. 7; with --quick, 2."""
-    peers: tuple[str, ...] = ("all",)
-    """Peers to measure beside hsrjax and dense: names, or all, or none."""
     seed: int = 0
     """Of the random inputs."""
 
     def __post_init__(self) -> None:
         """Refuses values that cannot work, in one sentence."""
-        if self.repeats is not None and self.repeats < 1:
-            raise ValueError(f"repeats must be 1 or more, got {self.repeats}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie between 0 and 2**32 - 1, got {self.seed}")
+
+    @property
+    def folder(self) -> Path:
+        """Where results go, with the default resolved."""
+        return self.out or (QUICK_RESULTS if self.quick else RESULTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Basics):
+    """Options of what takes time and may have rivals."""
+
+    repeats: int | None = None
+    """Rounds in which everything takes a turn; medians count. 7; with --quick, 2."""
+    peers: tuple[str, ...] = ("all",)
+    """Peers to measure beside hsrjax and dense: names, or all, or none."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that cannot work, in one sentence."""
+        super().__post_init__()
+        if self.repeats is not None and self.repeats < 1:
+            raise ValueError(f"repeats must be 1 or more, got {self.repeats}")
         if len(self.peers) > 1 and {"all", "none"} & set(self.peers):
             raise ValueError("peers are names, or all alone, or none alone")
 
@@ -51,11 +66,6 @@ class Settings:
     def rounds(self) -> int:
         """Rounds, with the default resolved."""
         return self.repeats or (2 if self.quick else 7)
-
-    @property
-    def folder(self) -> Path:
-        """Where results go, with the default resolved."""
-        return self.out or (QUICK_RESULTS if self.quick else RESULTS)
 
 
 def chosen_peers(settings: Settings, known: Iterable[str]) -> list[str]:
@@ -88,9 +98,11 @@ class Results:
       summary: the numbers that people quote; JSON values.
       figures: pictures by file name.
       wrong: results that differ from what they should be, in words.
+      texts: further files by name.
     """
 
     rows: list[dict[str, Any]]
     summary: dict[str, Any]
     figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
     wrong: list[str] = dataclasses.field(default_factory=list)
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)

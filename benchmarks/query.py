@@ -78,7 +78,7 @@ def run(command: Command) -> Results:
     )
     members = max(8, round(command.share * len(keys)))
     offsets = _offsets(keys, normals, members)
-    truths = [_truth(keys, *one) for one in zip(normals, offsets, strict=True)]
+    truths = [truth(keys, *one) for one in zip(normals, offsets, strict=True)]
     rows: list[dict[str, Any]] = []
     steps = len(contenders) + len(batches) * command.rounds
     with tqdm(total=steps, unit="step") as bar:
@@ -107,7 +107,7 @@ def _offsets(keys: np.ndarray, normals: np.ndarray, members: int) -> np.ndarray:
     return bias.reshape(-1)
 
 
-def _truth(keys: np.ndarray, normal: np.ndarray, offset: np.float32) -> Truth:
+def truth(keys: np.ndarray, normal: np.ndarray, offset: float) -> Truth:
     """Exact for the keys near the offset; the rest is far beyond any rounding."""
     rough = keys @ normal
     slack = float(np.abs(rough).max()) * 1e-4

@@ -49,6 +49,8 @@ def write(folder: Path, results: Results, *, words: Sequence[str], quick: bool) 
         (stage / "summary.json").write_text(_json(results.summary))
         about = environment(words) | {"quick": quick}
         (stage / "environment.json").write_text(_json(about))
+        for name, text in results.texts.items():
+            (stage / name).write_text(text, newline="")
         for name, figure in results.figures.items():
             FigureCanvasAgg(figure)
             figure.savefig(stage / name, dpi=110, format="png")

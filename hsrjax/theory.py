@@ -179,7 +179,7 @@ def softmax_error_bound(
 
 def massive_activation_bound(
     num_keys: jax.typing.ArrayLike,
-    gamma: float,
+    gamma: jax.typing.ArrayLike,
     beta_top: jax.typing.ArrayLike,
     beta_rest: jax.typing.ArrayLike,
     query_norm: jax.typing.ArrayLike,
@@ -191,7 +191,7 @@ def massive_activation_bound(
 
     Args:
       num_keys: n.
-      gamma: n^gamma keys are kept.
+      gamma: n^gamma keys are kept, f[...].
       beta_top: beta1: the kept scores average at least beta1 |q| log n.
       beta_rest: beta2: every other score is at most beta2 |q| log n.
       query_norm: |q|, f[...].
@@ -214,7 +214,7 @@ def massive_activation_bound(
     if head_dim is not None:
         length = length / jnp.sqrt(float(head_dim))
     gap = jnp.asarray(beta_top, jnp.float32) - jnp.asarray(beta_rest, jnp.float32)
-    exponent = gamma + gap * length - 1.0
+    exponent = jnp.asarray(gamma, jnp.float32) + gap * length - 1.0
     n = jnp.asarray(num_keys, jnp.float32)
     return 2.0 * jnp.asarray(value_bound, jnp.float32) * n ** (-exponent)
 

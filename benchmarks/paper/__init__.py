@@ -1,0 +1,1 @@
+"""The paper, reproduced and extended: `python -m benchmarks paper-...`."""

@@ -1,0 +1,98 @@
+"""`python -m benchmarks paper-claims`: every claim of the paper and what came of it.
+
+Reads what the other paper commands wrote and writes claims.md beside results.csv. No
+number that is measured is typed in: `verdicts` works each out of those files.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Basics, Results
+from benchmarks.paper import errata, verdicts
+from benchmarks.paper.verdicts import Finding, Found
+
+EXPERIMENTS = ("table1", "lemma61", "theorem43", "figure3", "time")
+HEADER = """# What came of the paper's claims
+
+Chen, Liang, Sha, Shi, Song: HSR-Enhanced Sparse Attention Acceleration
+(arXiv 2410.10165). Written by `python -m benchmarks paper-claims` from the results of
+the other `paper-` commands, which lie beside this folder. "Says nothing": the statement
+is true, but of no consequence where it was measured. "Not testable": nothing that has
+the claimed property can be built. Errata (E1 to E13) are slips of the paper: "measured"
+where an experiment shows them, "worked out" where arithmetic does, "read" otherwise.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Basics):
+    """Puts the results of the other paper commands beside the paper's claims."""
+
+    results: Path | None = None
+    """Folder that holds theirs: OUT/paper."""
+
+
+def run(command: Command) -> Results:
+    """Judges every claim."""
+    found = load(command.results or command.folder / "paper")
+    judged = [*verdicts.judge(found), *errata.judge(found)]
+    rows = [dataclasses.asdict(one) for one in judged]
+    numbers = collections.Counter(one.verdict for one in judged)
+    return Results(rows, dict(numbers), texts={"claims.md": HEADER + as_table(judged)})
+
+
+def load(folder: Path) -> Found:
+    """What each experiment wrote: its summary, and the lines of its CSV files.
+
+    Raises:
+      ValueError: an experiment is missing; the message says which to run.
+    """
+    summaries: dict[str, dict[str, Any]] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for name in EXPERIMENTS:
+        try:
+            summaries[name] = json.loads((folder / name / "summary.json").read_text())
+            for file in sorted((folder / name).glob("*.csv")):
+                key = name if file.stem == "results" else f"{name}/{file.stem}"
+                with file.open(newline="") as lines:
+                    tables[key] = [_typed(line) for line in csv.DictReader(lines)]
+        except OSError as error:
+            raise ValueError(
+                f"{folder / name} holds no results ({error.strerror}): run "
+                f"python -m benchmarks paper-{name} first"
+            ) from error
+    return Found(summaries, tables)
+
+
+def _typed(line: dict[str, str]) -> dict[str, Any]:
+    return {name: _number(value) for name, value in line.items()}
+
+
+def _number(value: str) -> Any:
+    """A number where the cell is one; None where it is empty."""
+    if value == "":
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def as_table(findings: list[Finding]) -> str:
+    """A table in Markdown."""
+    lines = [
+        "",
+        "| | claim | verdict | what was found | from |",
+        "|---|---|---|---|---|",
+    ]
+    for one in findings:
+        cells = dataclasses.astuple(one)
+        lines.append(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,147 @@
+"""`python -m benchmarks paper-lemma61`: keys that fire against Lemma 6.1's bound.
+
+The lemma: with probability 1 - delta no row has more than 2 n^(4/5) scores above b.
+Four rules for b (`rules`): as printed, as Algorithms 1 and 2 hand it to HSR, one b at
+the true sigma, and each row's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import hsrjax
+from benchmarks import report
+from benchmarks.common import Basics, Results
+from benchmarks.paper import printed, rules
+
+NORM_T = 1.0
+"""t of Lemma E.2, which a query's norm may exceed with probability exp(-t)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Basics):
+    """Counts the keys that fire by n and d, with b as printed and repaired."""
+
+    keys: tuple[int, ...] = ()
+    """Numbers of keys: 1,024 to 262,144; with --quick, 512 and 1,024."""
+    head_dims: tuple[int, ...] = ()
+    """Head sizes: 8, 16, 32, 64 and 128; with --quick, 8 and 64."""
+    rows: int | None = None
+    """Queries for each: 512; with --quick, 32."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be counted."""
+        super().__post_init__()
+        smallest = min((*self.head_dims, self.rows or 1))
+        if min((*self.keys, 2)) < 2 or smallest < 1:
+            raise ValueError("keys must be 2 or more, rows and head-dims 1 or more")
+
+
+def run(command: Command) -> Results:
+    """Counts by all rules."""
+    quick = command.quick
+    sizes = command.keys or (
+        (512, 1024) if quick else tuple(4**i for i in range(5, 10))
+    )
+    dims = command.head_dims or ((8, 64) if quick else (8, 16, 32, 64, 128))
+    rows = command.rows or (32 if quick else 512)
+    found: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    cells = [(keys, dim) for dim in dims for keys in sizes]
+    for keys, dim in tqdm(cells, unit="cell"):
+        stored, queries = rules.draw(
+            (command.seed, keys, dim), keys=keys, rows=rows, head_dim=dim
+        )
+        index = hsrjax.build(stored)
+        long = np.linalg.norm(queries, axis=-1) > printed.norm_bound(dim, NORM_T)
+        for rule in rules.RULES:
+            offset = rules.offsets(rule, queries, keys)
+            counts, fault = rules.count(index, queries, offset)
+            if fault:
+                wrong.append(f"{rule}, {keys:,} keys of {dim}: {fault}")
+            found.append(
+                {"keys": keys, "head_dim": dim, "rows": rows, "rule": rule}
+                | rules.describe(counts, keys)
+                | {
+                    "bound": printed.count_bound(keys),
+                    "expected": rules.expected(queries, offset, keys),
+                    "failure_probability": rows * _failure(keys),
+                    "longer_than_lemma_e2_percent": 100 * float(long.mean()),
+                }
+            )
+    return Results(found, _summary(found), {"lemma61.png": _draw(found)}, wrong)
+
+
+def _failure(keys: int) -> float:
+    """With which a row may exceed the bound at the true sigma (Lemma E.1)."""
+    bias = hsrjax.theory.threshold(keys)
+    return float(hsrjax.theory.count_failure(keys, bias))
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The worst of each rule over all n and d."""
+    found = {}
+    for rule in rules.RULES:
+        mine = [row for row in rows if row["rule"] == rule]
+        found[rule] = {
+            "rows": sum(row["rows"] for row in mine),
+            "rows_within_bound_percent": min(
+                row["rows_within_bound_percent"] for row in mine
+            ),
+            "most_over_bound": max(row["most"] / row["bound"] for row in mine),
+            "share_percent": [
+                fold(row["share_percent"] for row in mine) for fold in (min, max)
+            ],
+            "empty_rows_percent": [
+                fold(row["empty_rows_percent"] for row in mine) for fold in (min, max)
+            ],
+            "longer_than_lemma_e2_percent": max(
+                row["longer_than_lemma_e2_percent"] for row in mine
+            ),
+            "most_over_least": max(
+                row["most"] / row["least"] if row["least"] else math.inf for row in mine
+            ),
+        }
+    return found
+
+
+def _draw(rows: list[dict[str, Any]]) -> Figure:
+    """The mean count and its range over the bound, by n, a picture for each d."""
+    dims = sorted({row["head_dim"] for row in rows})
+    figure = report.figure(width=2.6 * len(dims) + 2, height=4)
+    grid = figure.subplots(1, len(dims), sharey=True, squeeze=False)[0]
+    colours = dict(
+        zip(rules.RULES, ("k", "tab:orange", "tab:blue", "tab:red"), strict=True)
+    )
+    for axes, dim in zip(grid, dims, strict=True):
+        for rule in rules.RULES:
+            mine = [r for r in rows if r["rule"] == rule and r["head_dim"] == dim]
+            keys = [row["keys"] for row in mine]
+            low, mid, high = (
+                [row[name] / row["bound"] for row in mine]
+                for name in ("least", "mean", "most")
+            )
+            axes.plot(
+                keys,
+                mid,
+                "o-",
+                color=colours[rule],
+                label=rule,
+                markersize=4,
+                clip_on=False,
+            )
+            axes.fill_between(keys, low, high, color=colours[rule], alpha=0.15)
+        axes.axhline(1, color="tab:gray", linestyle="--", label="the lemma's bound")
+        axes.set(xscale="log", title=f"d = {dim}", xlabel="n")
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_ylim(0, 3)
+        axes.grid(alpha=0.3)
+    grid[0].set_ylabel("keys in the half-space / $2 n^{4/5}$")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
