@@ -133,10 +133,11 @@ def lay_out(activation: Activation, shape: Shape, capacity: int | None = None) -
     """Tiles, slots and chunks of either way, in a plan of "hsr"."""
     heads = shape.batch * shape.heads
     part_scores = max(1, _PART_ROWS // shape.group) * heads * shape.keys
-    # Softmax goes over the bounds of all keys many times: they should stay in cache.
-    selects = isinstance(activation, Softmax)
-    most = max(1, _BOUNDS_AT_ONCE // part_scores) if selects else _MOST_PARTS
-    tile, parts = _tile(shape.queries, shape.group, min(most, _MOST_PARTS))
+    parts = _MOST_PARTS
+    if selects(activation):
+        # It goes over the bounds of all keys many times: they should stay in cache.
+        parts = max(1, min(parts, _BOUNDS_AT_ONCE // part_scores))
+    tile, parts = _tile(shape.queries, shape.group, parts)
     dense_tile, chunk = dense_tiling(
         dense_twin(activation), queries=shape.queries, keys=shape.keys, heads=heads
     )
