@@ -159,7 +159,7 @@ def at_ranks(scores: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     last = jnp.min(jnp.where(reaches, scores, jnp.inf), axis=-1)
     after = jnp.max(jnp.where(reaches, -jnp.inf, scores), axis=-1)
     after = jnp.where(found.at_low > 0, last, after)  # equal to the r-th
-    return tuple(jnp.where(ranked, x, -jnp.inf) for x in (last, after))
+    return jnp.where(ranked, last, -jnp.inf), jnp.where(ranked, after, -jnp.inf)
 
 
 def _log_ratio(number: jax.Array, rank: int) -> jax.Array:

@@ -74,7 +74,9 @@ def _query(keys: np.ndarray, queries: np.ndarray, offset: np.ndarray) -> Found:
     capacity = int(_SPARE * members) + 32
     normals, at = jnp.asarray(queries), jnp.asarray(offset)
     indexes = {
-        name: jax.block_until_ready(hsrjax.build(keys, reorder=name == "balls"))
+        name: jax.block_until_ready(
+            hsrjax.build(jnp.asarray(keys), reorder=name == "balls")
+        )
         for name in ("balls", "sketch")
     }
     found = [
@@ -103,16 +105,16 @@ def _scan(keys, normal, offset, *, capacity):
     return ids[None], None, jnp.sum(inside, dtype=jnp.int32)[None], None
 
 
-def _missed(result: Any, *, exact: Truth) -> tuple[np.ndarray]:
+def _missed(result: Any, *, exact: Truth) -> tuple[float]:
     """0 if the report is right, else 1."""
     ids, _, count, _ = result
     reported = [np.asarray(ids)[0, : int(np.asarray(count)[0])]]
-    return (np.float64(judge(reported, [exact])[1] != ""),)
+    return (float(judge(reported, [exact])[1] != ""),)
 
 
-def _off(result: Any, *, expected: np.ndarray) -> tuple[np.ndarray]:
+def _off(result: Any, *, expected: np.ndarray) -> tuple[float]:
     out = np.asarray(result[0], np.float64)[0, : len(expected), 0]
-    return (np.float64(relative_error(out, expected)),)
+    return (float(relative_error(out, expected)),)
 
 
 def _decode(keys, queries, values, relu, score) -> list[Contestant]:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -58,7 +59,7 @@ def run(command: Command) -> Results:
         stored, queries = rules.draw(
             (command.seed, keys, dim), keys=keys, rows=rows, head_dim=dim
         )
-        index = hsrjax.build(stored)
+        index = hsrjax.build(jnp.asarray(stored))
         long = np.linalg.norm(queries, axis=-1) > printed.norm_bound(dim, NORM_T)
         for rule in rules.RULES:
             offset = rules.offsets(rule, queries, keys)

@@ -80,7 +80,9 @@ def count(
     parts = []
     for first in range(0, len(queries), _AT_ONCE):
         part = slice(first, first + _AT_ONCE)
-        found = hsrjax.count(index, jnp.asarray(queries[part]), offset[part])
+        found = hsrjax.count(
+            index, jnp.asarray(queries[part]), jnp.asarray(offset[part])
+        )
         parts.append(np.asarray(found, np.int64))
     counts = np.concatenate(parts)
     keys = np.asarray(index.keys[: int(index.size)])

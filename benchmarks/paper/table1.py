@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ def run(command: Command) -> Results:
         stored, queries = rules.draw(
             seed, keys=keys, rows=rows, head_dim=command.head_dim
         )
-        index = hsrjax.build(stored)
+        index = hsrjax.build(jnp.asarray(stored))
         for rule in COUNTED:
             offset = rules.offsets(rule, queries, keys)
             counts, fault = rules.count(index, queries, offset)

@@ -113,8 +113,8 @@ def _reporting(found: Found) -> list[Finding]:
     words = ", ".join(f"d = {d}" for d in reached) or "no d"
     text = (
         "no implementation of AEM92 exists. Keys that bounds on cells leave to be "
-        f"looked at grow with the exponents {exponents_in_words(work)} (the theorem's "
-        f"in brackets; {_span(work)}): as promised for {words}"
+        f"looked at grow with the exponents {exponents_in_words(work)} (in brackets "
+        f"the theorem's; {_span(work)}): as promised for {words}"
     )
     return [
         Finding(
