@@ -1,0 +1,253 @@
+"""`python -m benchmarks paper-softmax`: softmax with a guarantee, head by head.
+
+Top r and epsilon, with and without the tail, on a model's own queries and keys: keys
+whose score is computed for a query of its own, mass left out, error, and how far the
+certificates are above them. Every query is asked alone and every head has its own keys,
+so that no set is a union over several.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import hsrjax
+from benchmarks import report
+from benchmarks.common import Results
+from benchmarks.paper.language import Reading, pieces, read
+from benchmarks.paper.theorem43 import Layer, capture, heads_of
+from models.transformer import with_attention
+
+EPSILONS = (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
+TOLERANCE = 1e-4
+"""Of the engine's float32 output to float64, in parts of max|V|."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Reading):
+    """Measures Softmax(top_r) and Softmax(epsilon) on every head of a model."""
+
+    tokens: int | None = None
+    """Tokens of the text to read: 8,192; with --quick, 96."""
+    rows: int | None = None
+    """Queries of every head, the newest: 32; with --quick, 4."""
+    r: tuple[int, ...] = (16, 64, 256)
+    """Keys kept per query."""
+    epsilon: tuple[float, ...] = EPSILONS
+    """Largest shares of the mass left out."""
+    tail: int = 1
+    """Group of the tail, measured beside what is left out without one."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be measured."""
+        super().__post_init__()
+        tokens, rows = self.sizes
+        if not 0 < rows <= tokens // 2:
+            raise ValueError("rows must be 1 or more, and tokens twice as many")
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens and rows, with the defaults resolved."""
+        tokens = self.tokens or (96 if self.quick else 8192)
+        return tokens, self.rows or (4 if self.quick else 32)
+
+    @property
+    def activations(self) -> list[hsrjax.Softmax]:
+        """All that is measured."""
+        found = []
+        for tail in (None, self.tail):
+            found += [hsrjax.Softmax(top_r=r, tail=tail) for r in self.r]
+            found += [hsrjax.Softmax(epsilon=e, tail=tail) for e in self.epsilon]
+        return found
+
+
+class Truth(NamedTuple):
+    """Full softmax of one head in float64.
+
+    Attributes:
+      output: f64[T, D].
+      held: f64[T, S], mass of the best 1, 2, ... keys.
+      extreme: f64[T], max|V| of the visible keys.
+    """
+
+    output: np.ndarray
+    held: np.ndarray
+    extreme: np.ndarray
+
+
+def run(command: Command) -> Results:
+    """Measures every layer."""
+    opened, text, about = read(command)
+    tokens, rows = command.sizes
+    part = pieces(text, length=tokens, number=1, seed=command.seed)[0]
+    layers = capture(with_attention(opened.model, "dense"), part, rows)
+    lines: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    for number, layer in enumerate(tqdm(layers, unit="layer")):
+        truths = [_truth(head.query, head.key, head.value) for head in heads_of(layer)]
+        for activation in command.activations:
+            found = jax.device_get(attend(layer, activation))
+            for head, truth in enumerate(truths):
+                line = {"layer": number, "head": head, **_name(activation)}
+                lines.append(line | _describe(found, head, truth, tokens))
+                if lines[-1]["exceeded_rows"]:
+                    wrong.append(f"{line}: error above the certificate")
+    summary = {"read": about, "tokens": tokens, "settings": _summary(lines)}
+    return Results(lines, summary, {"softmax.png": _draw(lines)}, wrong)
+
+
+def attend(layer: Layer, activation: hsrjax.Softmax) -> tuple[jax.Array, hsrjax.Info]:
+    """Outputs f32[T, N, D] and Info [T, N] of each query alone, each with its keys."""
+    _, rows, heads, _ = layer.query.shape
+    _, keys, kv_heads, dim = layer.key.shape
+    key, value = (
+        jnp.repeat(x, heads // kv_heads, axis=2) for x in (layer.key, layer.value)
+    )
+    cache = hsrjax.init_cache(
+        1, keys, heads, dim, value_dim=value.shape[-1], tail=activation.tail
+    )
+    cache = hsrjax.extend(cache, key, value)
+    positions = keys - rows + jnp.arange(rows, dtype=jnp.int32)
+    return _one_by_one(layer.query[0], positions, cache, activation)
+
+
+@jax.jit
+def _one_by_one(queries, positions, cache, activation):
+    decode = functools.partial(
+        hsrjax.decode_attention, activation=activation, implementation="hsr", scale=1.0
+    )
+
+    def one(pair):
+        query, position = pair
+        found = decode(query[None, None], cache, positions=position[None, None])
+        return jax.tree.map(lambda x: x[0, 0], found)
+
+    return jax.lax.map(one, (queries, positions))
+
+
+def _truth(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> Truth:
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    rows, keys = len(query), len(key)
+    visible = keys - rows + 1 + np.arange(rows)
+    scores = np.where(np.arange(keys) < visible[:, None], query @ key.T, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    held = np.cumsum(-np.sort(-weights, axis=-1), axis=-1)
+    extreme = np.maximum.accumulate(np.abs(value).max(-1))[visible - 1]
+    return Truth(weights @ value, held, extreme)
+
+
+def _name(activation: hsrjax.Softmax) -> dict[str, Any]:
+    return {
+        "r": activation.top_r,
+        "epsilon": activation.epsilon,
+        "tail": activation.tail,
+    }
+
+
+def _describe(found, head: int, truth: Truth, keys: int) -> dict[str, Any]:
+    """Columns on one head; what is left out is all but the best keys that fired."""
+    out, info = found
+    rows = len(truth.output)
+    visible = keys - rows + 1 + np.arange(rows)
+    error = np.abs(np.asarray(out[:, head], np.float64) - truth.output).max(-1)
+    count = np.asarray(info.count)[:, head]
+    missed = 1.0 - truth.held[np.arange(rows), np.maximum(count, 1) - 1]
+    bound = np.asarray(info.error_bound, np.float64)[:, head]
+    exceeded = error > bound + TOLERANCE * truth.extreme
+    share = lambda x: 100 * float(np.mean(np.asarray(x)[:, head] / visible))
+    return {
+        "rows": rows,
+        "keys_looked_at_percent": share(info.candidates),
+        "keys_fired_percent": share(info.count),
+        "missed_mean": float(missed.mean()),
+        "missed_bound_mean": float(np.asarray(info.missed_mass)[:, head].mean()),
+        "error_over_v_median": float(np.median(error / truth.extreme)),
+        "bound_over_v_median": float(np.median(bound / truth.extreme)),
+        "exceeded_rows": int(exceeded.sum()),
+    }
+
+
+def _settings(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Lines by what was asked for, in words."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        name = f"r {line['r']}" if line["r"] else f"epsilon {line['epsilon']:g}"
+        name += f" tail {line['tail']}" if line["tail"] else ""
+        found.setdefault(name, []).append(line)
+    return found
+
+
+def _summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over all heads, and the largest share of keys outside layer 0."""
+    columns = ("keys_looked_at_percent", "keys_fired_percent", "missed_mean")
+    columns += ("missed_bound_mean", "error_over_v_median", "bound_over_v_median")
+    found = {}
+    for name, mine in _settings(lines).items():
+        later = [line["keys_looked_at_percent"] for line in mine if line["layer"]]
+        found[name] = {
+            column: float(np.mean([line[column] for line in mine]))
+            for column in columns
+        } | {
+            "exceeded_rows": sum(line["exceeded_rows"] for line in mine),
+            "keys_looked_at_percent_outside_layer_0": float(np.mean(later)),
+            "most_keys_looked_at_percent_outside_layer_0": max(later),
+            "most_keys_looked_at_percent": max(
+                line["keys_looked_at_percent"] for line in mine
+            ),
+        }
+    return found
+
+
+def _draw(lines: list[dict[str, Any]]) -> Figure:
+    """Error by keys looked at, and keys looked at by layer."""
+    figure = report.figure(width=12, height=4.5)
+    left, right = figure.subplots(1, 2)
+    means = _summary(lines)
+    for kind, marker in (("r", "o"), ("epsilon", "s")):
+        for tail in (False, True):
+            mine = [
+                line
+                for name, line in means.items()
+                if name.startswith(kind) and ("tail" in name) == tail
+            ]
+            x = [line["keys_looked_at_percent"] for line in mine]
+            style = {"linestyle": "-" if tail else "--", "marker": marker}
+            label = f"{kind}{', with the tail' if tail else ''}"
+            (drawn,) = left.plot(
+                x, [line["error_over_v_median"] for line in mine], label=label, **style
+            )
+            bounds = [line["bound_over_v_median"] for line in mine]
+            left.plot(x, bounds, color=drawn.get_color(), alpha=0.3, **style)
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="keys whose score is computed, %",
+        ylabel="error of the output / max|V|",
+        title="Error (pale: its certificate), medians",
+    )
+    left.legend()
+    for name, mine in _settings(lines).items():
+        if "tail" in name:
+            continue
+        layers = sorted({line["layer"] for line in mine})
+        by_layer = [
+            np.mean([x["keys_looked_at_percent"] for x in mine if x["layer"] == layer])
+            for layer in layers
+        ]
+        right.plot(layers, by_layer, label=name)
+    right.set(
+        yscale="log",
+        xlabel="layer",
+        ylabel="keys whose score is computed, %",
+        title="By layer, mean over heads",
+    )
+    right.legend(fontsize="small", ncols=2)
+    return figure
