@@ -249,5 +249,5 @@ def _draw(lines: list[dict[str, Any]]) -> Figure:
         ylabel="keys whose score is computed, %",
         title="By layer, mean over heads",
     )
-    right.legend(fontsize="small", ncols=2)
+    right.legend(fontsize="small", bbox_to_anchor=(1.01, 1.0), loc="upper left")
     return figure
