@@ -56,6 +56,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drop_programs():
+    """Forgets what a module compiled.
+
+    Every program takes some memory maps, and Linux ends a process that wants more
+    than 65,530: the whole suite does.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> pathlib.Path:
     """The checkout: what pyproject.toml, models/ and train/ lie in."""
