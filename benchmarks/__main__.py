@@ -29,8 +29,9 @@ COMMANDS = {
     "paper-theorem43": "Theorem 4.3 and Lemma 6.5 on real and random attention",
     "paper-figure3": "Figure 3: perplexity with the top r keys of every query",
     "paper-softmax": "top r and epsilon on a model, every head: keys, errors, bounds",
+    "paper-speed": "time of top r and epsilon on a layer of a model",
     "paper-time": "running time by n and d beside the exponents of the theorems",
-    "paper-claims": "every claim of the paper and what came of it, from the five above",
+    "paper-claims": "every claim of the paper and what came of it, from the above",
 }
 MODULES = {
     "train": "training",

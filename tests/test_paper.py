@@ -24,6 +24,8 @@ def results(text, tmp_path_factory):
         "lemma61": ["--keys", "512", "1024", "--head-dims", "8", "64"],
         "theorem43": read,
         "figure3": read,
+        "softmax": [*read, "--r", "4", "16", "--epsilon", "0.1"],
+        "speed": [*read, "--r", "4", "--epsilon", "0.1"],
         "time": ["--peers", "none", "--head-dims", "4", "--prefill-keys", "64", "128"],
     }.items():
         words = [f"paper-{name}", "--quick", "--out", str(folder), *words]
@@ -53,6 +55,30 @@ def test_no_bound_is_exceeded_on_a_model(results):
     for row in rows:
         assert int(row["lemma_exceeded_rows"]) == 0
         assert int(row["theorem_exceeded_rows"]) == 0
+
+
+def test_no_certificate_is_exceeded_on_a_model(results):
+    rows = table(results, "softmax")
+    assert {(row["r"], row["epsilon"]) for row in rows} == {
+        ("4", ""), ("16", ""), ("", "0.1")
+    }  # fmt: skip
+    for row in rows:
+        assert int(row["exceeded_rows"]) == 0
+        assert float(row["missed_mean"]) <= float(row["missed_bound_mean"]) + 1e-5
+        if row["r"] and not row["tail"]:
+            assert float(row["keys_fired_percent"]) > 100 * int(row["r"]) / 96
+
+
+def test_what_is_timed_is_right(results):
+    rows = table(results, "speed")
+    for task in ("prefill", "decode"):
+        mine = [row for row in rows if row["task"] == task]
+        plain = [row for row in mine if "softmax" in row["setting"]]
+        ours = {(row["setting"], row["implementation"]) for row in mine}
+        assert {("r 4", "hsr"), ("epsilon 0.1 tail 1", "dense")} <= ours
+        assert min(float(row["times_plain"]) for row in mine) > 0
+        assert any(float(row["times_plain"]) == 1 for row in plain + mine)
+        assert max(float(row["error_over_allowed"]) for row in mine) <= 1
 
 
 def test_figure_3_has_the_papers_curves_beside_ours(results):

@@ -91,7 +91,7 @@ def run(command: Command) -> Results:
     lines: list[dict[str, Any]] = []
     wrong: list[str] = []
     for number, layer in enumerate(tqdm(layers, unit="layer")):
-        truths = [_truth(head.query, head.key, head.value) for head in heads_of(layer)]
+        truths = [exact(head.query, head.key, head.value) for head in heads_of(layer)]
         for activation in command.activations:
             found = jax.device_get(attend(layer, activation))
             for head, truth in enumerate(truths):
@@ -132,7 +132,8 @@ def _one_by_one(queries, positions, cache, activation):
     return jax.lax.map(one, (queries, positions))
 
 
-def _truth(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> Truth:
+def exact(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> Truth:
+    """Full softmax of the newest rows of one head, causal."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     rows, keys = len(query), len(key)
     visible = keys - rows + 1 + np.arange(rows)
@@ -175,12 +176,21 @@ def _describe(found, head: int, truth: Truth, keys: int) -> dict[str, Any]:
     }
 
 
+def in_words(activation: hsrjax.Softmax) -> str:
+    """What a setting is called in tables."""
+    return _words(**_name(activation))
+
+
+def _words(r: int | None, epsilon: float | None, tail: int | None) -> str:
+    name = f"r {r:g}" if r else f"epsilon {epsilon:g}"
+    return f"{name} tail {tail:g}" if tail else name
+
+
 def _settings(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Lines by what was asked for, in words."""
     found: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
-        name = f"r {line['r']}" if line["r"] else f"epsilon {line['epsilon']:g}"
-        name += f" tail {line['tail']}" if line["tail"] else ""
+        name = _words(line["r"], line["epsilon"], line["tail"])
         found.setdefault(name, []).append(line)
     return found
 
@@ -197,8 +207,8 @@ def _summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
             for column in columns
         } | {
             "exceeded_rows": sum(line["exceeded_rows"] for line in mine),
-            "keys_looked_at_percent_outside_layer_0": float(np.mean(later)),
-            "most_keys_looked_at_percent_outside_layer_0": max(later),
+            "keys_looked_at_percent_outside_layer_0": sum(later) / max(1, len(later)),
+            "most_keys_looked_at_percent_outside_layer_0": max(later, default=0.0),
             "most_keys_looked_at_percent": max(
                 line["keys_looked_at_percent"] for line in mine
             ),
