@@ -24,6 +24,8 @@ _DTYPES += ("Q4_K", "Q5_K", "Q6_K")
 # Bytes of a value by its type's number; 8 is a text and 9 a list.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _LIST = 8, 9
+# Stored bytes that are dequantized at a time.
+_AT_ONCE = 1 << 20
 
 
 class GGUFFile:
@@ -61,7 +63,14 @@ class GGUFFile:
     def read(self, name: str, start: int, rows: int) -> np.ndarray:
         """Rows of a tensor, f32."""
         tensor = self._tensors[name]
-        return dequantize(tensor.data[start : start + rows], tensor.tensor_type)
+        stored = tensor.data[start : start + rows]
+        values = np.empty((len(stored), *self.shapes()[name][1:]), np.float32)
+        # What `dequantize` takes on the way is several times its result.
+        step = max(1, _AT_ONCE // stored[:1].nbytes)
+        for i in range(0, len(stored), step):
+            part = stored[i : i + step]
+            values[i : i + step] = dequantize(part, tensor.tensor_type)
+        return values
 
 
 def _check_header(path: Path) -> None:

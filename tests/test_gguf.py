@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -163,6 +164,26 @@ def test_blocks_that_no_one_here_writes_are_read(kind, size, tmp_path):
     once, twice = file.read("a", 0, 2)
     assert np.ptp(once) > 1
     np.testing.assert_allclose(twice, 2 * once)
+
+
+def test_reading_a_large_tensor_takes_little_more_than_the_tensor(tmp_path):
+    values = np.random.default_rng(0).standard_normal((2**14, 256), np.float32)
+    blocks = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q4_1)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("a", blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(tmp_path / "x.gguf")
+    tracemalloc.start()
+    try:
+        found = file.read("a", 1, 2**14 - 1)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(found, values[1:], atol=0.5)
+    assert found.nbytes < most < 2 * found.nbytes
 
 
 # --- tokenizers ---
