@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hsrjax import bitset, bounds, certificates, entmax, gathered
+from hsrjax import bitset, bounds, certificates, entmax, gathered, search
 from hsrjax import tail as tail_module
 from hsrjax.activations import (
     Activation,
@@ -277,10 +277,9 @@ def _choose(
     scores = _best_scores(
         activation, index, cut.queries, cut.visible, words, capacity=capacity
     )
-    peak, top = jax.tree.map(lambda x: _join(x, batch), scores)
+    peak, best = jax.tree.map(lambda x: _join(x, batch), scores)
     if activation.tail is None or sketch is None:
         tail = None
-        best = None if top is None else (top[..., -2], top[..., -1])
         selection = certificates.select(
             activation, peak, best, offset, lower, upper, sinks
         )
@@ -295,23 +294,36 @@ def _choose(
 
 
 def _best_scores(activation, index, a, seen, words, *, capacity):
-    """The exact scores that `certificates.select` asks for, of the reported keys."""
-    wanted = activation.top_r + 1 if activation.top_r and not activation.tail else 0
+    """The exact scores that `certificates.select` asks for, of the reported keys.
+
+    A small r is picked out of each pass; for a large one all scores are kept, as
+    counting them afterwards is cheaper than to sort in every pass.
+    """
+    r = 0 if activation.tail else activation.top_r or 0
+    picked = 0 < 2 * r < capacity
     ranked = bitset.rank(words)
 
     def one_pass(i, best):
-        peak, top = best
+        peak, row = best
         slots = bitset.select(ranked, i * capacity + bitset.positions(capacity, 1))
         at = ids_of(index.ids, slots)[..., None, :]
         scores = bounds.dot(a, gather_rows(index.keys, slots))
         scores = jnp.where(seen.mask(at), scores, -jnp.inf)
         peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
-        if top is not None:
-            sinks = seen.sinks(at)
-            others = scores if sinks is None else jnp.where(sinks, -jnp.inf, scores)
-            top = jax.lax.top_k(jnp.concatenate([top, others], axis=-1), wanted)[0]
-        return peak, top
+        sinks = seen.sinks(at)
+        others = scores if sinks is None else jnp.where(sinks, -jnp.inf, scores)
+        if picked:
+            row = jnp.concatenate([row, others], axis=-1)
+            row = jax.lax.top_k(row, r + 1)[0]
+        elif r:
+            row = jax.lax.dynamic_update_slice_in_dim(row, others, i * capacity, -1)
+        return peak, row
 
+    slots = -(-index.keys.shape[-2] // capacity) * capacity
+    size = r + 1 if picked else slots if r else 0
     lowest = jnp.full(a.shape[:-1], -jnp.inf, jnp.float32)
-    top = jnp.repeat(lowest[..., None], wanted, axis=-1) if wanted else None
-    return jax.lax.fori_loop(0, trips(words, capacity), one_pass, (lowest, top))
+    row = jnp.full((*lowest.shape, size), -jnp.inf, jnp.float32)
+    peak, row = jax.lax.fori_loop(0, trips(words, capacity), one_pass, (lowest, row))
+    if picked:
+        return peak, (row[..., -2], row[..., -1])
+    return peak, search.at_ranks(row, r) if r else None
