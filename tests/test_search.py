@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hsrjax
 from hsrjax import search
 
 at_ranks = jax.jit(search.at_ranks, static_argnums=1)
@@ -98,3 +99,30 @@ def test_ordinary_scores_take_few_passes():
     )
     jax.effects_barrier()
     assert 1 <= len(passes) <= 8
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_top_r_keeps_the_same_keys_whether_picked_or_counted(sinks):
+    """A capacity above 2 r picks the best scores in each pass, a smaller one counts."""
+    keys = jax.random.split(jax.random.key(7), 3)
+    q, k, v = (jax.random.normal(key, (1, 96, 2, 16)) for key in keys)
+    k = k.at[:, 40:44].set(k[:, 40:41])  # scores that are equal
+    found = {
+        capacity: hsrjax.attention(
+            q,
+            k,
+            v,
+            activation=hsrjax.Softmax(top_r=5),
+            implementation="hsr",
+            is_causal=True,
+            sinks=sinks,
+            window=48 if sinks else None,
+            capacity=capacity,
+            return_info=True,
+        )
+        for capacity in (8, 64)
+    }
+    (counted, info), (picked, other) = found.values()
+    np.testing.assert_allclose(counted, picked, atol=1e-6)
+    np.testing.assert_array_equal(info.count, other.count)
+    np.testing.assert_allclose(info.missed_mass, other.missed_mass, atol=1e-6)
