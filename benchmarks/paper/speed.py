@@ -237,5 +237,5 @@ def _draw(lines: list[dict[str, Any]]) -> Figure:
         axes.axvline(1, color="tab:gray", linestyle="--", label="plain softmax")
         axes.set_yticks(range(len(settings)), settings)
         axes.set(xlabel="time / plain softmax", title=task)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     return figure
