@@ -40,7 +40,13 @@ class Command(Basics):
 def run(command: Command) -> Results:
     """Judges every claim."""
     found = load(command.results or command.folder / "paper")
-    judged = [*verdicts.judge(found), *errata.judge(found)]
+    try:
+        judged = [*verdicts.judge(found), *errata.judge(found)]
+    except KeyError as name:
+        raise ValueError(
+            f"the results lack {name}, so that an older version wrote them: run the "
+            "paper- commands again"
+        ) from name
     rows = [dataclasses.asdict(one) for one in judged]
     numbers = collections.Counter(one.verdict for one in judged)
     return Results(rows, dict(numbers), texts={"claims.md": HEADER + as_table(judged)})

@@ -18,8 +18,6 @@ SIGNIFICANT = 1.05
 """Perplexity over dense from which on an increase counts as significant."""
 TOP_R_TOLERANCE = 1e-3
 """Of an output's difference to the exact one, in parts of max|V|."""
-_ROOM = 0.05
-"""What a fitted exponent may be above the theorem's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +106,7 @@ def _reporting(found: Found) -> list[Finding]:
     reached = [
         line["head_dim"]
         for line in work
-        if line["exponent"] is not None and line["exponent"] <= line["theorem"] + _ROOM
+        if line["exponent"] is not None and line["exponent"] <= line["theorem"]
     ]
     words = ", ".join(f"d = {d}" for d in reached) or "no d"
     text = (
