@@ -176,16 +176,8 @@ def draw(lines: Sequence[dict[str, Any]], label: str) -> Figure:
     if lines[0]["kind"] == "needle":
         axes.set_ylabel("depth of the needle")
     for (row, column), score in np.ndenumerate(scores):
-        color = "black" if 0.2 < score < 0.8 else "white"
-        axes.text(
-            column,
-            row,
-            f"{score:.2f}",
-            ha="center",
-            va="center",
-            color=color,
-            fontsize=8,
-        )
+        style = {"color": "black" if 0.2 < score < 0.8 else "white", "fontsize": 8}
+        axes.text(column, row, f"{score:.2f}", ha="center", va="center", **style)
     figure.colorbar(image, label="share of answers found")
     return figure
 

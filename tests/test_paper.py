@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -112,6 +113,29 @@ def test_a_verdict_follows_the_figures(results):
     after = {one.id: one.verdict for one in verdicts.judge(found)}
     changed = {name for name in before if before[name] != after[name]}
     assert any("6.5" in name for name in changed)
+
+
+def test_the_table_of_claims_is_what_the_committed_results_say(repo_root, tmp_path):
+    paper = repo_root / "benchmarks" / "results" / "paper"
+    words = ["paper-claims", "--results", str(paper), "--out", str(tmp_path)]
+    assert main(words) == 0
+    written = (tmp_path / "paper" / "claims" / "claims.md").read_text()
+    assert written == (paper / "claims" / "claims.md").read_text()
+
+
+def test_results_of_an_older_version_are_refused(repo_root, tmp_path, capsys):
+    paper = repo_root / "benchmarks" / "results" / "paper"
+    for name in claims.EXPERIMENTS:
+        shutil.copytree(paper / name, tmp_path / name)
+    file = tmp_path / "lemma61" / "summary.json"
+    summary = json.loads(file.read_text())
+    del summary["repaired"]["longer_than_lemma_e2_percent"]
+    file.write_text(json.dumps(summary))
+    words = ["paper-claims", "--results", str(tmp_path), "--out", str(tmp_path)]
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert "longer_than_lemma_e2_percent" in message
+    assert "run the paper- commands again" in message
 
 
 def test_missing_experiments_are_named(tmp_path, capsys):
