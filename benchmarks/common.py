@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 RESULTS = Path("benchmarks/results")
 QUICK_RESULTS = Path("runs/benchmarks")
 TOLERANCE = 1e-5
-"""Largest relative error of hsrjax and of the dense baselines."""
+"""Largest relative error of hsrjax and of the dense baselines, in float32."""
 PEER_TOLERANCE = 1e-4
 """Of peers, whose algorithms sum in another order (running maxima and the like)."""
+TOLERANCE_BFLOAT16 = 2**-7
+"""Of all, in bfloat16: half an ulp from the weights and half from the output."""
 
 
 class Unavailable(Exception):

@@ -86,6 +86,8 @@ class Command(Settings):
     """What keys and queries are."""
     captured: inputs.Captured = None
     """File of python -m benchmarks.capture, for --inputs captured."""
+    dtype: inputs.DType = "float32"
+    """Of queries, keys and values: bfloat16 for random inputs alone."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be measured."""
@@ -99,7 +101,7 @@ class Command(Settings):
 
 def run(command: Command) -> Results:
     """Measures every case."""
-    source = Source(command.inputs, command.captured, command.seed)
+    source = Source(command.inputs, command.captured, command.seed, command.dtype)
     names = chosen_peers(command, peers.names("decode"))
     plan = [
         (name, keys) for name, case in _cases(command).items() for keys in case.keys

@@ -70,13 +70,13 @@ def cached(inputs: Inputs, key_layout: str, value_layout: str, attend: Attend) -
         return keys, update(values, new_value, last, value_place)
 
     write, attend = jax.jit(write, donate_argnums=(0, 1)), jax.jit(attend)
-    query, bias = jnp.asarray(inputs.query), jnp.asarray(inputs.bias)
-    new_key = jnp.asarray(inputs.key[:, -1:].transpose(key_axes))
-    new_value = jnp.asarray(inputs.value[:, -1:].transpose(value_axes))
+    query, bias = inputs.on_device(inputs.query), jnp.asarray(inputs.bias)
+    new_key = inputs.on_device(inputs.key[:, -1:].transpose(key_axes))
+    new_value = inputs.on_device(inputs.value[:, -1:].transpose(value_axes))
 
     def open_() -> Call:
-        keys = jnp.array(inputs.key.transpose(key_axes))
-        values = jnp.array(inputs.value.transpose(value_axes))
+        keys = inputs.on_device(inputs.key.transpose(key_axes)).copy()
+        values = inputs.on_device(inputs.value.transpose(value_axes)).copy()
 
         def call() -> Any:
             nonlocal keys, values
@@ -90,7 +90,7 @@ def cached(inputs: Inputs, key_layout: str, value_layout: str, attend: Attend) -
 
 def only_output(out: Any) -> Arrays:
     """`finish` of implementations that return the output alone."""
-    return (np.asarray(out),)
+    return (np.asarray(out, np.float32),)
 
 
 def natural_einsum(inputs: Inputs) -> Attend:
@@ -118,7 +118,8 @@ def _one_position(inputs: Inputs, scores_of: str, product) -> Attend:
     kv_heads = inputs.key.shape[2]
 
     def attend(query, keys, values, bias):
-        scores = jnp.einsum(scores_of, _grouped(query, kv_heads)[:, 0], keys)
+        queries = _grouped(query, kv_heads)[:, 0]
+        scores = _einsum(scores_of, queries, keys)
         weights = weigh(scores, _grouped(bias, kv_heads)[:, 0], inputs)
         out = normalise(product(weights, values), weights, inputs)
         return out.reshape(*query.shape[:3], -1)
@@ -127,16 +128,16 @@ def _one_position(inputs: Inputs, scores_of: str, product) -> Attend:
 
 
 def _product(weights: jax.Array, values: jax.Array) -> jax.Array:
-    return jnp.einsum("bkgs,bksd->bkgd", weights, values)
+    return _einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values)
 
 
 def _product_in_chunks(weights: jax.Array, values: jax.Array) -> jax.Array:
     """The same as one product per chunk of keys, then summed."""
     b, k, g, s = weights.shape
     chunk = min(_CHUNK, s & -s)  # the largest power of two that divides S
-    parts = weights.reshape(b, k, g, s // chunk, chunk)
+    parts = weights.astype(values.dtype).reshape(b, k, g, s // chunk, chunk)
     blocks = values.reshape(b, k, s // chunk, chunk, -1)
-    return jnp.einsum("bkgnc,bkncd->bkngd", parts, blocks).sum(axis=2)
+    return _einsum("bkgnc,bkncd->bkngd", parts, blocks).sum(axis=2)
 
 
 def weigh(scores: jax.Array, bias: jax.Array, inputs: Inputs) -> jax.Array:
@@ -154,6 +155,11 @@ def normalise(out: jax.Array, weights: jax.Array, inputs: Inputs) -> jax.Array:
         return out / seen.astype(out.dtype).reshape([1] * (out.ndim - 2) + [-1, 1])
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return out / jnp.where(total == 0, 1.0, total)
+
+
+def _einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
+    """Sums in float32 whatever the dtype."""
+    return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32)
 
 
 def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:

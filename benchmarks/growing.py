@@ -42,7 +42,7 @@ class Growing:
         self.cache: hsrjax.KVCache | None = None
         self.grown = 0
         arrays = (inputs.query, inputs.key[:, -1:], inputs.value[:, -1:])
-        self.query, self.new_key, self.new_value = map(jnp.asarray, arrays)
+        self.query, self.new_key, self.new_value = map(inputs.on_device, arrays)
         self.set_bias(inputs.bias)
         batch = inputs.query.shape[0]
         self.positions = jnp.full((batch, 1), self.keys - 1, jnp.int32)
@@ -68,11 +68,13 @@ class Growing:
             kv_heads,
             head_dim,
             value_dim=value.shape[-1],
+            dtype=self.inputs.dtype,
         )
         step = max(1, _AT_ONCE // (batch * kv_heads * head_dim))
         for first in range(0, self.keys - 1, step):
             part = slice(first, min(first + step, self.keys - 1))
-            cache = _append(cache, self.inputs.key[:, part], value[:, part])
+            tokens = (self.inputs.key[:, part], value[:, part])
+            cache = _append(cache, *map(self.inputs.on_device, tokens))
         self.cache = jax.block_until_ready(cache)
         if self.reindexed:
             start = time.perf_counter()
@@ -136,7 +138,7 @@ def append_contestant(growing: Growing) -> Contestant:
 def output_and_counts(result: Any) -> Arrays:
     """`finish`: the output, and how many keys were scored for each row."""
     out, info = result
-    return np.asarray(out), np.asarray(info.candidates)
+    return np.asarray(out, np.float32), np.asarray(info.candidates)
 
 
 @functools.partial(jax.jit, static_argnames="implementation", donate_argnames="cache")

@@ -13,11 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
 Kind = Literal["gaussian", "clustered", "captured"]
 Captured = Path | None
+DType = Literal["float32", "bfloat16"]
 
 LEAST_FIRING = 16
 """Keys that fire in a causal row at least (or all, if fewer are visible): a sum of very
@@ -28,7 +31,7 @@ _CLUSTERS, _RUN, _SPREAD = 64, 32, 0.45
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Attention inputs, float32.
+    """Attention inputs, in float32 arrays.
 
     Attributes:
       query: [B, T, N, H], scaled already: the score is the plain inner product.
@@ -38,6 +41,7 @@ class Inputs:
       power: of the ReLU.
       normalize: as in `hsrjax.ReLU`.
       causal: query i sees keys 0..i (then T = S); else all.
+      dtype: in which query, key and value are handed over; they are exact in it.
     """
 
     query: np.ndarray
@@ -47,6 +51,11 @@ class Inputs:
     power: int = 2
     normalize: Any = "row_sum"
     causal: bool = False
+    dtype: DType = "float32"
+
+    def on_device(self, x: np.ndarray) -> jax.Array:
+        """A part of query, key or value, in the dtype."""
+        return jnp.asarray(x, self.dtype)
 
     @property
     def group(self) -> int:
@@ -73,6 +82,7 @@ class Source:
     kind: Kind = "gaussian"
     captured: Captured = None
     seed: int = 0
+    dtype: DType = "float32"
 
     def __post_init__(self) -> None:
         """Refuses a kind without its file and a file without its kind."""
@@ -81,6 +91,12 @@ class Source:
                 "--inputs captured and --captured FILE belong together: make the file "
                 "with python -m benchmarks.capture"
             )
+        if self.dtype != "float32" and self.kind == "captured":
+            raise ValueError("--dtype bfloat16 does not go with captured inputs")
+
+    def rounded(self, x: np.ndarray) -> np.ndarray:
+        """The nearest numbers of the dtype, as float32."""
+        return x.astype(jnp.dtype(self.dtype)).astype(np.float32)
 
 
 def decode(source: Source, shape: Shape, fires: int) -> Inputs:
@@ -94,10 +110,10 @@ def decode(source: Source, shape: Shape, fires: int) -> Inputs:
     if source.captured is not None:
         return _captured(source.captured, shape.keys, lambda visible: fires, last=True)
     rng = np.random.default_rng([source.seed, *dataclasses.astuple(shape)])
-    query, key = _draw(rng, source.kind, shape, queries=1)
-    value = _draw_values(rng, shape)
+    drawn = (*_draw(rng, source.kind, shape, queries=1), _draw_values(rng, shape))
+    query, key, value = map(source.rounded, drawn)
     bias = thresholds(query, key, lambda visible: fires, causal=False)
-    return Inputs(query=query, key=key, value=value, bias=bias)
+    return Inputs(query=query, key=key, value=value, bias=bias, dtype=source.dtype)
 
 
 def causal(source: Source, shape: Shape, share: float, *, exact: bool = True) -> Inputs:

@@ -77,6 +77,13 @@ PEERS: dict[str, Peer] = {
         gib=_whole,
         detail="jax.nn.dot_product_attention",
     ),
+    "jax-cudnn": Peer(
+        "jax",
+        "jax",
+        "softmax",
+        peers_jax.CUDNN,
+        detail="jax.nn.dot_product_attention, implementation cudnn",
+    ),
     "flash-attention-jax": Peer(
         "flash-attention-jax",
         "flash_attention_jax",
@@ -172,6 +179,8 @@ def _prepare(peer: Peer, task: Task, inputs: Inputs) -> Open:
     found = peer.tasks[task]
     if isinstance(found, str):
         raise Unavailable(found)
+    if inputs.dtype != "float32" and peer.finish is peers_torch.finish:
+        raise Unavailable("is measured in float32 alone")
     check_memory(peer.gib(task, inputs))
     return found(load(peer.module), inputs)
 

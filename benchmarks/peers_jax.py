@@ -24,7 +24,7 @@ NSA_BLOCK, NSA_BLOCKS = 64, 16
 
 def finish(result: Any) -> Arrays:
     """Arrays of what a call returned."""
-    return tuple(np.asarray(x) for x in jax.tree.leaves(result))
+    return tuple(np.asarray(x, np.float32) for x in jax.tree.leaves(result))
 
 
 def cotangent(inputs: Inputs) -> np.ndarray:
@@ -35,7 +35,7 @@ def cotangent(inputs: Inputs) -> np.ndarray:
 
 def arrays(inputs: Inputs) -> tuple[jax.Array, ...]:
     """Query, key and value on the device."""
-    return tuple(map(jnp.asarray, (inputs.query, inputs.key, inputs.value)))
+    return tuple(map(inputs.on_device, (inputs.query, inputs.key, inputs.value)))
 
 
 def prefill(attend: Callable[..., Any], *operands: Any) -> Open:
@@ -77,10 +77,23 @@ def _dot_product_decode(module: Any, inputs: Inputs) -> Open:
     return cached(inputs, "bskh", "bskh", lambda q, k, v, bias: attend(q, k, v))
 
 
+def _cudnn_decode(module: Any, inputs: Inputs) -> Open:
+    """FlashAttention of cuDNN, which has no float32."""
+    if jax.default_backend() != "gpu":
+        raise Unavailable("needs a GPU")
+    if inputs.dtype == "float32":
+        raise Unavailable("has no float32: --dtype bfloat16")
+    attend = functools.partial(
+        module.nn.dot_product_attention, scale=1.0, implementation="cudnn"
+    )
+    return cached(inputs, "bskh", "bskh", lambda q, k, v, bias: attend(q, k, v))
+
+
 def _dot_product(module: Any, inputs: Inputs) -> Causal:
     return functools.partial(module.nn.dot_product_attention, scale=1.0, is_causal=True)
 
 
+CUDNN: Any = {"decode": _cudnn_decode}
 DOT_PRODUCT: Any = {"decode": _dot_product_decode, **_causal(_dot_product)}
 
 

@@ -108,6 +108,7 @@ def environment(words: Sequence[str]) -> dict[str, Any]:
         "peers": versions([name for name in peers if name not in ("jax", "numpy")]),
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
+        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
         "processor": _processor(),
         "cores": os.cpu_count(),
     }

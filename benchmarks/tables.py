@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.common import PEER_TOLERANCE, TOLERANCE
+from benchmarks.common import PEER_TOLERANCE, TOLERANCE, TOLERANCE_BFLOAT16
 from benchmarks.inputs import Inputs
 from benchmarks.timing import Timing
 
@@ -41,6 +41,7 @@ def describe(inputs: Inputs) -> Row:
         "kv_heads": inputs.key.shape[2],
         "head_dim": h,
         "value_dim": inputs.value.shape[-1],
+        "dtype": inputs.dtype,
     }
 
 
@@ -91,7 +92,7 @@ def _row(timing: Timing, shared: Row) -> Row:
         "dense_over_this": None,
         "this_over_hsr": None,
         "max_relative_error": error if scored else "n/a, other definition",
-        "status": _status(timing),
+        "status": _status(timing, shared.get("dtype")),
         "detail": one.detail,
     }
     if one.definition == "part":
@@ -99,18 +100,20 @@ def _row(timing: Timing, shared: Row) -> Row:
     return row
 
 
-def _status(timing: Timing) -> str:
+def _status(timing: Timing, dtype: str | None) -> str:
     if timing.failure:
         return timing.failure
     if timing.error is None:
         return "measured"
-    return verdict(timing.error, ours=timing.contestant.ours)
+    return verdict(timing.error, ours=timing.contestant.ours, dtype=dtype)
 
 
-def verdict(error: float, *, ours: bool = True) -> str:
+def verdict(error: float, *, ours: bool = True, dtype: str | None = "float32") -> str:
     """What the status column says of a relative error."""
-    right = error <= (TOLERANCE if ours else PEER_TOLERANCE)
-    return "measured" if right else DIFFERS
+    allowed = TOLERANCE if ours else PEER_TOLERANCE
+    if dtype == "bfloat16":
+        allowed = TOLERANCE_BFLOAT16
+    return "measured" if error <= allowed else DIFFERS
 
 
 def wrong(rows: list[Row]) -> list[str]:
