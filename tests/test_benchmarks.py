@@ -165,7 +165,7 @@ def test_small_heads_are_measured_in_both_orders(tmp_path, capsys):
     assert slopes.keys() == {"hsr", "hsr (arrival order)", "dense"}
 
 
-def test_bfloat16_is_what_everyone_gets(tmp_path, capsys):
+def test_bfloat16_is_what_everyone_gets(tmp_path, capsys, lenient_promotion):
     words = ["decode", "--quick", "--json", "--keys", "192", "--dtype", "bfloat16"]
     words += ["--peers", "jax-softmax", "jax-cudnn", "torch-sdpa", "--repeats", "1"]
     assert main([*words, "--out", str(tmp_path)]) == 0
