@@ -108,10 +108,16 @@ def environment(words: Sequence[str]) -> dict[str, Any]:
         "peers": versions([name for name in peers if name not in ("jax", "numpy")]),
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
-        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        "matmul_precision": _matmul_precision(),
         "processor": _processor(),
         "cores": os.cpu_count(),
     }
+
+
+def _matmul_precision() -> str:
+    """The precision of products where none is asked for: "default" is the backend's."""
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return precision or "default"
 
 
 def _processor() -> str:
