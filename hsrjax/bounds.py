@@ -24,7 +24,7 @@ the float32 evaluation of itself. Write K = |c| + spread + radius >= |k|.
     products and sums of the handful of terms below add less than 24 u.
     `_inflate` multiplies by 1 + (2H + 64) u and so covers both.
 4.  The product <a8, k8> is an integer of at most 127^2 H < 2^14 H: exact in int32, and
-    in float32 for H <= 1024.
+    in float32 for H <= 1024, also from codes in bfloat16, which holds them all.
 
 Hence for every key of the block
 
@@ -95,6 +95,8 @@ _STOP = 2**30
 MAX_HEAD_DIM = 1024
 _MIN_ROWS = 2
 """int8 products with fewer rows fall off XLA's fast path on CPU."""
+_GPU_DEPTH = 32
+"""int8 numbers that a GPU's matrix instruction takes; untuned, XLA is wrong for less."""
 
 
 @functools.partial(
@@ -247,16 +249,36 @@ def sketch_query(sketch: Sketch, queries: jax.Array) -> QuerySketch:
 
 
 def code_products(sketch: Sketch, query: QuerySketch) -> jax.Array:
-    """The int8 matrix product i32[*B, Q, S]: one byte read per key coordinate."""
+    """The product of the codes, i32[*B, Q, S]: one byte read per key coordinate."""
     rows = query.codes.shape[-2]
     codes = query.codes
     if rows < _MIN_ROWS:
         padding = [(0, 0)] * (codes.ndim - 2) + [(0, _MIN_ROWS - rows), (0, 0)]
         codes = jnp.pad(codes, padding)
-    products = jnp.einsum(
-        "...qh,...hs->...qs", codes, sketch.codes, preferred_element_type=jnp.int32
-    )
+    if codes.shape[-1] < _GPU_DEPTH:
+        products = jax.lax.platform_dependent(
+            codes, sketch.codes, cpu=_whole_products, default=_floating_products
+        )
+    else:
+        products = _whole_products(codes, sketch.codes)
     return products[..., :rows, :]
+
+
+def _whole_products(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    return jnp.einsum(
+        "...qh,...hs->...qs", queries, keys, preferred_element_type=jnp.int32
+    )
+
+
+def _floating_products(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """The same integers from codes in bfloat16, added up in float32."""
+    products = jnp.einsum(
+        "...qh,...hs->...qs",
+        queries.astype(jnp.bfloat16),
+        keys.astype(jnp.bfloat16),
+        preferred_element_type=jnp.float32,
+    )
+    return products.astype(jnp.int32)
 
 
 def thresholds(query: QuerySketch, offsets: jax.Array) -> jax.Array:

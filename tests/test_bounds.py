@@ -131,6 +131,28 @@ def test_the_sketch_is_tight(h):
     assert 0.01 <= passed <= 0.02
 
 
+@pytest.mark.parametrize(("h", "codes"), [(3, "bf16"), (16, "bf16"), (64, "i8")])
+def test_products_of_codes_on_a_gpu(h, codes):
+    """Small heads go by bfloat16 there, which is as exact; lowered without a GPU."""
+    rng = np.random.default_rng(0)
+    index = hsrjax.build(jnp.asarray(rng.standard_normal((64, h)), jnp.float32))
+    normals = jnp.asarray(rng.standard_normal((4, h)), jnp.float32)
+    query = bounds.sketch_query(index.sketch, normals)
+
+    def program(platform):
+        traced = jax.jit(bounds.code_products).trace(index.sketch, query)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return next(line for line in text.splitlines() if "dot_general" in line)
+
+    assert f"x{codes}>" in program("cuda") and "xi8>" in program("cpu")
+    extreme = jnp.full((2, h), -127, jnp.int8).at[1, ::2].set(127)
+    worst = rng.choice([-127, 127], (h, 96)).astype(np.int8)
+    for left, right in [(query.codes, index.sketch.codes), (extreme, worst)]:
+        exact = np.asarray(left, np.int64) @ np.asarray(right, np.int64)
+        for way in (bounds._whole_products, bounds._floating_products):
+            np.testing.assert_array_equal(way(left, jnp.asarray(right)), exact)
+
+
 def test_balls_hold_keys_that_come_later():
     """Keys put into cells one after the other, and cells that hold none so far."""
     rng = np.random.default_rng(3)
