@@ -96,7 +96,7 @@ MAX_HEAD_DIM = 1024
 _MIN_ROWS = 2
 """int8 products with fewer rows fall off XLA's fast path on CPU."""
 _GPU_DEPTH = 32
-"""int8 numbers that a GPU's matrix instruction takes; untuned, XLA is wrong for less."""
+"""int8 numbers a GPU's matrix instruction takes; untuned, XLA is wrong for fewer."""
 
 
 @functools.partial(

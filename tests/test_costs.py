@@ -36,7 +36,8 @@ def test_every_backend_has_packaged_costs():
         table = costs.parse(found, backend, "costs.json")
         again = json.loads(json.dumps(costs.to_json(table)))
         assert again == {backend: found[backend]}
-    assert {found[name]["origin"] for name in ("gpu", "tpu")} == {"estimated"}
+    origins = [found[name]["origin"] for name in ("cpu", "gpu", "tpu")]
+    assert origins == ["measured", "measured", "estimated"]
 
 
 def test_the_packaged_table_says_where_it_was_measured_and_does_not_warn(monkeypatch):
@@ -49,11 +50,14 @@ def test_the_packaged_table_says_where_it_was_measured_and_does_not_warn(monkeyp
     assert table.differs in str(explain())
 
 
-@pytest.mark.parametrize("backend", ["tpu", "rocm"])
-def test_estimates_are_called_estimates(backend, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "begins"),
+    [("tpu", "estimated for TPU"), ("unheard-of", "measured on NVIDIA")],
+)
+def test_estimates_and_other_devices_are_called_so(backend, begins, monkeypatch):
     elsewhere = costs.Machine(backend, "an accelerator", 0, jax.__version__)
     monkeypatch.setattr(costs, "this_machine", lambda: elsewhere)
-    assert costs.current().differs.startswith("estimated for ")
+    assert costs.current().differs.startswith(begins)
     assert "an accelerator" in costs.current().differs
 
 
