@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -106,11 +107,10 @@ def perplexity(
     Raises:
       FloatingPointError: the model's losses became NaN or infinite.
     """
-    graphdef, state = nnx.split(with_length(model, rows.shape[1]))
-    read = jax.jit(lambda state, row: _read(nnx.merge(graphdef, state), row))
+    model = with_length(model, rows.shape[1])
     losses, counts = [], []
     for row in rows:
-        found = jax.device_get(read(state, jnp.asarray(row)))
+        found = jax.device_get(_read(model, jnp.asarray(row)))
         if not np.isfinite(found[0]).all():
             raise FloatingPointError(
                 "the model's losses are not finite: compute in float32"
@@ -128,22 +128,46 @@ def perplexity(
 
 
 def _read(model: Transformer, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Losses f32[T] of a row i32[T + 1], and what attention did, f32[4, L, N]."""
-    inputs, targets = row[None, :-1], row[1:]
-    stream, infos = model.encode(inputs, return_info=True)
-    losses = jax.lax.map(
-        lambda pair: _loss(model, *pair),
-        (stream[0], targets),
-        batch_size=_PIECE,
-    )
-    assert infos is not None
-    length = inputs.shape[1]
-    return losses, jnp.stack([_measure(info, length) for info in infos], axis=1)
+    """Losses f32[T] of a row i32[T + 1], and what attention did, f32[4, L, N].
+
+    Blocks of one shape share a program: compiled as one, a deep model takes minutes.
+    """
+    graphdef, state = nnx.split(model)
+    stream, counts = _embed(graphdef, state, row[None, :-1]), []
+    for block in model.blocks:
+        stream, found = _advance(*nnx.split(block), stream, model.threshold_scale[...])
+        counts.append(found)
+    return _losses(graphdef, state, stream, row[1:]), jnp.stack(counts, axis=1)
 
 
-def _loss(model: Transformer, stream: jax.Array, target: jax.Array) -> jax.Array:
-    logits = model.unembed(stream[None, None])[0, 0]
-    return jax.nn.logsumexp(logits) - logits[target]
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(graphdef: Any, state: Any, tokens: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, state).embed(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _advance(
+    graphdef: Any, state: Any, stream: jax.Array, threshold_scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One block: the residual stream f[1, T, E], and what attention did f32[4, N]."""
+    length = stream.shape[1]
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    block = nnx.merge(graphdef, state)
+    stream, info = block(stream, positions, threshold_scale, return_info=True)
+    return stream, _measure(info, length)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(
+    graphdef: Any, state: Any, stream: jax.Array, targets: jax.Array
+) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+
+    def loss(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits = model.unembed(pair[0][None, None])[0, 0]
+        return jax.nn.logsumexp(logits) - logits[pair[1]]
+
+    return jax.lax.map(loss, (stream[0], targets), batch_size=_PIECE)
 
 
 def _measure(info: hsrjax.Info, length: int) -> jax.Array:

@@ -78,12 +78,14 @@ def text(tmp_path_factory):
 # --- perplexity ---
 
 
-def test_perplexity_by_definition(published):
+def test_perplexity_by_definition(published, count_compiles):
     opened = open_model(published)
     model = with_attention(opened.model, "dense")
     rows = rows_of(opened.tokenizer.encode(TEXT.encode()), context=21, limit=3)
     assert rows.shape == (3, 22)
-    found = perplexity(model, rows, token_bytes=opened.tokenizer.token_bytes)
+    with count_compiles() as compiled:
+        found = perplexity(model, rows, token_bytes=opened.tokenizer.token_bytes)
+    assert compiled["_advance"] == 1  # for two layers and three rows
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
     logits = np.asarray(run(state, jnp.asarray(rows[:, :-1])), np.float64)
