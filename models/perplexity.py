@@ -135,7 +135,9 @@ def _read(model: Transformer, row: jax.Array) -> tuple[jax.Array, jax.Array]:
     graphdef, state = nnx.split(model)
     stream, counts = _embed(graphdef, state, row[None, :-1]), []
     for block in model.blocks:
-        stream, found = _advance(*nnx.split(block), stream, model.threshold_scale[...])
+        stream, found = _run_block(
+            *nnx.split(block), stream, model.threshold_scale[...]
+        )
         counts.append(found)
     return _losses(graphdef, state, stream, row[1:]), jnp.stack(counts, axis=1)
 
@@ -146,7 +148,7 @@ def _embed(graphdef: Any, state: Any, tokens: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _advance(
+def _run_block(
     graphdef: Any, state: Any, stream: jax.Array, threshold_scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One block: the residual stream f[1, T, E], and what attention did f32[4, N]."""

@@ -85,7 +85,7 @@ def test_perplexity_by_definition(published, count_compiles):
     assert rows.shape == (3, 22)
     with count_compiles() as compiled:
         found = perplexity(model, rows, token_bytes=opened.tokenizer.token_bytes)
-    assert compiled["_advance"] == 1  # for two layers and three rows
+    assert compiled["_run_block"] == 1  # for two layers and three rows
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
     logits = np.asarray(run(state, jnp.asarray(rows[:, :-1])), np.float64)
