@@ -1,4 +1,4 @@
-"""`python -m benchmarks calibrate`: what work costs here, for implementation="auto".
+"""`python -m benchmarks calibrate`: what work costs here, for method="auto".
 
 Times decode steps and one prefill of hsrjax itself, with inputs that isolate one cost
 each (no key fires, all fire, other head sizes), and solves for the numbers of
@@ -49,7 +49,7 @@ _SHARP = 8.0
 
 @dataclasses.dataclass(frozen=True)
 class Command(Settings):
-    """Measures the table by which implementation="auto" chooses, and writes it."""
+    """Measures the table by which method="auto" chooses, and writes it."""
 
     out: Path | None = None
     """File of the table: runs/costs.json. HSRJAX_COSTS=FILE makes hsrjax use it."""
@@ -115,7 +115,7 @@ def summarize(table: Costs) -> dict[str, Any]:
         return step, planner.plan(relu, "auto", step, table=table)
 
     lengths = [2**i for i in range(8, 21)]
-    reported = [n for n in lengths if plan(n)[1].implementation != "dense"]
+    reported = [n for n in lengths if plan(n)[1].method != "dense"]
     shares = {}
     for keys in reported:
         step, chosen = plan(keys)
@@ -222,7 +222,7 @@ def _prefill(timed, sequence: int, seed: int) -> dict[str, Any]:
     def call(way, bias):
         relu = hsrjax.ReLU(power=2, bias=bias, normalize="none")
         attend = functools.partial(
-            hsrjax.attention, activation=relu, implementation=way
+            hsrjax.attention, activation=relu, method=way
         )
         attend = jax.jit(attend)
         return lambda: jax.block_until_ready(attend(*arrays))
@@ -316,7 +316,7 @@ class _Cache:
         query, cache = self.inner.query, self.cache
         relu = hsrjax.ReLU(power=2, bias=jnp.asarray(bias), normalize="none")
         activation = relu if softmax is None else softmax
-        plan = self.plan(activation)._replace(implementation=way)
+        plan = self.plan(activation)._replace(method=way)
         if way == "auto":
             far = planner.Expected(math.inf, 0.0, 0.0, 0.0, 0.0)
             plan = plan._replace(expected=far)

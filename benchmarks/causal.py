@@ -74,7 +74,7 @@ def _hsrjax(implementation: Any, task: Task, given: Inputs) -> Open:
             key,
             value,
             activation=relu,
-            implementation=implementation,
+            method=implementation,
             is_causal=True,
             scale=1.0,
         )

@@ -93,7 +93,7 @@ class Growing:
             self.new_value,
             self.relu,
             self.positions,
-            implementation=implementation,
+            method=implementation,
         )
         self.grown += 1
         return jax.block_until_ready(result)
@@ -149,7 +149,7 @@ def _step(cache, query, key, value, relu, positions, *, implementation):
         query,
         cache,
         activation=relu,
-        implementation=implementation,
+        method=implementation,
         scale=1.0,
         positions=positions,
     )

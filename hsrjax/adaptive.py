@@ -77,7 +77,7 @@ def attend(
     def uncut(result):
         return jax.tree.map(lambda x: from_tiles(x, length=length, heads=heads), result)
 
-    if plan.implementation == "dense":
+    if plan.method == "dense":
         return scored()
     tiles = cut(plan.tile)
     choose = lambda: reported.report(

@@ -11,7 +11,7 @@ from hsrjax import checks, closed, dense, memory, planner, visible
 from hsrjax import shape as shape_module
 from hsrjax.activations import Activation, core_of
 from hsrjax.layout import from_tiles, heads_first, query_tiles
-from hsrjax.planner import Implementation
+from hsrjax.planner import Method
 from hsrjax.prefill import prefill
 from hsrjax.reported import Info, summarize_values
 from hsrjax.shape import Shape
@@ -23,7 +23,7 @@ def attention(
     value: jax.Array,
     *,
     activation: Activation,
-    implementation: Implementation = "auto",
+    method: Method = "auto",
     is_causal: bool = False,
     segment_ids: jax.Array | None = None,
     window: int | None = None,
@@ -35,14 +35,14 @@ def attention(
     """Attention `sum_j w_ij v_j` that looks only at the keys whose weight is not zero.
 
     For ReLU^p, w_ij = relu(scale <q_i, k_j> - bias)^p, divided as the activation says:
-    the same numbers, values and gradients, whichever the implementation.
+    the same numbers, values and gradients, whichever the method.
 
     Args:
       query: f[B, T, N, H], float32, bfloat16 or float16.
       key: f[B, S, K, H], N a multiple of K: query heads n K/N share a key head.
       value: f[B, S, K, D]; D may differ from H.
       activation: `hsrjax.ReLU`, `Softmax`, `PReLU`, `CELU`, `SELU` or `Entmax`.
-      implementation: "dense" scores every key; "hsr" those that half-space reporting
+      method: "dense" scores every key; "hsr" those that half-space reporting
         finds; "auto" takes the one expected to be faster, if need be after a look at
         how many keys fire (`hsrjax.explain` says what it will do). Under vmap it
         takes one way for all.
@@ -90,7 +90,7 @@ def attention(
         key,
         value,
         activation=activation,
-        implementation=implementation,
+        method=method,
         is_causal=is_causal,
         segment_ids=segment_ids,
         window=window,
@@ -117,7 +117,7 @@ def plan_call(
     value: jax.Array,
     *,
     activation: Activation,
-    implementation: Implementation,
+    method: Method,
     is_causal: bool,
     segment_ids: jax.Array | None,
     window: int | None,
@@ -140,7 +140,7 @@ def plan_call(
         devices=memory.devices(query, key, value),
     )
     plan = planner.plan(
-        activation, implementation, shape, capacity=capacity, gradients=gradients
+        activation, method, shape, capacity=capacity, gradients=gradients
     )
     return shape, plan
 
@@ -187,7 +187,7 @@ def _attend(
         t, s, is_causal=is_causal, window=window, sinks=sinks, segment_ids=segment_ids
     )
     core = core_of(activation)
-    if plan.implementation == "dense":
+    if plan.method == "dense":
         tiles = query_tiles(
             core,
             query,

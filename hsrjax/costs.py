@@ -241,7 +241,7 @@ def _load(path: str, machine: Machine) -> Table:
     differs = _difference(costs, machine)
     if differs:
         warnings.warn(
-            f"{where} was {differs}. Results are the same, implementation='auto' may "
+            f"{where} was {differs}. Results are the same, method='auto' may "
             "choose the slower way: run python -m benchmarks calibrate here."
         )
     return Table(costs, path, differs)

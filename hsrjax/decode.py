@@ -22,7 +22,7 @@ from hsrjax.activations import CELU, SELU, Activation, PReLU, check_tail, tail_o
 from hsrjax.attention import check_heads, check_query
 from hsrjax.index import Index
 from hsrjax.layout import heads_first, query_tiles
-from hsrjax.planner import Implementation
+from hsrjax.planner import Method
 from hsrjax.rows import put_rows
 from hsrjax.shape import Shape
 
@@ -241,7 +241,7 @@ def decode_attention(
     cache: KVCache,
     *,
     activation: Activation,
-    implementation: Implementation = "auto",
+    method: Method = "auto",
     window: int | None = None,
     sinks: int = 0,
     scale: jax.typing.ArrayLike | None = None,
@@ -256,7 +256,7 @@ def decode_attention(
       cache: holds the keys of these positions already.
       activation: `hsrjax.ReLU`, `Softmax` or `Entmax`; the others have closed forms
         over all keys, for which a cache would have to keep running sums.
-      implementation: "dense", "hsr" or "auto", as in `attention`.
+      method: "dense", "hsr" or "auto", as in `attention`.
       window: static; a query at position p sees positions p - window + 1 to p.
       sinks: static; the first so many tokens of each row stay visible outside the
         window, and under Softmax(top_r or epsilon) are always kept, as in `attention`.
@@ -293,7 +293,7 @@ def decode_attention(
         query,
         cache,
         activation=activation,
-        implementation=implementation,
+        method=method,
         window=window,
         sinks=sinks,
         positions=positions,
@@ -317,7 +317,7 @@ def plan_call(
     cache: KVCache,
     *,
     activation: Activation,
-    implementation: Implementation,
+    method: Method,
     window: int | None,
     sinks: int,
     positions: jax.Array | None,
@@ -329,8 +329,8 @@ def plan_call(
     keys, values = cache.index.keys, cache.values.rows
     devices = memory.devices(query, keys)
     shape = shape_module.of_decode(query, keys, values, devices=devices)
-    plan = planner.plan(activation, implementation, shape, capacity=capacity)
-    if plan.implementation != "dense":
+    plan = planner.plan(activation, method, shape, capacity=capacity)
+    if plan.method != "dense":
         _check_sketch(cache, tail_of(activation))
     return shape, plan
 

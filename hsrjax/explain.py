@@ -13,7 +13,7 @@ from hsrjax.activations import Activation, Softmax, selects
 from hsrjax.attention import plan_call as plan_attention
 from hsrjax.decode import KVCache
 from hsrjax.decode import plan_call as plan_decode
-from hsrjax.planner import Implementation, Plan
+from hsrjax.planner import Method, Plan
 from hsrjax.shape import Shape
 
 
@@ -22,7 +22,7 @@ class Explanation:
     """How a call will be carried out; `str()` says it in sentences.
 
     Attributes:
-      implementation: "dense" or "hsr"; "auto" where the call itself chooses.
+      method: "dense" or "hsr"; "auto" where the call itself chooses.
       reason: for it, in one sentence.
       capacity: slots of one gather of "hsr".
       tile: query positions that "hsr" bounds together.
@@ -41,7 +41,7 @@ class Explanation:
       differs: how that was measured on something else than this machine, or "".
     """
 
-    implementation: str
+    method: str
     reason: str
     capacity: int
     tile: int
@@ -59,8 +59,8 @@ class Explanation:
     def __str__(self) -> str:
         lines = [
             f"Refused: {self.refused}" if self.refused else "",
-            f"{self.implementation}: {self.reason}.",
-            _AT_RUN_TIME[self.implementation].format(slots=self.capacity),
+            f"{self.method}: {self.reason}.",
+            _AT_RUN_TIME[self.method].format(slots=self.capacity),
             f"Expected: dense {_number(self.dense_us)} us; {self._reported()}.",
             f"Memory beside the arguments: dense at least "
             f"{memory.in_words(self.dense_bytes)}, hsr at least "
@@ -104,7 +104,7 @@ def explain(
     *,
     activation: Activation,
     cache: KVCache | None = None,
-    implementation: Implementation = "auto",
+    method: Method = "auto",
     is_causal: bool = False,
     segment_ids: jax.Array | jax.ShapeDtypeStruct | None = None,
     window: int | None = None,
@@ -125,7 +125,7 @@ def explain(
       value: f[B, S, K, D]; None with a cache.
       activation: as in `attention` and `decode_attention`.
       cache: of `init_cache`, in place of key and value.
-      implementation: "dense", "hsr" or "auto".
+      method: "dense", "hsr" or "auto".
       is_causal: as in `attention`; decoding always is.
       segment_ids: as in `attention`.
       window: as in `attention`.
@@ -163,7 +163,7 @@ def explain(
         )
     shared: dict[str, Any] = {
         "activation": activation,
-        "implementation": implementation,
+        "method": method,
         "window": window,
         "sinks": sinks,
         "capacity": capacity,
@@ -194,7 +194,7 @@ def _explain(activation: Activation, shape: Shape, plan: Plan) -> Explanation:
     except ValueError as error:
         refused = str(error)
     return Explanation(
-        implementation=plan.implementation,
+        method=plan.method,
         reason=plan.reason,
         capacity=plan.capacity,
         tile=plan.tile,

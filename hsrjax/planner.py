@@ -1,4 +1,4 @@
-"""Which implementation, how many slots and how large a tile.
+"""Which method, how many slots and how large a tile.
 
 Decided from shapes and the costs of this machine (`hsrjax.costs`); where it depends on
 how many keys fire, the plan says "auto" and `hsrjax.adaptive` decides inside the call.
@@ -14,8 +14,8 @@ from hsrjax.activations import Activation, Softmax, dense_twin, selects
 from hsrjax.costs import Costs
 from hsrjax.shape import Shape
 
-Implementation = Literal["dense", "hsr", "auto"]
-IMPLEMENTATIONS = ("dense", "hsr", "auto")
+Method = Literal["dense", "hsr", "auto"]
+METHODS = ("dense", "hsr", "auto")
 
 _PART_ROWS = 16
 _MOST_PARTS = 32
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     """How a call will be carried out.
 
     Attributes:
-      implementation: "dense", "hsr", or "auto": the call itself chooses.
+      method: "dense", "hsr", or "auto": the call itself chooses.
       capacity: slots of a run of gathered keys.
       tile: query positions of one tile of "hsr".
       parts: runs of a tile's positions that gather keys of their own.
@@ -76,7 +76,7 @@ class Plan(NamedTuple):
       expected: what the call chooses by, if it does.
     """
 
-    implementation: str
+    method: str
     capacity: int
     tile: int
     parts: int
@@ -88,7 +88,7 @@ class Plan(NamedTuple):
 
 def plan(
     activation: Activation,
-    implementation: Implementation,
+    method: Method,
     shape: Shape,
     *,
     capacity: int | None = None,
@@ -99,24 +99,24 @@ def plan(
 
     Args:
       activation: what is asked for.
-      implementation: "dense", "hsr" or "auto".
+      method: "dense", "hsr" or "auto".
       shape: of the call.
       capacity: slots of one gather, or None to choose.
       gradients: choose for a call that is differentiated.
       table: costs, None is those of this machine.
 
     Raises:
-      ValueError: unknown implementation, capacity < 1, a table of costs that is none.
+      ValueError: unknown method, capacity < 1, a table of costs that is none.
     """
-    checks.check_choice("implementation", implementation, IMPLEMENTATIONS)
+    checks.check_choice("method", method, METHODS)
     if capacity is not None:
         checks.check_positive("capacity", capacity)
     hsr = lay_out(activation, shape, capacity)
-    dense = hsr._replace(implementation="dense")
+    dense = hsr._replace(method="dense")
     if isinstance(activation, Softmax) and activation.is_full:
         return dense._replace(reason="full softmax leaves no key out")
-    if implementation != "auto":
-        return hsr if implementation == "hsr" else dense
+    if method != "auto":
+        return hsr if method == "hsr" else dense
     if not memory.fits(memory.of_hsr(shape, hsr), devices=shape.devices):
         return dense._replace(reason="reporting does not fit into memory")
     expected = expect(activation, shape, hsr, table=table)
@@ -169,7 +169,7 @@ def _choose(
         f"reporting is cheaper unless more than about {100 * share:.2g} % of the keys "
         "are reported for a tile of queries: the call looks, and takes the cheaper way"
     )
-    return hsr._replace(implementation="auto", expected=expected, reason=reason)
+    return hsr._replace(method="auto", expected=expected, reason=reason)
 
 
 def refuse(shape: Shape, plan: Plan) -> None:
@@ -179,13 +179,13 @@ def refuse(shape: Shape, plan: Plan) -> None:
       shape: of the call.
       plan: of the call.
     """
-    dense = plan.implementation == "dense"
+    dense = plan.method == "dense"
     what = "dense attention" if dense else "attention to reported keys"
     memory.check(
         f"{what} of {shape.queries} queries to {shape.keys} keys",
         (memory.of_dense if dense else memory.of_hsr)(shape, plan),
         remedy="use fewer queries a call, a smaller batch"
-        + (" or fewer keys" if dense else " or implementation='dense'"),
+        + (" or fewer keys" if dense else " or method='dense'"),
         devices=shape.devices,
     )
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import hsrjax
-from models.config import Implementation, ModelConfig
+from models.config import Method, ModelConfig
 from models.entmax import entmax_threshold
 from models.layers import RMSNorm, lecun_normal, residual_init, unit_norm
 from models.rope import rotate
@@ -105,7 +105,7 @@ class Attention(nnx.Module):
             key,
             self._in_views(value),
             activation=activation,
-            implementation=self.config.attention,
+            method=self.config.attention,
             is_causal=True,
             window=self.window,
             scale=scale,
@@ -152,7 +152,7 @@ class Attention(nnx.Module):
             query,
             cache,
             activation=activation,
-            implementation=self.config.attention,
+            method=self.config.attention,
             window=self.window,
             scale=scale,
             positions=seen_from,
@@ -254,7 +254,7 @@ class Attention(nnx.Module):
 def hsr_attention_fn(
     *,
     activation: hsrjax.ReLU | hsrjax.Softmax,
-    implementation: Implementation = "auto",
+    method: Method = "auto",
     scale: float | None = None,
     capacity: int | None = None,
 ) -> Callable[..., jax.Array]:
@@ -262,9 +262,9 @@ def hsr_attention_fn(
 
     Args:
       activation: `hsrjax.ReLU(...)` or `hsrjax.Softmax(...)`.
-      implementation: "dense", "hsr" or "auto".
+      method: "dense", "hsr" or "auto".
       scale: multiplies the scores; None is 1/sqrt(H).
-      capacity: slots of the hsr implementation; None lets hsrjax choose.
+      capacity: slots of the hsr method; None lets hsrjax choose.
 
     Returns:
       A function for the argument `attention_fn`. It takes `is_causal` from the layer's
@@ -306,7 +306,7 @@ def hsr_attention_fn(
             key,
             value,
             activation=activation,
-            implementation=implementation,
+            method=method,
             is_causal=is_causal,
             scale=scale,
             capacity=capacity,

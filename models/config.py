@@ -12,12 +12,12 @@ AttentionKind = Literal[
     "softmax", "relu", "relu_length", "threshold_relu", "differential_relu", "entmax"
 ]
 Threshold = Literal["gaussian", "cap"]
-Implementation = Literal["dense", "hsr", "auto"]
+Method = Literal["dense", "hsr", "auto"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
 _CHOICES = {
     "attention_kind": get_args(AttentionKind),
-    "attention": get_args(Implementation),
+    "attention": get_args(Method),
     "dtype": get_args(ComputeDtype),
     "param_dtype": get_args(ComputeDtype),
     "threshold": get_args(Threshold),
@@ -75,9 +75,9 @@ class ModelConfig:
         kinds, which cannot do without.
       output_norm: RMSNorm on the output of attention; None is the kind's own choice,
         True for thresholded kinds.
-      attention: which hsrjax implementation computes it. It changes speed and, beyond
+      attention: which hsrjax method computes it. It changes speed and, beyond
         rounding, never the result, and the parameters are the same for all three.
-      capacity: slots of the hsr implementation; None lets hsrjax choose.
+      capacity: slots of the hsr method; None lets hsrjax choose.
       top_r: softmax only: keep the r best keys of every query. An approximation.
       epsilon: softmax only: leave out at most this share of the mass. Likewise.
       tail: with either: what is left out acts through sketches, its values as means of
@@ -120,7 +120,7 @@ class ModelConfig:
     keep_self: bool = False
     qk_norm: bool | None = None
     output_norm: bool | None = None
-    attention: Implementation = "auto"
+    attention: Method = "auto"
     capacity: int | None = None
     top_r: int | None = None
     epsilon: float | None = None

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from models.command import parse
-from models.config import Implementation
+from models.config import Method
 from models.decoding import Counts, Sampling, Session, check_request
 from models.opening import attending, open_model
 from models.sampling import check_sampling
@@ -78,7 +78,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    attention: Implementation | None = None,
+    attention: Method | None = None,
     max_length: int = MAX_LENGTH,
     stops: frozenset[int] = frozenset(),
     on_token: Callable[[int, int], None] | None = None,

@@ -25,7 +25,7 @@ from etils import epath
 from flax import nnx
 
 from models import release
-from models.config import Implementation, ModelConfig
+from models.config import Method, ModelConfig
 from models.transformer import Transformer, abstract_model, with_attention
 
 FORMAT = "hsrjax-run"
@@ -212,7 +212,7 @@ def load_run(
     run: str | os.PathLike[str],
     *,
     step: int | None = None,
-    attention: Implementation | None = None,
+    attention: Method | None = None,
 ) -> Transformer:
     """Loads a model from a run folder or a released one.
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from models.config import ComputeDtype, Implementation
+from models.config import ComputeDtype, Method
 from models.load import CONFIG_FILE, FORMAT, ModelFileError, load_run
 from models.pretrained import load_pretrained
 from models.tokenizer import Tokenizer, load_tokenizer
@@ -74,7 +74,7 @@ def attending(
                 f"--tail {tail} is what keys left out contribute, and --attention "
                 f"{attention} leaves out none: use --attention top_r or epsilon."
             )
-        return with_attention(model, cast(Implementation, attention))
+        return with_attention(model, cast(Method, attention))
     if model.config.attention_kind != "softmax":
         raise ValueError(
             f"--attention {attention} approximates softmax attention and the model "

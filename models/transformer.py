@@ -12,7 +12,7 @@ from flax import nnx
 
 import hsrjax
 from models.attention import Attention
-from models.config import Implementation, ModelConfig
+from models.config import Method, ModelConfig
 from models.layers import FeedForward, RMSNorm
 from models.remat import remat as again
 
@@ -269,7 +269,7 @@ def _run_block(
 
 def with_attention(
     model: Transformer,
-    attention: Implementation,
+    attention: Method,
     *,
     top_r: int | None = None,
     epsilon: float | None = None,

@@ -1,4 +1,4 @@
-"""implementation="auto" that chooses inside the call: exact whatever it chooses."""
+"""method="auto" that chooses inside the call: exact whatever it chooses."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ CHOOSES_DENSE = {"none": False, "few": False, "most": True, "all": True}
 class TestPrefill(AttentionContract):
     def attend(self, *arrays, **options):
         return hsrjax.attention(
-            *arrays, **options, implementation="auto", capacity=7, return_info=True
+            *arrays, **options, method="auto", capacity=7, return_info=True
         )
 
     # As dense or as hsr: the planner chooses these from their shapes alone.
@@ -40,13 +40,13 @@ def cached(keys=KEYS, batch=1):
     return query, fill(key, value)
 
 
-def decode(query, cache, bias, implementation="auto", **options):
+def decode(query, cache, bias, method="auto", **options):
     activation = hsrjax.ReLU(power=2, bias=bias, normalize="none")
     return hsrjax.decode_attention(
         query,
         cache,
         activation=activation,
-        implementation=implementation,
+        method=method,
         **{"capacity": 32} | options,
     )
 
@@ -99,8 +99,8 @@ def test_prefill_takes_the_cheaper_way(share):
         capacity=8,
         return_info=True,
     )
-    out, info = attend(implementation="auto")
-    expected, dense_info = attend(implementation="dense")
+    out, info = attend(method="auto")
+    expected, dense_info = attend(method="dense")
     assert relative_error(out, expected) <= 1e-5
     np.testing.assert_array_equal(info.count, dense_info.count)
     assert chose_dense(info, 300) == CHOOSES_DENSE[share]
@@ -225,11 +225,11 @@ def test_under_scan_every_step_chooses_for_itself():
 def test_gradients_are_those_of_dense():
     *arrays, cotangent = inputs((1, 40, 64, 4, 2, 8, 8))
 
-    def loss(arrays, bias, implementation):
+    def loss(arrays, bias, method):
         out, info = hsrjax.attention(
             *arrays,
             activation=hsrjax.ReLU(power=2, bias=bias, normalize="none"),
-            implementation=implementation,
+            method=method,
             capacity=8,
             return_info=True,
         )
@@ -260,12 +260,12 @@ def test_auto_reports_where_gradients_are_asked_for(monkeypatch):
     monkeypatch.setattr(costs, "current", lambda: table)
     *arrays, cotangent = inputs((1, 1200, 1200, 4, 2, 16, 8))
 
-    def loss(arrays, bias, implementation):
+    def loss(arrays, bias, method):
         activation = hsrjax.ReLU(power=2, bias=bias, normalize="none")
         out, info = hsrjax.attention(
             *arrays,
             activation=activation,
-            implementation=implementation,
+            method=method,
             return_info=True,
         )
         return jnp.vdot(out, cotangent), info

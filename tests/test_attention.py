@@ -21,7 +21,7 @@ from tests.contract import (
 class TestDense(AttentionContract):
     def attend(self, *arrays, **options):
         return hsrjax.attention(
-            *arrays, **options, implementation="dense", return_info=True
+            *arrays, **options, method="dense", return_info=True
         )
 
 
@@ -32,7 +32,7 @@ class TestDenseInChunks(TestDense):
 class TestHsr(AttentionContract):
     def attend(self, *arrays, **options):
         return hsrjax.attention(
-            *arrays, **options, implementation="hsr", return_info=True
+            *arrays, **options, method="hsr", return_info=True
         )
 
 
@@ -41,7 +41,7 @@ class TestHsrOverflowing(AttentionContract):
 
     def attend(self, *arrays, **options):
         return hsrjax.attention(
-            *arrays, **options, implementation="hsr", capacity=7, return_info=True
+            *arrays, **options, method="hsr", capacity=7, return_info=True
         )
 
     def test_overflow_is_reported(self):
@@ -55,7 +55,7 @@ def test_auto_is_one_of_the_two():
     query, key, value, _ = inputs((1, 9, 9, 2, 1, 8, 8))
     auto, dense = (
         hsrjax.attention(
-            query, key, value, activation=hsrjax.ReLU(), implementation=name
+            query, key, value, activation=hsrjax.ReLU(), method=name
         )
         for name in ("auto", "dense")
     )
@@ -103,15 +103,15 @@ def test_hsr_equals_dense_whatever_the_shape(
     query, key, value, cotangent = inputs((1, t, s, kv_heads * group, kv_heads, h, d))
     activation = hsrjax.ReLU(power=power, bias=bias, normalize="none")
 
-    @functools.partial(jax.jit, static_argnames="implementation")
-    def run(query, key, value, bias, implementation):
+    @functools.partial(jax.jit, static_argnames="method")
+    def run(query, key, value, bias, method):
         def loss(query, key, value, bias):
             out, info = hsrjax.attention(
                 query,
                 key,
                 value,
                 activation=hsrjax.ReLU(power, bias, "none"),
-                implementation=implementation,
+                method=method,
                 is_causal=is_causal,
                 capacity=capacity,
                 return_info=True,
@@ -136,12 +136,12 @@ def test_hsr_equals_dense_whatever_the_shape(
 def test_top_r_gradients_equal_dense():
     *arrays, cotangent = inputs((1, 30, 50, 2, 1, 8, 8))
 
-    def gradients(implementation):
+    def gradients(method):
         def loss(*arrays):
             out = hsrjax.attention(
                 *arrays,
                 activation=hsrjax.Softmax(top_r=6),
-                implementation=implementation,
+                method=method,
                 capacity=16,
             )
             return jnp.vdot(out, cotangent)
@@ -160,24 +160,24 @@ def test_only_reported_keys_are_looked_at():
         key,
         value,
         activation=activation,
-        implementation="hsr",
+        method="hsr",
         return_info=True,
     )
     assert 0 < int(info.count[0, 0, 0]) <= int(info.candidates[0, 0, 0]) < 100
 
 
-@pytest.mark.parametrize("implementation", ["dense", "hsr"])
+@pytest.mark.parametrize("method", ["dense", "hsr"])
 @pytest.mark.parametrize("sink_scale", [100.0, 0.0, -100.0])
 @pytest.mark.parametrize(
     "activation", [hsrjax.Softmax(epsilon=0.05), hsrjax.Softmax(top_r=7)]
 )
-def test_sinks_are_kept_and_certified(activation, sink_scale, implementation):
+def test_sinks_are_kept_and_certified(activation, sink_scale, method):
     """Values are unit vectors, so the output is the kept weights themselves."""
     query, key, _, _ = inputs((1, 9, 90, 1, 1, 16, 1), seed=2)
     key = key.at[:, :3].set(query[:, :3] * sink_scale)
     value = jnp.eye(90)[None, :, None]
     attend = functools.partial(
-        hsrjax.attention, implementation=implementation, capacity=16, return_info=True
+        hsrjax.attention, method=method, capacity=16, return_info=True
     )
     out, info = jax.jit(attend, static_argnames="sinks")(
         query, key, value, activation=activation, sinks=3
@@ -199,8 +199,8 @@ def test_sinks_are_kept_and_certified(activation, sink_scale, implementation):
     np.testing.assert_allclose(out[0, :, 0], kept, atol=3e-6)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "hsr"])
-def test_sinks_are_never_counted_as_left_out(implementation):
+@pytest.mark.parametrize("method", ["dense", "hsr"])
+def test_sinks_are_never_counted_as_left_out(method):
     x = jnp.ones((1, 90, 1, 8))  # equal weights: all but the 85 sinks hold 5 of 90
     _, info = hsrjax.attention(
         x,
@@ -208,7 +208,7 @@ def test_sinks_are_never_counted_as_left_out(implementation):
         x,
         activation=hsrjax.Softmax(epsilon=0.2),
         sinks=85,
-        implementation=implementation,
+        method=method,
         return_info=True,
     )
     assert (info.count == 85).all()
@@ -216,21 +216,21 @@ def test_sinks_are_never_counted_as_left_out(implementation):
 
 
 CERTIFIED = {
-    implementation: jax.jit(
+    method: jax.jit(
         functools.partial(
             hsrjax.attention,
             activation=hsrjax.Softmax(epsilon=0.05),
-            implementation=implementation,
+            method=method,
             return_info=True,
         )
     )
-    for implementation in ("dense", "hsr")
+    for method in ("dense", "hsr")
 }
 
 
-@pytest.mark.parametrize("implementation", ["dense", "hsr"])
+@pytest.mark.parametrize("method", ["dense", "hsr"])
 @pytest.mark.parametrize("kind", ["outlier", "equal", "huge", "tiny", "cluster", "nan"])
-def test_certificate_on_adversarial_scores(kind, implementation):
+def test_certificate_on_adversarial_scores(kind, method):
     query, key, value, _ = inputs((1, 20, 300, 2, 2, 16, 8), seed=3)
     if kind == "outlier":
         key = key.at[0, 17].multiply(1e4)
@@ -244,7 +244,7 @@ def test_certificate_on_adversarial_scores(kind, implementation):
         key = jnp.round(key[:, :7].repeat(43, axis=1)[:, :300], 1)
     else:
         key = key.at[0, 5, 0, 0].set(jnp.nan)
-    out, info = CERTIFIED[implementation](query, key, value)
+    out, info = CERTIFIED[method](query, key, value)
     if kind == "nan":  # the head that sees it is NaN, and so is its bound
         assert np.isnan(np.asarray(out[:, :, 0])).all()
         query, key, value, out = (x[:, :, 1:] for x in (query, key, value, out))
@@ -259,7 +259,7 @@ def test_top_r_certificate():
         key,
         value,
         activation=hsrjax.Softmax(top_r=20),
-        implementation="hsr",
+        method="hsr",
         return_info=True,
     )
     assert (info.count == 20).all()
@@ -277,9 +277,9 @@ def test_every_shape_of_bias():
                 key,
                 value,
                 activation=hsrjax.ReLU(bias=bias),
-                implementation=implementation,
+                method=method,
             )
-            for implementation in ("dense", "hsr")
+            for method in ("dense", "hsr")
         )
         assert relative_error(hsr, dense) <= 1e-5
 
@@ -305,7 +305,7 @@ def arrays_for_errors():
         ({"query": jnp.ones((1, 3, 4, 8), int)}, TypeError, "got int32"),
         ({"query": jnp.ones((1, 0, 4, 8))}, ValueError, "not be empty"),
         ({"capacity": 0}, ValueError, "capacity must be a Python integer >= 1"),
-        ({"implementation": "fast"}, ValueError, "implementation must be one of"),
+        ({"method": "fast"}, ValueError, "method must be one of"),
         ({"activation": "relu"}, TypeError, "activation must be"),
         (
             {"activation": hsrjax.ReLU(bias=jnp.ones(3))},

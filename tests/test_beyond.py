@@ -11,11 +11,11 @@ import hsrjax
 from hsrjax import closed, entmax, visible
 from tests.contract import inputs, reference_attention, relative_error
 
-IMPLEMENTATIONS = ["dense", "hsr"]
+METHODS = ["dense", "hsr"]
 
 
 def exact_threshold(z, power):
-    """tau of f64[S] by bisection, which no implementation uses."""
+    """tau of f64[S] by bisection, which no method uses."""
     low, high = z.max() - 1.0, z.max()
     for _ in range(100):
         middle = 0.5 * (low + high)
@@ -24,9 +24,9 @@ def exact_threshold(z, power):
     return low
 
 
-def attend(query, key, value, activation, implementation="hsr", **options):
+def attend(query, key, value, activation, method="hsr", **options):
     call = functools.partial(
-        hsrjax.attention, implementation=implementation, return_info=True, **options
+        hsrjax.attention, method=method, return_info=True, **options
     )
     return jax.jit(call)(query, key, value, activation=activation)
 
@@ -63,9 +63,9 @@ def test_bounds_on_scores_bracket_the_threshold(power, spread):
     assert (nothing == -jnp.inf).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
-def test_entmax_reports_its_support(alpha, implementation, monkeypatch):
+def test_entmax_reports_its_support(alpha, method, monkeypatch):
     """Values are unit vectors, so the output is the weights themselves."""
     monkeypatch.setattr(entmax, "_KEPT", 8)  # the reported keys take further runs
     query, key, _, _ = inputs((1, 20, 300, 1, 1, 16, 1), seed=4)
@@ -74,7 +74,7 @@ def test_entmax_reports_its_support(alpha, implementation, monkeypatch):
     key = key.at[0, :150:32, 0, 15].set(30.0)
     value = jnp.eye(300)[None, :, None]
     activation = hsrjax.Entmax(alpha)
-    out, info = attend(query, key, value, activation, implementation, capacity=8)
+    out, info = attend(query, key, value, activation, method, capacity=8)
     weights = np.asarray(out)[0, :, 0]
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
     scores = np.asarray(query, np.float64)[0, :, 0] @ np.asarray(key)[0, :, 0].T / 4
@@ -85,13 +85,13 @@ def test_entmax_reports_its_support(alpha, implementation, monkeypatch):
     support = np.abs(z - tau) < 1e-5
     count, surely = np.asarray(info.count)[0, :, 0], (z > tau).sum(-1)
     assert (np.abs(count - surely) <= support.sum(-1)).all()
-    if implementation == "hsr":
+    if method == "hsr":
         assert (np.asarray(info.candidates) < 300).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
-def test_entmax_gradients_are_those_of_float64(alpha, implementation):
+def test_entmax_gradients_are_those_of_float64(alpha, method):
     """By central differences of the weights from bisection."""
     query, key, value, cotangent = inputs((1, 1, 40, 1, 1, 4, 3), seed=6)
     power = 2 if alpha == 1.5 else 1
@@ -102,7 +102,7 @@ def test_entmax_gradients_are_those_of_float64(alpha, implementation):
         return weights @ np.asarray(value)[0, :, 0] @ np.asarray(cotangent)[0, 0, 0]
 
     def loss(q):
-        out, _ = attend(q, key, value, hsrjax.Entmax(alpha), implementation)
+        out, _ = attend(q, key, value, hsrjax.Entmax(alpha), method)
         return jnp.vdot(out, cotangent)
 
     got = np.asarray(jax.grad(loss)(query))[0, 0, 0]
@@ -112,9 +112,9 @@ def test_entmax_gradients_are_those_of_float64(alpha, implementation):
     np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["entmax", "prelu"])
-def test_rows_that_see_nothing_or_no_number(name, implementation):
+def test_rows_that_see_nothing_or_no_number(name, method):
     query, key, value, _ = inputs((1, 6, 40, 1, 1, 8, 4))
     key = key.at[0, 30].set(jnp.nan)
     activation = hsrjax.Entmax() if name == "entmax" else hsrjax.PReLU()
@@ -126,7 +126,7 @@ def test_rows_that_see_nothing_or_no_number(name, implementation):
             query,
             cache,
             activation=activation,
-            implementation=implementation,
+            method=method,
             positions=positions,
         )
         assert (np.asarray(out)[0, [0, 5]] == 0).all()
@@ -135,7 +135,7 @@ def test_rows_that_see_nothing_or_no_number(name, implementation):
     else:
         query = jnp.pad(query, [(0, 0), (27, 7), (0, 0), (0, 0)])
         out, _ = attend(
-            query, key, value, activation, implementation, is_causal=True, window=3
+            query, key, value, activation, method, is_causal=True, window=3
         )
         spoiled = np.zeros(40, bool)
         spoiled[30:33] = True  # not those whose window is past it

@@ -34,7 +34,7 @@ def with_gradients(monkeypatch, tiling, arrays, cotangent, activation, **options
             key,
             value,
             activation=activation,
-            implementation="dense",
+            method="dense",
             return_info=True,
             **options,
         )
@@ -146,7 +146,7 @@ def test_keys_that_no_query_of_a_tile_sees_are_not_looked_at(monkeypatch):
     attend = functools.partial(
         hsrjax.attention,
         activation=hsrjax.ReLU(power=2),
-        implementation="dense",
+        method="dense",
         is_causal=True,
     )
     gradient = lambda *x: jax.grad(lambda *x: jnp.sum(attend(*x)))(*x)
@@ -166,7 +166,7 @@ def test_a_bad_value_spoils_rows_that_never_look_at_it(activation, monkeypatch):
         key,
         value,
         activation=activation,
-        implementation="dense",
+        method="dense",
         is_causal=True,
     )
     bad = ~np.isfinite(out[0, :, 0])
@@ -183,7 +183,7 @@ def test_gradients_are_summed_in_float32(activation, monkeypatch):
     )
     monkeypatch.setattr(planner, "dense_tiling", small_dense_tiling)
     attend = functools.partial(
-        hsrjax.attention, activation=activation, implementation="dense"
+        hsrjax.attention, activation=activation, method="dense"
     )
     gradient = jax.grad(lambda v: jnp.sum(attend(query, key, v).astype(jnp.float32)))
     np.testing.assert_array_equal(gradient(value).astype(jnp.float32), 150.0)
@@ -197,7 +197,7 @@ def test_jit_of_vmap_equals_one_shot(activation, monkeypatch):
         attend = functools.partial(
             hsrjax.attention,
             activation=activation,
-            implementation="dense",
+            method="dense",
             is_causal=True,
             segment_ids=jnp.arange(20)[None] // 8,
         )
@@ -219,7 +219,7 @@ def test_second_derivatives_where_all_is_scored_at_once():
             key,
             value,
             activation=hsrjax.Softmax(),
-            implementation="dense",
+            method="dense",
             scale=scale,
         )
     )
@@ -239,7 +239,7 @@ def test_memory_is_linear(activation):
             key,
             value,
             activation=activation,
-            implementation="dense",
+            method="dense",
             is_causal=True,
         )
         return jnp.sum(out**2)
@@ -258,7 +258,7 @@ def test_memory_is_linear(activation):
 def test_whole_rows_take_memory_by_tile(activation):
     def loss(query, key, value):
         out = hsrjax.attention(
-            query, key, value, activation=activation, implementation="dense"
+            query, key, value, activation=activation, method="dense"
         )
         return jnp.sum(out**2)
 

@@ -63,12 +63,12 @@ def test_estimates_and_other_devices_are_called_so(backend, begins, monkeypatch)
 
 def test_a_table_of_this_machine_is_used(monkeypatch, tmp_path):
     before = explain()
-    assert before.implementation == "dense"
+    assert before.method == "dense"
     write(
         tmp_path / "mine.json", monkeypatch, dense=[[1.0, 7e6]], gather_row=0.0, probe=0
     )
     after = explain()
-    assert after.implementation != "dense" and after.dense_us > 100 * before.dense_us
+    assert after.method != "dense" and after.dense_us > 100 * before.dense_us
     assert after.costs == str(tmp_path / "mine.json") and not after.differs
     assert "measured on this machine" in str(after)
 
@@ -139,7 +139,7 @@ def test_what_is_asked_for_needs_no_table(monkeypatch):
     monkeypatch.setenv("HSRJAX_COSTS", "nowhere.json")
     x = jnp.ones((1, 2, 1, 8))
     for name in ("dense", "hsr"):
-        hsrjax.attention(x, x, x, activation=hsrjax.ReLU(), implementation=name)
+        hsrjax.attention(x, x, x, activation=hsrjax.ReLU(), method=name)
 
 
 def test_curves_are_straight_between_their_points():

@@ -35,7 +35,7 @@ class CacheContract(AttentionContract):
     differentiable = False
     takes_segments = False
     takes_closed_forms = False
-    implementation = "dense"
+    method = "dense"
     chunk = None
     appended = None
 
@@ -51,7 +51,7 @@ class CacheContract(AttentionContract):
             query,
             cache,
             activation=activation,
-            implementation=self.implementation,
+            method=self.method,
             positions=jnp.broadcast_to(positions, query.shape[:2]),
             **visible,
         )
@@ -66,11 +66,11 @@ class TestDenseCacheInChunks(CacheContract):
 
 
 class TestHsrCache(CacheContract):
-    implementation = "hsr"
+    method = "hsr"
 
 
 class TestHsrCacheGrownInPieces(CacheContract):
-    implementation = "hsr"
+    method = "hsr"
     chunk = 13
 
     # Three appends are slow to compile: the rest is covered by one append, above.
@@ -81,13 +81,13 @@ class TestHsrCacheGrownInPieces(CacheContract):
 
 
 class TestReindexedCache(CacheContract):
-    implementation = "hsr"
+    method = "hsr"
     appended = 5  # after it was reindexed
 
     test_compiles_once = None  # that is below, without a compilation for each length
 
 
-def attend_both(query, key, value, lengths, *, implementation="hsr", **options):
+def attend_both(query, key, value, lengths, *, method="hsr", **options):
     """(output, info) of a cache in arrival order, dense, and of one reindexed.
 
     The second gets its last ten tokens after it was reindexed.
@@ -103,8 +103,8 @@ def attend_both(query, key, value, lengths, *, implementation="hsr", **options):
     cache = hsrjax.extend(cache, key, value, lengths=lengths - early)
     np.testing.assert_array_equal(cache.length, arrived.length)
     return (
-        hsrjax.decode_attention(query, arrived, implementation="dense", **options),
-        hsrjax.decode_attention(query, cache, implementation=implementation, **options),
+        hsrjax.decode_attention(query, arrived, method="dense", **options),
+        hsrjax.decode_attention(query, cache, method=method, **options),
     )
 
 
@@ -149,7 +149,7 @@ def test_softmax_over_a_reindexed_cache(activation):
         value,
         jnp.array([1500, 600, 7]),
         activation=activation,
-        implementation="auto" if activation.is_full else "hsr",
+        method="auto" if activation.is_full else "hsr",
         window=100,
         sinks=2,
     )
@@ -170,7 +170,7 @@ def test_dense_attention_of_a_reindexed_cache_in_chunks(monkeypatch, activation)
         value,
         jnp.array([1500, 1450]),
         activation=activation,
-        implementation="dense",
+        method="dense",
         window=500,
         sinks=2,
     )
@@ -186,7 +186,7 @@ def test_nan_in_a_reindexed_cache_reaches_all_that_see_it():
     cache = hsrjax.reindex(fill(key, value))
     activation = hsrjax.ReLU(bias=2.0)
     out, _ = hsrjax.decode_attention(
-        query, cache, activation=activation, implementation="hsr"
+        query, cache, activation=activation, method="hsr"
     )
     seen = np.array([[False, False], [False, True], [False, True]])
     np.testing.assert_array_equal(np.isnan(out[0]).all(-1), seen)
@@ -201,7 +201,7 @@ def test_reindex_and_what_follows_compile_once(count_traces):
     def step(cache, query, key, value):
         cache = hsrjax.extend(reindex(cache), key, value)
         return cache, decode(
-            query, cache, activation=hsrjax.ReLU(bias=1.0), implementation="hsr"
+            query, cache, activation=hsrjax.ReLU(bias=1.0), method="hsr"
         )
 
     query, key, value, _ = inputs((1, 1, 48, 1, 1, 8, 8))
@@ -224,7 +224,7 @@ def test_generation_equals_causal_attention(visible):
         q, k, v = (x[:, None] for x in token)
         cache = hsrjax.extend(cache, k, v)
         out, info = hsrjax.decode_attention(
-            q, cache, activation=activation, implementation="hsr", **visible
+            q, cache, activation=activation, method="hsr", **visible
         )
         return cache, (out[:, 0], info.count[:, 0])
 
@@ -236,7 +236,7 @@ def test_generation_equals_causal_attention(visible):
         key,
         value,
         activation=activation,
-        implementation="dense",
+        method="dense",
         is_causal=True,
         return_info=True,
         **visible,
@@ -271,13 +271,13 @@ def test_the_newest_positions_by_default():
     assert relative_error(out, expected[:, 17:]) <= 1e-5
 
 
-@pytest.mark.parametrize("implementation", ["dense", "hsr"])
-def test_ragged_rows(implementation):
+@pytest.mark.parametrize("method", ["dense", "hsr"])
+def test_ragged_rows(method):
     query, key, value, _ = inputs((3, 1, 40, 2, 1, 8, 8))
     lengths = jnp.array([40, 1, 17])
     cache = hsrjax.extend(hsrjax.init_cache(3, 50, 1, 8), key, value, lengths=lengths)
     assert cache.length.tolist() == [40, 1, 17]
-    options = {"activation": hsrjax.ReLU(), "implementation": implementation}
+    options = {"activation": hsrjax.ReLU(), "method": method}
     out, info = hsrjax.decode_attention(query, cache, **options)
     for row, length in enumerate([40, 1, 17]):
         alone = hsrjax.attention(
@@ -298,7 +298,7 @@ def test_keys_outside_the_window_are_not_gathered():
         query,
         fill(key, value),
         activation=hsrjax.ReLU(bias=-100.0),  # all keys fire
-        implementation="hsr",
+        method="hsr",
         window=8,
         sinks=2,
         capacity=10,
@@ -319,7 +319,7 @@ def test_tokens_without_room_are_counted_not_stored():
 def test_one_compilation_serves_every_length(count_traces):
     counted = count_traces(hsrjax.decode_attention)
     decode = jax.jit(
-        functools.partial(counted, activation=hsrjax.ReLU(), implementation="hsr")
+        functools.partial(counted, activation=hsrjax.ReLU(), method="hsr")
     )
     query, key, value, _ = inputs((1, 1, 64, 1, 1, 8, 8))
     cache = hsrjax.init_cache(1, 64, 1, 8)

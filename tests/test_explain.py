@@ -37,17 +37,17 @@ def test_it_is_the_plan_of_the_call(made_up_costs):
     """What is said to happen is seen in Info: at few keys, at many, and in between."""
     query, key, value, _ = inputs((1, 1, 512, 4, 2, 16, 8))
     cache = fill(key, value)
-    for implementation in ("dense", "hsr", "auto"):
-        options = {"implementation": implementation, "capacity": 32}
+    for method in ("dense", "hsr", "auto"):
+        options = {"method": method, "capacity": 32}
         plan = hsrjax.explain(query, cache=cache, activation=RELU, **options)
-        assert plan.implementation == implementation and plan.capacity == 32
+        assert plan.method == method and plan.capacity == 32
         for bias in (9.0, -9.0):
             activation = hsrjax.ReLU(bias=bias)
             _, info = hsrjax.decode_attention(
                 query, cache, activation=activation, **options
             )
             looked_at = int(info.candidates.max())
-            assert looked_at == (0 if bias > 0 and implementation != "dense" else 512)
+            assert looked_at == (0 if bias > 0 and method != "dense" else 512)
     # Scoring takes 2 * 512 * 24 ns; gathering as many 32 at a time twice that.
     assert plan.dense_us == pytest.approx(24.576) and plan.break_even == (
         pytest.approx(0.5)
@@ -62,7 +62,7 @@ def test_sentences(made_up_costs):
     told = {
         name: str(
             hsrjax.explain(
-                query, cache=cache, activation=RELU, implementation=name, capacity=32
+                query, cache=cache, activation=RELU, method=name, capacity=32
             )
         )
         for name in ("dense", "hsr", "auto")
@@ -79,8 +79,8 @@ def test_sentences(made_up_costs):
 
 def test_full_softmax_has_no_other_way():
     x = struct(1, 64, 2, 16)
-    plan = hsrjax.explain(x, x, x, activation=hsrjax.Softmax(), implementation="hsr")
-    assert plan.implementation == "dense" and plan.hsr_us is None
+    plan = hsrjax.explain(x, x, x, activation=hsrjax.Softmax(), method="hsr")
+    assert plan.method == "dense" and plan.hsr_us is None
     assert "hsr would have to score all keys too" in str(plan)
 
 

@@ -45,7 +45,7 @@ def test_a_cache_larger_than_the_machine_is_refused():
             lambda: hsrjax.attention(
                 *[jnp.ones((8, 50_000, 1, 16))] * 3,
                 activation=hsrjax.ReLU(),
-                implementation="dense",
+                method="dense",
             ),
             "50000 queries to 50000 keys needs at least 2[0-9.]* MiB .* smaller batch",
         ),
@@ -60,9 +60,9 @@ def test_a_cache_larger_than_the_machine_is_refused():
             lambda: hsrjax.attention(
                 *[jnp.ones((8, 50_000, 1, 8))] * 3,
                 activation=hsrjax.ReLU(),
-                implementation="hsr",
+                method="hsr",
             ),
-            "reported keys of 50000 queries .* implementation='dense'",
+            "reported keys of 50000 queries .* method='dense'",
         ),
     ],
 )
@@ -82,18 +82,18 @@ def test_auto_avoids_what_does_not_fit(small_device):
     query, key = struct(1, 64, 1, 8), struct(1, 450_000, 1, 8)
     options = {"activation": hsrjax.ReLU()}
     plan = hsrjax.explain(query, key, key, **options)
-    assert plan.implementation == "dense" and not plan.refused
+    assert plan.method == "dense" and not plan.refused
     assert "does not fit into memory" in str(plan) and "16 MiB" in str(plan)
-    refused = hsrjax.explain(query, key, key, implementation="hsr", **options)
+    refused = hsrjax.explain(query, key, key, method="hsr", **options)
     assert "21.4 MiB" in refused.refused and refused.refused in str(refused)
 
 
 @pytest.mark.parametrize("shape", [PREFILL, DECODE])
-@pytest.mark.parametrize("implementation", ["dense", "hsr"])
-def test_estimates_are_not_more_than_xla_takes(shape, implementation):
+@pytest.mark.parametrize("method", ["dense", "hsr"])
+def test_estimates_are_not_more_than_xla_takes(shape, method):
     """Of what is counted all is needed, and no larger thing is forgotten."""
     b, t, s, n, k, h, d = shape[:7]
-    options = {"activation": hsrjax.ReLU(), "implementation": implementation}
+    options = {"activation": hsrjax.ReLU(), "method": method}
     if shape.cached:
         arguments = (
             struct(b, t, n, h),
@@ -108,11 +108,11 @@ def test_estimates_are_not_more_than_xla_takes(shape, implementation):
     compiled = jax.jit(call).lower(*arguments).compile().memory_analysis()
     taken = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
     plan = planner.lay_out(hsrjax.ReLU(), shape)
-    needed = (memory.of_dense if implementation == "dense" else memory.of_hsr)(
+    needed = (memory.of_dense if method == "dense" else memory.of_hsr)(
         shape, plan
     )
     assert needed <= taken
-    if implementation == "dense":
+    if method == "dense":
         assert taken <= 4 * needed
 
 

@@ -538,7 +538,7 @@ def test_adapter_equals_flax_softmax(lead, lenient_promotion):
 def test_adapter_passes_its_options_on(monkeypatch):
     options = {
         "activation": hsrjax.ReLU(power=2, bias=0.1),
-        "implementation": "hsr",
+        "method": "hsr",
         "scale": 0.2,
         "capacity": 4,
     }

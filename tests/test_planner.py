@@ -40,10 +40,10 @@ TABLE = costs.Costs(
 )
 
 
-def plan(implementation="auto", activation=RELU, shape=DECODE, capacity=None, **sizes):
+def plan(method="auto", activation=RELU, shape=DECODE, capacity=None, **sizes):
     return planner.plan(
         activation,
-        implementation,
+        method,
         shape._replace(**sizes),
         capacity=capacity,
         table=TABLE,
@@ -51,14 +51,14 @@ def plan(implementation="auto", activation=RELU, shape=DECODE, capacity=None, **
 
 
 def test_short_rows_are_dense_long_ones_depend_on_how_many_keys_fire():
-    assert plan(keys=512).implementation == "dense"
+    assert plan(keys=512).method == "dense"
     assert "512" in plan(keys=512).reason
     chosen = plan(keys=100_000)
-    assert chosen.implementation == "auto"
+    assert chosen.method == "auto"
     # 5.12 ms against 1.28 ms and 65.6 ns (+ 2.56) for each of 400,000 keys: 14.1 %.
     assert "14 %" in chosen.reason
-    assert plan(shape=PREFILL).implementation == "auto"
-    assert plan(shape=PREFILL, keys=64, queries=64).implementation == "dense"
+    assert plan(shape=PREFILL).method == "auto"
+    assert plan(shape=PREFILL, keys=64, queries=64).method == "dense"
 
 
 def test_the_share_that_is_too_many_is_where_costs_meet():
@@ -94,30 +94,30 @@ def test_other_costs_other_choices():
     free = dataclasses.replace(
         TABLE, gather_row=0.0, gather_number=0.0, gather_product=1e-6
     )
-    assert planner.plan(RELU, "auto", DECODE, table=free).implementation == "hsr"
+    assert planner.plan(RELU, "auto", DECODE, table=free).method == "hsr"
     dear = dataclasses.replace(TABLE, scan=((1.0, 1e9),))
-    assert planner.plan(RELU, "auto", DECODE, table=dear).implementation == "dense"
+    assert planner.plan(RELU, "auto", DECODE, table=dear).method == "dense"
 
 
 def test_what_is_asked_for_is_done():
-    assert plan("hsr", keys=1).implementation == "hsr"
-    assert plan("dense").implementation == "dense"
+    assert plan("hsr", keys=1).method == "hsr"
+    assert plan("dense").method == "dense"
 
 
 def test_softmax_is_decided_from_shapes_alone():
-    assert plan("hsr", hsrjax.Softmax()).implementation == "dense"
-    assert plan("hsr", hsrjax.Softmax(top_r=4)).implementation == "hsr"
-    assert plan("auto", hsrjax.Softmax(top_r=64)).implementation == "hsr"
-    assert plan("auto", hsrjax.Softmax(top_r=64), keys=64).implementation == "dense"
-    assert plan("auto", hsrjax.Softmax(epsilon=0.1)).implementation == "dense"
+    assert plan("hsr", hsrjax.Softmax()).method == "dense"
+    assert plan("hsr", hsrjax.Softmax(top_r=4)).method == "hsr"
+    assert plan("auto", hsrjax.Softmax(top_r=64)).method == "hsr"
+    assert plan("auto", hsrjax.Softmax(top_r=64), keys=64).method == "dense"
+    assert plan("auto", hsrjax.Softmax(epsilon=0.1)).method == "dense"
 
 
 def test_where_an_index_does_not_fit_dense_is_chosen(monkeypatch):
     monkeypatch.setenv("HSRJAX_MEMORY", str(2**24))
     chosen = plan(shape=PREFILL)
-    assert chosen.implementation == "dense" and "memory" in chosen.reason
-    assert plan(shape=PREFILL, devices=64).implementation == "auto"
-    with pytest.raises(ValueError, match="or implementation='dense'"):
+    assert chosen.method == "dense" and "memory" in chosen.reason
+    assert plan(shape=PREFILL, devices=64).method == "auto"
+    with pytest.raises(ValueError, match="or method='dense'"):
         planner.refuse(PREFILL, plan("hsr", shape=PREFILL))
 
 
@@ -129,7 +129,7 @@ def test_sizes_are_possible(keys, queries):
     assert 1 <= chosen.tile <= queries and chosen.capacity >= 1
     assert chosen.capacity <= -(-keys // 32) * 32
     assert plan("hsr", **sizes, capacity=3).capacity == 3
-    assert plan(**sizes).implementation in planner.IMPLEMENTATIONS
+    assert plan(**sizes).method in planner.METHODS
 
 
 def test_few_scores_are_made_at_once_many_in_chunks():
@@ -167,6 +167,6 @@ def test_gradients_turn_the_choice_to_hsr():
         planner.plan(RELU, "auto", PREFILL, gradients=gradients, table=close)
         for gradients in (False, True)
     ]
-    assert [plan.implementation for plan in plans] == ["dense", "auto"]
+    assert [plan.method for plan in plans] == ["dense", "auto"]
     asked = planner.plan(RELU, "dense", PREFILL, gradients=True, table=close)
-    assert asked.implementation == "dense"
+    assert asked.method == "dense"

@@ -113,7 +113,7 @@ def test_top_r_keeps_the_same_keys_whether_picked_or_counted(sinks):
             k,
             v,
             activation=hsrjax.Softmax(top_r=5),
-            implementation="hsr",
+            method="hsr",
             is_causal=True,
             sinks=sinks,
             window=48 if sinks else None,

@@ -27,7 +27,7 @@ def softmax(limit, tail):
 
 def attend(query, key, value, *, activation, **options):
     call = functools.partial(
-        hsrjax.attention, implementation="hsr", return_info=True, **options
+        hsrjax.attention, method="hsr", return_info=True, **options
     )
     return jax.jit(call)(query, key, value, activation=activation)
 
@@ -135,7 +135,7 @@ def test_dense_has_all_scores():
         key,
         value,
         activation=activation,
-        implementation="dense",
+        method="dense",
         return_info=True,
     )
     np.testing.assert_allclose(dense, full, atol=1e-6)
@@ -172,7 +172,7 @@ def test_a_cache_that_grew_is_as_good(tail):
         np.testing.assert_array_equal(one, other)
     activation = softmax({"top_r": 4}, tail)
     out, info = hsrjax.decode_attention(
-        query, cache, activation=activation, implementation="hsr"
+        query, cache, activation=activation, method="hsr"
     )
     full = newest(query, key, value)
     assert (errors(out, full) <= np.asarray(info.error_bound)).all()
@@ -184,7 +184,7 @@ def test_a_cache_in_spatial_order():
     cache = hsrjax.reindex(grown(key, value, 8))
     activation = softmax({"top_r": 4}, 8)
     out, info = hsrjax.decode_attention(
-        query, cache, activation=activation, implementation="hsr"
+        query, cache, activation=activation, method="hsr"
     )
     assert (
         errors(out, newest(query, key, value)) <= np.asarray(info.error_bound)
@@ -217,5 +217,5 @@ def test_what_cannot_be_is_refused():
         cache = grown(key, value, tail)
         with pytest.raises(ValueError, match=f"got a cache with tail={tail}"):
             hsrjax.decode_attention(
-                query, cache, activation=activation, implementation="hsr"
+                query, cache, activation=activation, method="hsr"
             )

@@ -34,7 +34,7 @@ def report(q, k, v):
 
 def attend(q, k, v, *, activation=RELU):
     return hsrjax.attention(
-        q, k, v, activation=activation, implementation="hsr", is_causal=True
+        q, k, v, activation=activation, method="hsr", is_causal=True
     )
 
 
@@ -42,7 +42,7 @@ def decode(q, k, v, *, activation=RELU):
     cache = hsrjax.init_cache(B, S + 5, K, H)
     cache = hsrjax.extend(cache, k, v, lengths=jnp.array([S, 7]))
     return hsrjax.decode_attention(
-        q[:, -1:], cache, activation=activation, implementation="hsr"
+        q[:, -1:], cache, activation=activation, method="hsr"
     )
 
 
@@ -105,14 +105,14 @@ def test_grad_through_scan_and_remat():
 def test_bias_and_scale_are_differentiable_and_traced():
     q, k, v = arrays()
 
-    def loss(bias, scale, implementation):
+    def loss(bias, scale, method):
         out = hsrjax.attention(
             q,
             k,
             v,
             activation=hsrjax.ReLU(power=2, bias=bias, normalize="none"),
             scale=scale,
-            implementation=implementation,
+            method=method,
         )
         return jnp.sum(out**2)
 

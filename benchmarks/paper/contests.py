@@ -135,7 +135,7 @@ def _decode(keys, queries, values, relu, score) -> list[Contestant]:
                 query,
                 cache,
                 activation=relu,
-                implementation=name,  # type: ignore[arg-type]
+                method=name,  # type: ignore[arg-type]
                 scale=1.0,
             ),
             score,
@@ -158,7 +158,7 @@ def _prefill(keys, queries, values, relu, score) -> list[Contestant]:
                 hsrjax.attention,
                 *operands,
                 activation=relu,
-                implementation=name,  # type: ignore[arg-type]
+                method=name,  # type: ignore[arg-type]
                 scale=1.0,
                 return_info=True,
             ),

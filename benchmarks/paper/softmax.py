@@ -121,7 +121,7 @@ def attend(layer: Layer, activation: hsrjax.Softmax) -> tuple[jax.Array, hsrjax.
 @jax.jit
 def _one_by_one(queries, positions, cache, activation):
     decode = functools.partial(
-        hsrjax.decode_attention, activation=activation, implementation="hsr", scale=1.0
+        hsrjax.decode_attention, activation=activation, method="hsr", scale=1.0
     )
 
     def one(pair):

@@ -168,7 +168,7 @@ def _prefill(layer: Layer, activation: hsrjax.Softmax, way: Way):
         functools.partial(
             hsrjax.attention,
             activation=activation,
-            implementation=way,
+            method=way,
             is_causal=True,
             scale=1.0,
             return_info=True,
@@ -187,7 +187,7 @@ def _decode(layer: Layer, activation: hsrjax.Softmax, way: Way):
         functools.partial(
             hsrjax.decode_attention,
             activation=activation,
-            implementation=way,
+            method=way,
             scale=1.0,
         ),
         layer.query[:, -1:],

@@ -159,7 +159,7 @@ def check_engine(
         layer.query,
         cache,
         activation=hsrjax.Softmax(top_r=r),
-        implementation="hsr",
+        method="hsr",
         scale=1.0,
     )
     out, bound = np.asarray(out, np.float64)[0], np.asarray(info.error_bound)[0]
