@@ -10,7 +10,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types wheel-check notebooks notebooks-sync setup \
+.PHONY: help demo test test-all lint format types wheel-check notebooks notebooks-sync setup \
         constraints clean clean-venv
 
 help: ## list the targets
@@ -20,7 +20,10 @@ help: ## list the targets
 demo: $(VENV)/.stamp-run ## train a small ReLU-attention LM, generate with dense and hsr
 	$(PY) -m train.demo --out runs/demo $(ARGS)
 
-test: $(VENV)/.stamp-test ## run the tests
+test: $(VENV)/.stamp-test ## run the tests, but for the slow ones
+	$(PY) -m pytest -q -n auto --dist worksteal -m "not slow and not notebook" $(ARGS)
+
+test-all: $(VENV)/.stamp-test ## run all tests
 	$(PY) -m pytest -q -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## check style and formatting

@@ -56,6 +56,41 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+# What each test costs, in CPU-seconds of its process and of those it started: unlike
+# seconds on the clock they do not depend on what else the machine does.
+_cpu_seconds: dict[str, float] = {}
+
+
+def _cpu_now() -> float:
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "setup":
+        item.cpu_start = getattr(item.session, "cpu_last", 0.0)
+    item.session.cpu_last = _cpu_now()
+    if call.when == "teardown":
+        spent = item.session.cpu_last - item.cpu_start
+        report.user_properties.append(("cpu_seconds", spent))
+    return report
+
+
+def pytest_runtest_logreport(report):
+    for name, value in report.user_properties:
+        if name == "cpu_seconds" and report.when == "teardown":
+            _cpu_seconds[report.nodeid] = value
+
+
+def pytest_terminal_summary(terminalreporter):
+    total = sum(_cpu_seconds.values())
+    terminalreporter.section(f"{total / 60:.1f} CPU-minutes; the costliest tests")
+    ranked = sorted(_cpu_seconds.items(), key=lambda item: -item[1])
+    for name, seconds in ranked[: int(os.environ.get("CPU_DURATIONS", "10"))]:
+        terminalreporter.write_line(f"{seconds:6.1f} CPU-s {name}")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def drop_programs():
     """Forgets what a module compiled.
