@@ -1,0 +1,1 @@
+"""Private: names here change without notice. What is public is in `hsrjax`."""
