@@ -26,9 +26,10 @@ test: $(VENV)/.stamp-test ## run the tests, but for the slow ones
 test-all: $(VENV)/.stamp-test ## run all tests
 	$(PY) -m pytest -q -n auto --dist worksteal $(ARGS)
 
-lint: $(VENV)/.stamp-dev ## check style and formatting
+lint: $(VENV)/.stamp-dev ## check style, formatting and the direction of imports
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(VENV)/.stamp-dev ## format the code, repair what ruff can repair
 	$(PY) -m ruff check --fix .

@@ -176,13 +176,13 @@ def made_up_costs(monkeypatch, tmp_path):
 
     Scoring a key costs half of what gathering it does, everything else nothing.
     """
-    import hsrjax.costs
+    from hsrjax._src.planning import costs
 
     curves = {"dense": [[1.0, 1.0], [1e15, 1e15]], "scan": [[1.0, 1e-6]]}
     products = {"dense_product": 0.5, "gather_product": 1.0}
-    fields = dataclasses.fields(hsrjax.costs.Costs)
+    fields = dataclasses.fields(costs.Costs)
     numbers = {x.name: 0.0 for x in fields if x.type == "float"}
-    machine = hsrjax.costs.this_machine()._asdict()
+    machine = costs.this_machine()._asdict()
     backend = machine.pop("backend")
     table = {**machine, "origin": "measured", **numbers, **products, **curves}
     file = tmp_path / "costs.json"

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import hsrjax
-from hsrjax import planner, reference
-from hsrjax.activations import selects
+from hsrjax import reference
+from hsrjax._src.planning import plan as planner
 
 SHAPE = (2, 37, 37, 4, 2, 16, 16)
 # (B, T, S, N, K, H, D), is_causal, activation: sizes that divide nothing, GQA, one key,
@@ -106,13 +106,15 @@ def reference_visibility(queries, keys, **visible):
 def small_dense_tiling(activation, *, queries, keys, heads):
     """In place of `planner.dense_tiling`: sizes that divide nothing."""
     del heads
-    whole_rows = selects(activation)
-    return min(queries, 5), None if whole_rows else min(keys, 7)
+    return min(queries, 5), None if activation.whole_rows else min(keys, 7)
 
 
 class AttentionContract:
-    """Subclass and define `attend`."""
+    """Subclass and define `attend`, or say which method and implementation it is."""
 
+    method = "dense"
+    implementation = None
+    capacity = None
     differentiable = True
     takes_segments = True
     takes_closed_forms = True
@@ -123,9 +125,19 @@ class AttentionContract:
         if self.dense_in_chunks:
             monkeypatch.setattr(planner, "dense_tiling", small_dense_tiling)
 
-    def attend(self, query, key, value, *, activation, is_causal, **visible):
+    def attend(self, query, key, value, *, activation, **options):
         """Returns (output, info)."""
-        raise NotImplementedError
+        return hsrjax.attention(
+            query,
+            key,
+            value,
+            activation=activation,
+            method=self.method,
+            implementation=self.implementation,
+            capacity=self.capacity,
+            return_info=True,
+            **options,
+        )
 
     def compiled(self, *arrays, **options):
         """`attend` under jit: compiling one program is faster than forty small ones."""
@@ -336,6 +348,58 @@ class AttentionContract:
                 check_certificate(
                     query * spread, key, value, out, info, epsilon=epsilon
                 )
+
+
+def fill(key, value, *, room=0, chunk=None, reindexed=None):
+    """A cache that holds key and value, appended in chunks.
+
+    It is put in spatial order when it holds `reindexed` tokens.
+    """
+    b, s, kv_heads, h = key.shape
+    cache = hsrjax.init_cache(
+        b, s + room, kv_heads, h, value_dim=value.shape[-1], dtype=key.dtype
+    )
+    if reindexed:
+        part = slice(0, reindexed)
+        cache = hsrjax.extend(cache, key[:, part], value[:, part])
+        cache = hsrjax.reindex(cache)
+    for start in range(reindexed or 0, s, chunk or s):
+        part = slice(start, start + (chunk or s))
+        cache = hsrjax.extend(cache, key[:, part], value[:, part])
+    return cache
+
+
+class CacheContract(AttentionContract):
+    """The same through `decode_attention`, over a cache that was filled in pieces."""
+
+    differentiable = False
+    takes_segments = False
+    takes_closed_forms = False
+    chunk = None
+    appended = None
+
+    def prepare(self, cache):
+        """What is done to a cache before it is asked."""
+        return cache
+
+    def attend(self, query, key, value, *, activation, is_causal, **visible):
+        reindexed = None
+        if self.appended is not None:
+            reindexed = max(1, key.shape[1] - self.appended)
+        cache = fill(key, value, room=3, chunk=self.chunk, reindexed=reindexed)
+        cache = self.prepare(cache)
+        positions = jnp.arange(query.shape[1], dtype=jnp.int32)
+        if not is_causal:
+            positions = jnp.full_like(positions, key.shape[1] - 1)
+        return hsrjax.decode_attention(
+            query,
+            cache,
+            activation=activation,
+            method=self.method,
+            implementation=self.implementation,
+            positions=jnp.broadcast_to(positions, query.shape[:2]),
+            **visible,
+        )
 
 
 def check_certificate(query, key, value, out, info, *, epsilon=None, visible=None):

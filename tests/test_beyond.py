@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import hsrjax
-from hsrjax import closed, entmax, visible
+from hsrjax._src.activations import closed, entmax
+from hsrjax._src.core import visible
+from hsrjax._src.kernels.xla import select
 from tests.contract import inputs, reference_attention, relative_error
 
 METHODS = ["dense", "hsr"]
@@ -67,7 +69,7 @@ def test_bounds_on_scores_bracket_the_threshold(power, spread):
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
 def test_entmax_reports_its_support(alpha, method, monkeypatch):
     """Values are unit vectors, so the output is the weights themselves."""
-    monkeypatch.setattr(entmax, "_KEPT", 8)  # the reported keys take further runs
+    monkeypatch.setattr(select, "_KEPT", 8)  # the reported keys take further runs
     query, key, _, _ = inputs((1, 20, 300, 1, 1, 16, 1), seed=4)
     # No query sees this coordinate, but it makes all bounds but of one half loose.
     query = (query * 3).at[..., 15].set(0.0)
@@ -134,9 +136,7 @@ def test_rows_that_see_nothing_or_no_number(name, method):
         spoiled = np.array([False, False, False, True, True, False])
     else:
         query = jnp.pad(query, [(0, 0), (27, 7), (0, 0), (0, 0)])
-        out, _ = attend(
-            query, key, value, activation, method, is_causal=True, window=3
-        )
+        out, _ = attend(query, key, value, activation, method, is_causal=True, window=3)
         spoiled = np.zeros(40, bool)
         spoiled[30:33] = True  # not those whose window is past it
     np.testing.assert_array_equal(np.isnan(np.asarray(out)[0, :, 0]).any(-1), spoiled)

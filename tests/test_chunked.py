@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hsrjax
-from hsrjax import chunked, planner, visible
+from hsrjax._src.core import visible
+from hsrjax._src.kernels.xla.chunks import Chunks
+from hsrjax._src.planning import plan as planner
 from tests.contract import SEGMENTS, SHAPE, inputs, relative_error, small_dense_tiling
 
 SELECTING = [hsrjax.Softmax(top_r=4), hsrjax.Softmax(epsilon=0.05)]
@@ -125,9 +127,9 @@ def test_chunks_are_visited_once_and_only_where_something_is_seen(
     positions = jnp.array(rows)[None]
     seen = visible.of_decode(positions, jnp.array([[60]]), window=window, sinks=sinks)
     count = jnp.zeros(-(-60 // chunk), jnp.int32)
-    visits = chunked._over_chunks(
-        chunk, seen.spans(), lambda i, x: x.at[i].add(1), count
-    )
+    keys = jnp.zeros((1, 60, 1))
+    walk = Chunks(chunk).walk(keys, keys, None, None)
+    visits = walk.over(seen, None, lambda piece, x: x.at[piece.i].add(1), count)
     mask = seen.mask(jnp.arange(60, dtype=jnp.int32)[None, None])[0].any(0)
     mask = np.resize(np.pad(mask, (0, -60 % chunk)), (len(count), chunk)).any(1)
     assert (np.asarray(visits)[mask] == 1).all() and (visits <= 1).all()
@@ -182,9 +184,7 @@ def test_gradients_are_summed_in_float32(activation, monkeypatch):
         jnp.ones_like(x) for x in inputs((1, 600, 4, 1, 1, 2, 1), dtype=jnp.bfloat16)
     )
     monkeypatch.setattr(planner, "dense_tiling", small_dense_tiling)
-    attend = functools.partial(
-        hsrjax.attention, activation=activation, method="dense"
-    )
+    attend = functools.partial(hsrjax.attention, activation=activation, method="dense")
     gradient = jax.grad(lambda v: jnp.sum(attend(query, key, v).astype(jnp.float32)))
     np.testing.assert_array_equal(gradient(value).astype(jnp.float32), 150.0)
 
@@ -257,9 +257,7 @@ def test_memory_is_linear(activation):
 @pytest.mark.parametrize("activation", SELECTING)
 def test_whole_rows_take_memory_by_tile(activation):
     def loss(query, key, value):
-        out = hsrjax.attention(
-            query, key, value, activation=activation, method="dense"
-        )
+        out = hsrjax.attention(query, key, value, activation=activation, method="dense")
         return jnp.sum(out**2)
 
     x = jax.ShapeDtypeStruct((1, 16384, 4, 32), jnp.float32)

@@ -8,53 +8,8 @@ import numpy as np
 import pytest
 
 import hsrjax
-from hsrjax import bitset, planner
-from tests.contract import AttentionContract, inputs, relative_error
-
-
-def fill(key, value, *, room=0, chunk=None, reindexed=None):
-    """A cache that holds key and value, appended in chunks.
-
-    It is put in spatial order when it holds `reindexed` tokens.
-    """
-    b, s, kv_heads, h = key.shape
-    cache = hsrjax.init_cache(
-        b, s + room, kv_heads, h, value_dim=value.shape[-1], dtype=key.dtype
-    )
-    if reindexed:
-        part = slice(0, reindexed)
-        cache = hsrjax.extend(cache, key[:, part], value[:, part])
-        cache = hsrjax.reindex(cache)
-    for start in range(reindexed or 0, s, chunk or s):
-        part = slice(start, start + (chunk or s))
-        cache = hsrjax.extend(cache, key[:, part], value[:, part])
-    return cache
-
-
-class CacheContract(AttentionContract):
-    differentiable = False
-    takes_segments = False
-    takes_closed_forms = False
-    method = "dense"
-    chunk = None
-    appended = None
-
-    def attend(self, query, key, value, *, activation, is_causal, **visible):
-        reindexed = None
-        if self.appended is not None:
-            reindexed = max(1, key.shape[1] - self.appended)
-        cache = fill(key, value, room=3, chunk=self.chunk, reindexed=reindexed)
-        positions = jnp.arange(query.shape[1], dtype=jnp.int32)
-        if not is_causal:
-            positions = jnp.full_like(positions, key.shape[1] - 1)
-        return hsrjax.decode_attention(
-            query,
-            cache,
-            activation=activation,
-            method=self.method,
-            positions=jnp.broadcast_to(positions, query.shape[:2]),
-            **visible,
-        )
+from hsrjax._src.planning import plan as planner
+from tests.contract import CacheContract, fill, inputs, relative_error
 
 
 class TestDenseCache(CacheContract):
@@ -97,7 +52,7 @@ def attend_both(query, key, value, lengths, *, method="hsr", **options):
     arrived = hsrjax.extend(empty, key, value, lengths=lengths)
     early = jnp.maximum(lengths - 10, 0)
     cache = hsrjax.reindex(hsrjax.extend(empty, key, value, lengths=early))
-    late = early[:, None, None, None] + bitset.positions(10, 2)[..., None, None]
+    late = early[:, None, None, None] + jnp.arange(10)[None, :, None, None]
     late = jnp.minimum(late, s - 1)
     key, value = (jnp.take_along_axis(x, late, axis=1) for x in (key, value))
     cache = hsrjax.extend(cache, key, value, lengths=lengths - early)
@@ -149,7 +104,7 @@ def test_softmax_over_a_reindexed_cache(activation):
         value,
         jnp.array([1500, 600, 7]),
         activation=activation,
-        method="auto" if activation.is_full else "hsr",
+        method="auto" if activation.keeps_all else "hsr",
         window=100,
         sinks=2,
     )
@@ -185,9 +140,7 @@ def test_nan_in_a_reindexed_cache_reaches_all_that_see_it():
     key = key.at[0, 1498, 1, 2].set(jnp.nan).at[0, 5, 0].set(1e30)
     cache = hsrjax.reindex(fill(key, value))
     activation = hsrjax.ReLU(bias=2.0)
-    out, _ = hsrjax.decode_attention(
-        query, cache, activation=activation, method="hsr"
-    )
+    out, _ = hsrjax.decode_attention(query, cache, activation=activation, method="hsr")
     seen = np.array([[False, False], [False, True], [False, True]])
     np.testing.assert_array_equal(np.isnan(out[0]).all(-1), seen)
     assert not np.isnan(np.asarray(out)[0][~seen]).any()
@@ -318,9 +271,7 @@ def test_tokens_without_room_are_counted_not_stored():
 
 def test_one_compilation_serves_every_length(count_traces):
     counted = count_traces(hsrjax.decode_attention)
-    decode = jax.jit(
-        functools.partial(counted, activation=hsrjax.ReLU(), method="hsr")
-    )
+    decode = jax.jit(functools.partial(counted, activation=hsrjax.ReLU(), method="hsr"))
     query, key, value, _ = inputs((1, 1, 64, 1, 1, 8, 8))
     cache = hsrjax.init_cache(1, 64, 1, 8)
     for start in range(0, 64, 16):

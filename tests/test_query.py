@@ -1,7 +1,6 @@
 """`query` and `count` against brute force in float64, on inputs chosen to be nasty."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hsrjax
-from hsrjax import bitset, bounds
-from hsrjax.visible import Visible, of_prefill
+from hsrjax._src.core import arrays, bitset
+from hsrjax._src.core.visible import Visible, of_prefill
+from hsrjax._src.kernels.xla import scan
 
 QUERIES = 20_000
 KEYS = 90
@@ -106,7 +106,7 @@ def test_a_million_nasty_half_spaces():
             gone = rng.choice(KEYS, 10, replace=False)
             index = hsrjax.delete(index, jnp.asarray(gone, jnp.int32))
             alive = ~np.isin(np.arange(KEYS), gone)
-            own = np.asarray(bounds.dot(jnp.asarray(normals), jnp.asarray(keys)))
+            own = np.asarray(arrays.dot(jnp.asarray(normals), jnp.asarray(keys)))
             own = np.where(np.isfinite(own), own, 0)
             offsets = nasty_offsets(own, rng)
             report = reported_set(index, normals, offsets, KEYS)
@@ -119,7 +119,7 @@ def test_a_million_nasty_half_spaces():
             keys /= np.linalg.norm(keys, axis=1, keepdims=True)
         keys = keys.astype(np.float32)
         normals = rng.standard_normal((500, 32)).astype(np.float32)
-        own = np.asarray(bounds.dot(jnp.asarray(normals), jnp.asarray(keys)))
+        own = np.asarray(arrays.dot(jnp.asarray(normals), jnp.asarray(keys)))
         offsets = np.sort(own, axis=1)[:, -rng.integers(1, 60)].astype(np.float32)
         index = hsrjax.build(keys)
         report = reported_set(index, normals, offsets, 100)
@@ -274,8 +274,7 @@ def test_static_mistakes_are_named(call, error, message):
 def test_a_tile_in_chunks_reports_unions_of_its_queries(
     monkeypatch, window, sinks, parts
 ):
-    module = sys.modules["hsrjax.query"]
-    monkeypatch.setattr(module, "_CHUNK_PRODUCTS", 1)  # chunks of 256: 2.75 of them
+    monkeypatch.setattr(scan, "_CHUNK_PRODUCTS", 1)  # chunks of 256: 2.75 of them
     keys, normals = (
         jax.random.normal(jax.random.key(seed), (2, 700, 16)) for seed in (0, 1)
     )
@@ -284,8 +283,8 @@ def test_a_tile_in_chunks_reports_unions_of_its_queries(
     seen = of_prefill(700, 700, is_causal=True, window=window, sinks=sinks)
     tile = jax.tree.map(lambda x: jnp.broadcast_to(x[:, rows], (2, 250)), seen)
     arguments = index, normals[:, rows], jnp.full((2, 250), 13.0)
-    each = np.asarray(jax.jit(module.survivors)(*arguments))
-    survive = functools.partial(module.survivors, visible=tile, parts=parts)
+    each = np.asarray(jax.jit(scan.scan)(*arguments))
+    survive = functools.partial(scan.scan, visible=tile, parts=parts)
     together = jax.jit(survive)(*arguments)
     size = 250 // parts
     expected = np.bitwise_or.reduce(each.reshape(2, parts, size, -1), axis=-2)
@@ -305,18 +304,15 @@ def spatial_survivors(monkeypatch, offset, parts, visible=None, **patched):
     Returns the index, and bool[2, J, P] each: what must be reported, what may be, at
     least nearly, and what is.
     """
-    module = sys.modules["hsrjax.query"]
     rng = np.random.default_rng(0)
     keys = rng.standard_normal((2, 2000, 3)).astype(np.float32)
     normals = rng.standard_normal((2, 6, 3)).astype(np.float32)
     normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
     index = hsrjax.delete(hsrjax.build(keys, max_keys=2100), jnp.array([[1], [1999]]))
     for name, value in patched.items():
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(scan, name, value)
     offsets = jnp.full((2, 6), offset)
-    survive = lambda: module.survivors(
-        index, normals, offsets, visible=visible, parts=parts
-    )
+    survive = lambda: scan.scan(index, normals, offsets, visible=visible, parts=parts)
     words = bitset.unpack(jax.jit(survive)())
     alive = np.asarray(bitset.unpack(index.alive))[:, None]
     members = alive & (np.einsum("bqh,bsh->bqs", normals, index.keys) >= offset)
@@ -362,12 +358,10 @@ def test_cells_are_read_apart_where_few_are_reached(monkeypatch, offset, fewest)
         (2, 6, index.alive.shape[-1]), 2**32 - 1, jnp.uint32
     )
     index, *_, words = spatial_survivors(
-        monkeypatch, offset, None, _cell_survivors=everything
+        monkeypatch, offset, None, _scan_cells=everything
     )
     alive = np.asarray(bitset.unpack(index.alive))[:, None]
     assert (words == alive).all() == fewest
     monkeypatch.undo()
-    *_, words = spatial_survivors(
-        monkeypatch, offset, None, _sketch_survivors=everything
-    )
+    *_, words = spatial_survivors(monkeypatch, offset, None, _scan_sketch=everything)
     assert (words == alive).all() != fewest

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hsrjax
-from hsrjax import tail as tail_module
+from hsrjax._src.activations import tail as tail_module
 from tests.contract import SEGMENTS, SHAPE, inputs, reference_attention
 
 TAILS = (1, 2, 8, 32)
@@ -216,6 +216,4 @@ def test_what_cannot_be_is_refused():
     for tail in (None, 4):
         cache = grown(key, value, tail)
         with pytest.raises(ValueError, match=f"got a cache with tail={tail}"):
-            hsrjax.decode_attention(
-                query, cache, activation=activation, method="hsr"
-            )
+            hsrjax.decode_attention(query, cache, activation=activation, method="hsr")

@@ -21,12 +21,10 @@ from hsrjax._src.activations.base import Activation, check_activation
 from hsrjax._src.core import checks, visible
 from hsrjax._src.core.tiles import Info, heads_first, summarize_values
 from hsrjax._src.index.index import Index
-from hsrjax._src.kernels import registry
+from hsrjax._src.kernels.base import implementations_for
 from hsrjax._src.planning import costs, memory
 from hsrjax._src.planning import plan as planner
-from hsrjax._src.planning import shape as shapes
-from hsrjax._src.planning.plan import Choice, Method
-from hsrjax._src.planning.shape import Shape
+from hsrjax._src.planning.plan import Choice, Method, Shape
 
 
 class _Seen(NamedTuple):
@@ -180,7 +178,7 @@ def plan_call(
     if segment_ids is not None:
         b, t = query.shape[:2]
         visible.check_segment_ids(segment_ids, b, t, key.shape[1])
-    shape = shapes.of_prefill(
+    shape = planner.of_prefill(
         query,
         key,
         value,
@@ -192,7 +190,7 @@ def plan_call(
         activation,
         method,
         shape,
-        implementations=registry.choose(implementation, costs.platform()),
+        implementations=implementations_for(implementation, costs.platform()),
         capacity=capacity,
         gradients=gradients,
     )

@@ -23,12 +23,10 @@ from hsrjax._src.core.arrays import put_rows
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.tiles import Info, Values, heads_first, summarize_values
 from hsrjax._src.index.index import Index, group_keys
-from hsrjax._src.kernels import registry
+from hsrjax._src.kernels.base import implementations_for, operations
 from hsrjax._src.planning import costs, memory
 from hsrjax._src.planning import plan as planner
-from hsrjax._src.planning import shape as shapes
-from hsrjax._src.planning.plan import Choice, Method
-from hsrjax._src.planning.shape import Shape
+from hsrjax._src.planning.plan import Choice, Method, Shape
 
 
 @functools.partial(
@@ -170,14 +168,14 @@ def extend(
         lengths = jnp.full(key.shape[:1], key.shape[1], jnp.int32)
     lengths = jnp.asarray(lengths)
     _check_lengths(cache, lengths)
-    names = registry.choose(implementation, costs.platform())
+    names = implementations_for(implementation, costs.platform())
     return _extend(cache, key, value, lengths, implementations=names)
 
 
 @functools.partial(jax.jit, static_argnames="implementations")
 def _extend(cache, key, value, lengths, *, implementations):
     b, new, kv_heads = key.shape[:3]
-    kernels = registry.operations(implementations)
+    kernels = operations(implementations)
     lengths = jnp.clip(lengths.astype(jnp.int32), 0, new)
     per_head = jnp.broadcast_to(lengths[:, None], (b, kv_heads))
     index = kernels.append(cache.index, heads_first(key), per_head)
@@ -341,12 +339,12 @@ def plan_call(
     _check_decode(query, cache, activation, positions)
     visible.check_options(activation, is_causal=True, window=window, sinks=sinks)
     keys, values = cache.index.keys, cache.values.rows
-    shape = shapes.of_decode(query, keys, values, devices=memory.devices(query, keys))
+    shape = planner.of_decode(query, keys, values, devices=memory.devices(query, keys))
     choice = planner.plan(
         activation,
         method,
         shape,
-        implementations=registry.choose(implementation, costs.platform()),
+        implementations=implementations_for(implementation, costs.platform()),
         capacity=capacity,
     )
     if choice.plan.method != "dense":

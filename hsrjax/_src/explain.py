@@ -15,8 +15,7 @@ from hsrjax._src.decode import KVCache
 from hsrjax._src.decode import plan_call as plan_decode
 from hsrjax._src.planning import costs, memory
 from hsrjax._src.planning import plan as planner
-from hsrjax._src.planning.plan import Choice
-from hsrjax._src.planning.shape import Shape
+from hsrjax._src.planning.plan import Choice, Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,8 +176,8 @@ def _explain(activation: Activation, shape: Shape, choice: Choice) -> Explanatio
         hsr_us=None if activation.keeps_all else (expected.hsr + survivors) / 1e3,
         share_us=one_run_each * shape.keys / plan.capacity / 1e5,
         break_even=planner.break_even(shape, plan, expected),
-        dense_bytes=memory.of_dense(shape, plan),
-        hsr_bytes=memory.of_hsr(shape, plan),
+        dense_bytes=planner.bytes_of_dense(shape, plan),
+        hsr_bytes=planner.bytes_of_hsr(shape, plan),
         available_bytes=memory.available(),
         refused=refused,
         costs=table.source,

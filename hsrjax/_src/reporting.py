@@ -19,7 +19,7 @@ from hsrjax._src.core import bitset, checks
 from hsrjax._src.core.arrays import dot, positions, put_rows, take_rows
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.index.index import Index, group_keys, ids_of
-from hsrjax._src.kernels import registry
+from hsrjax._src.kernels.base import implementations_for, operations
 from hsrjax._src.planning import costs, memory
 
 MAX_SPATIAL_DIM = 8
@@ -146,7 +146,7 @@ def insert(index: Index, keys: jax.Array) -> Index:
 @functools.partial(jax.jit, static_argnames="implementations")
 def _insert(index, keys, *, implementations):
     lengths = jnp.full(index.size.shape, keys.shape[-2], jnp.int32)
-    return registry.operations(implementations).append(index, keys, lengths)
+    return operations(implementations).append(index, keys, lengths)
 
 
 def delete(index: Index, ids: jax.Array) -> Index:
@@ -279,7 +279,7 @@ def count(
 @functools.partial(jax.jit, static_argnames=("capacity", "implementations"))
 def _report(index, normals, offsets, *, capacity, implementations):
     frozen, a, b = jax.lax.stop_gradient((index, normals, offsets))
-    words = registry.operations(implementations).scan(frozen, a, b)
+    words = operations(implementations).scan(frozen, a, b)
     slots, count = _members(frozen, a, b, words, capacity=capacity)
     ids = ids_of(index.ids, slots)
     found = ids < index.keys.shape[-2]
@@ -290,12 +290,12 @@ def _report(index, normals, offsets, *, capacity, implementations):
 
 @functools.partial(jax.jit, static_argnames="implementations")
 def _count(index, normals, offsets, *, implementations):
-    words = registry.operations(implementations).scan(index, normals, offsets)
+    words = operations(implementations).scan(index, normals, offsets)
     return _members(index, normals, offsets, words, capacity=1)[1]
 
 
 def _implementations(name: str | None = None) -> tuple[str, ...]:
-    return registry.choose(name, costs.platform())
+    return implementations_for(name, costs.platform())
 
 
 def _members(index, normals, offsets, words, *, capacity):

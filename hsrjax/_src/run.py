@@ -15,15 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hsrjax._src import dense, sparse
+from hsrjax._src import sparse
 from hsrjax._src.activations.base import Activation
-from hsrjax._src.core.tiles import Info, Tiles, Values, cut_queries, from_tiles
+from hsrjax._src.core.tiles import Info, Partial, Tiles, Values, cut_queries, from_tiles
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.index.index import Index
-from hsrjax._src.kernels import registry
-from hsrjax._src.kernels.base import InTurn
-from hsrjax._src.planning.plan import Expected
-from hsrjax._src.planning.shape import Plan
+from hsrjax._src.kernels.base import InTurn, operations
+from hsrjax._src.planning.plan import Expected, Plan
 
 
 def attend(
@@ -57,9 +55,8 @@ def attend(
       f32[B, T, N, D] and Info, each [B, T, N]. Under vmap one choice is made for all
       that is mapped over.
     """
-    kernels = registry.operations(plan.implementations)
+    kernels = operations(plan.implementations)
     prepared = activation.prepare(query.shape[:3])
-    common: dict[str, Any] = {"plan": plan, "counted": counted}
 
     def cut(tile: int) -> Tiles:
         return cut_queries(
@@ -72,29 +69,71 @@ def attend(
         return jax.tree.map(join, found)
 
     def score_all():
-        ids = None if index is None else index.ids
         tiles = cut(plan.dense_tile)
-        return uncut(dense.attend(kernels, keys, values, ids, tiles, **common))
+        tiles = tiles._replace(activation=tiles.activation.dense_form)
+        ids = None if index is None else index.ids
+        sums, certificate = kernels.sum_all(
+            tiles, keys, values.rows, ids, chunk=plan.chunk, counted=counted
+        )
+        sums = sums._replace(candidates=tiles.visible.count())
+        if plan.chunk is not None:  # which skips chunks with the NaN values in them
+            sums = _poison(sums, values)
+        return uncut(_finish(sums, certificate, values, tiles, keys.shape[-2]))
 
     if plan.method == "dense" or index is None:
         return score_all()
     tiles = cut(plan.tile)
+    sum_sets = functools.partial(
+        sparse.sum_sets, kernels, index, values, tiles, plan=plan, counted=counted
+    )
+
+    def finish_sets(sums, certificate, sizes):
+        sums = _poison(sums, values)
+        overflow = jnp.repeat(
+            sizes > plan.capacity, sums.total.shape[-1] // sizes.shape[-1], axis=-1
+        )
+        found = _finish(sums, certificate, values, tiles, keys.shape[-2], overflow)
+        return uncut(found)
+
     if plan.method == "hsr" or expected is None:
-        return uncut(sparse.attend(kernels, index, values, tiles, **common))
-
-    def sum_reported():
-        arrays = index, values, tiles, reported
-        return uncut(sparse.sum_reported(kernels, *arrays, **common))
-
+        return finish_sets(*sum_sets(None))
     if plan.chunk is None:
         # Under grad a cond keeps what either side needs: now not all scores.
         score_all = jax.checkpoint(score_all)
-    dense_wins, reported = _look(kernels, index, values, tiles, plan, expected)
-    return jax.lax.cond(dense_wins, score_all, sum_reported)
+    dense_wins, sets = _look(kernels, index, values, tiles, plan, expected)
+    return jax.lax.cond(dense_wins, score_all, lambda: finish_sets(*sum_sets(sets)))
+
+
+def _poison(sums: Partial, values: Values) -> Partial:
+    """NaN where a dense product has it, from values that were not looked at."""
+    return sums._replace(weighted=sums.weighted + values.poison[..., None, :][None])
+
+
+def _finish(
+    sums: Partial,
+    certificate: Any,
+    values: Values,
+    tiles: Tiles,
+    slots: int,
+    overflow: jax.Array | None = None,
+) -> tuple[jax.Array, Info]:
+    """Outputs f32[M, *B, Q, D] and Info, each [M, *B, Q]."""
+    length = tiles.visible.count()
+    out, missed, bound = tiles.activation.finish(
+        sums,
+        certificate,
+        length=length,
+        value_bound=values.bound[..., None][None],
+        slots=slots,
+    )
+    if overflow is None:
+        overflow = jnp.zeros(length.shape, jnp.bool_)
+    info = Info(sums.count, sums.candidates, overflow, missed, bound)
+    return out, jax.lax.stop_gradient(info)
 
 
 def _look(kernels: InTurn, index, values, tiles, plan, expected):
-    """Whether dense attention is cheaper, bool, and what is reported if it is not."""
+    """Whether dense attention is cheaper, bool, and the sets if it is not."""
     report = lambda: sparse.report(kernels, index, values, tiles, plan=plan)
     if index.ids is None:
         number = sparse.expected_runs(index, tiles, plan)
@@ -102,13 +141,13 @@ def _look(kernels: InTurn, index, values, tiles, plan, expected):
         dense_wins = _together(excess) > 0
         shapes = jax.eval_shape(report)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        reported = jax.lax.cond(dense_wins, lambda: nothing, report)
+        sets = jax.lax.cond(dense_wins, lambda: nothing, report)
     else:
         # Runs of keys in spatial order are no sample, and balls look sooner.
-        dense_wins, reported = jnp.zeros((), jnp.bool_), report()
-    number = sparse.runs(reported.words, plan.capacity)
+        dense_wins, sets = jnp.zeros((), jnp.bool_), report()
+    number = sparse.runs(sets.words, plan.capacity)
     excess = expected.one_run * number - expected.dense
-    return dense_wins | (_together(excess) > 0), reported
+    return dense_wins | (_together(excess) > 0), sets
 
 
 @jax.custom_batching.custom_vmap

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from hsrjax._src.core import bitset
 from hsrjax._src.core.bitset import WORD
-from hsrjax._src.core.tiles import Info, Partial, Tiles, Values
+from hsrjax._src.core.tiles import Partial, Tiles, Values
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels.base import InTurn, Selected
-from hsrjax._src.planning.shape import Plan
+from hsrjax._src.planning.plan import Plan
 
 _SLICES = 4
 """Runs of keys in a sample."""
@@ -33,51 +33,10 @@ _TILES = 8
 """Tiles of queries that are looked at."""
 
 
-def attend(
-    kernels: InTurn,
-    index: Index,
-    values: Values,
-    tiles: Tiles,
-    *,
-    plan: Plan,
-    counted: bool,
-) -> tuple[jax.Array, Info]:
-    """Attention of tiles of queries over an index, looking only at reported keys.
-
-    Args:
-      kernels: the operations.
-      index: batch axes *B. Differentiable in `index.keys`.
-      values: differentiable in `values.rows`.
-      tiles: of `plan.tile` positions; differentiable in queries and activation.
-      plan: capacity and parts.
-      counted: False may leave Info's numbers of keys zero, which saves time.
-
-    Returns:
-      Outputs f32[M, *B, Q, D] and Info, each [M, *B, Q].
-    """
-    if not tiles.activation.whole_rows:
-        try:
-            sizes, sums = kernels.scan_and_sum(
-                index,
-                tiles,
-                values.rows,
-                capacity=plan.capacity,
-                parts=plan.parts,
-                counted=counted,
-            )
-            return _finish(sums, sizes, None, index, values, tiles, plan=plan)
-        except NotImplementedError:
-            pass  # in two steps
-    reported = report(kernels, index, values, tiles, plan=plan)
-    return sum_reported(
-        kernels, index, values, tiles, reported, plan=plan, counted=counted
-    )
-
-
 def report(
     kernels: InTurn, index: Index, values: Values, tiles: Tiles, *, plan: Plan
 ) -> Selected:
-    """The first half: which keys the parts of every tile look at, by tile."""
+    """Which keys the parts of every tile look at, by tile: the first half."""
     index, tiles = jax.lax.stop_gradient((index, tiles))
 
     def choose(_, tile):
@@ -93,27 +52,48 @@ def report(
     return jax.lax.scan(choose, None, tiles)[1]
 
 
-def sum_reported(
+def sum_sets(
     kernels: InTurn,
     index: Index,
     values: Values,
     tiles: Tiles,
-    reported: Selected,
+    sets: Selected | None,
     *,
     plan: Plan,
     counted: bool,
-) -> tuple[jax.Array, Info]:
-    """The second half: exact work over the keys of the sets."""
-    words, law, certificate = reported
-    sum_sets = functools.partial(
-        kernels.sum_sets, capacity=plan.capacity, counted=counted
-    )
+) -> tuple[Partial, Any, jax.Array]:
+    """Exact work over the keys of the sets: the second half.
+
+    Args:
+      kernels: the operations.
+      index: batch axes *B. Differentiable in `index.keys`.
+      values: differentiable in `values.rows`.
+      tiles: of `plan.tile` positions; differentiable in queries and activation.
+      sets: from `report`; None does both halves, in one where a kernel can.
+      plan: capacity and parts.
+      counted: False may leave the numbers of keys zero, which saves time.
+
+    Returns:
+      Partial [M, *B, Q], certificates of the keys left out, and sizes of the sets
+      i32[M, *B, J].
+    """
+    options = {"capacity": plan.capacity, "counted": counted}
+    if sets is None and not tiles.activation.whole_rows:
+        try:
+            sizes, sums = kernels.scan_and_sum(
+                index, tiles, values.rows, parts=plan.parts, **options
+            )
+            return sums, None, sizes
+        except NotImplementedError:
+            pass  # in two steps
+    if sets is None:
+        sets = report(kernels, index, values, tiles, plan=plan)
+    words, law, certificate = sets
+    sum_keys = functools.partial(kernels.sum_sets, **options)
     weighed = tiles if law is None else tiles._replace(activation=law)
     arrays = weighed, index.keys, values.rows, index.ids, words
-    sums = tiles.activation.settle(sum_sets(*arrays), sum_sets, arrays)
-    return _finish(
-        sums, bitset.size(words), certificate, index, values, tiles, plan=plan
-    )
+    sums = tiles.activation.settle(sum_keys(*arrays), sum_keys, arrays)
+    return sums, certificate, bitset.size(words)
 
 
 def edges(tile: Tiles) -> jax.Array:
@@ -121,31 +101,6 @@ def edges(tile: Tiles) -> jax.Array:
     edge = jnp.asarray(tile.activation.edge(), jnp.float32)
     sees = tile.visible.count() > 0
     return jnp.where(sees, jnp.broadcast_to(edge, sees.shape), jnp.inf)
-
-
-def _finish(
-    sums: Partial,
-    sizes: jax.Array,
-    certificate: Any,
-    index: Index,
-    values: Values,
-    tiles: Tiles,
-    *,
-    plan: Plan,
-) -> tuple[jax.Array, Info]:
-    """Outputs and Info of sums over sets of sizes i32[M, *B, J]."""
-    sums = sums._replace(weighted=sums.weighted + values.poison[..., None, :][None])
-    rows = sums.total.shape
-    out, missed, bound = tiles.activation.finish(
-        sums,
-        certificate,
-        length=tiles.visible.count(),
-        value_bound=values.bound[..., None][None],
-        slots=index.keys.shape[-2],
-    )
-    overflow = jnp.repeat(sizes > plan.capacity, rows[-1] // sizes.shape[-1], axis=-1)
-    info = Info(sums.count, sums.candidates, overflow, missed, bound)
-    return out, jax.lax.stop_gradient(info)
 
 
 def runs(words: jax.Array, capacity: int) -> jax.Array:

@@ -294,9 +294,7 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def per_row(
-    name: str, x: jax.typing.ArrayLike, rows: tuple[int, ...]
-) -> jax.Array:
+def per_row(name: str, x: jax.typing.ArrayLike, rows: tuple[int, ...]) -> jax.Array:
     """A field of an activation as f32[B, T, N]."""
     x = jnp.asarray(x).astype(jnp.float32)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +86,8 @@ class Softmax(Activation):
         """Whether all scores of a row are needed to say which keys take part."""
         return not self.keeps_all
 
-    relative: Any = keeps_all
-    spares_sinks: Any = whole_rows
+    relative: ClassVar[Any] = keeps_all
+    spares_sinks: ClassVar[Any] = whole_rows
 
     @property
     def dense_form(self) -> Softmax:

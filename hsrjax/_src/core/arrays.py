@@ -53,35 +53,37 @@ def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def integer_product(queries: jax.Array, keys: jax.Array) -> jax.Array:
     """Products i32[*B, Q, S] of codes i8[*B, Q, H] and i8[*B, H, S].
 
-    Off the CPU small heads go by bfloat16, which holds all codes: the integers are the
-    same.
+    Off the CPU small heads go by bfloat16: the integers are the same.
     """
     rows, h = queries.shape[-2:]
     if rows < _MIN_ROWS:
         padding = [(0, 0)] * (queries.ndim - 2) + [(0, _MIN_ROWS - rows), (0, 0)]
         queries = jnp.pad(queries, padding)
-
-    def whole(queries, keys):
-        return jnp.einsum(
-            "...qh,...hs->...qs", queries, keys, preferred_element_type=jnp.int32
-        )
-
-    def floating(queries, keys):
-        products = jnp.einsum(
-            "...qh,...hs->...qs",
-            queries.astype(jnp.bfloat16),
-            keys.astype(jnp.bfloat16),
-            preferred_element_type=jnp.float32,
-        )
-        return products.astype(jnp.int32)
-
     if h < _GPU_DEPTH:
         products = jax.lax.platform_dependent(
-            queries, keys, cpu=whole, default=floating
+            queries, keys, cpu=whole_product, default=floating_product
         )
     else:
-        products = whole(queries, keys)
+        products = whole_product(queries, keys)
     return products[..., :rows, :]
+
+
+def whole_product(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """`integer_product` of as many rows as a fast product needs."""
+    return jnp.einsum(
+        "...qh,...hs->...qs", queries, keys, preferred_element_type=jnp.int32
+    )
+
+
+def floating_product(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """The same integers from codes in bfloat16, which holds them, added in float32."""
+    products = jnp.einsum(
+        "...qh,...hs->...qs",
+        queries.astype(jnp.bfloat16),
+        keys.astype(jnp.bfloat16),
+        preferred_element_type=jnp.float32,
+    )
+    return products.astype(jnp.int32)
 
 
 def norm(x: jax.Array) -> jax.Array:
@@ -96,6 +98,11 @@ def norm(x: jax.Array) -> jax.Array:
     up = jnp.where(large, 2.0**80, jnp.where(small, 2.0**-80, 1.0))
     scaled = jax.lax.optimization_barrier(x * down[..., None])
     return up * jnp.sqrt(jnp.sum(scaled * scaled, axis=-1))
+
+
+def inflation(h: int) -> float:
+    """Factor that covers the rounding of a norm, and of a handful of terms of it."""
+    return 1.0 + (2 * h + 64) * UNIT
 
 
 def score_rounding(queries: jax.Array, key_norm: jax.Array) -> jax.Array:

@@ -10,8 +10,8 @@ that A >= |a|. The ball around m has the stored radius
 
 with d' the computed distance. The computed bound is fl(fl(<a, m>) + A r) + 2^-110.
 
-1.  d <= (1 + (H + 5) u) d' + 2^-121 by its point 3 and the rounding of k - m, whose flushed
-    coordinates add at most sqrt(H) 2^-126. The inflation and 2^-118 cover both.
+1.  d <= (1 + (H + 5) u) d' + 2^-121 by its point 3 and the rounding of k - m, whose
+    flushed coordinates add at most sqrt(H) 2^-126. The inflation and 2^-118 cover both.
 2.  The score S exceeds <a, k> by at most g |a| (|m| + d), and the bound falls short of
     its exact value by at most g |a| |m| + 4u (|a| |m| + A r): together less than
     (4H + 64) u A (|m| + d') and the inflation of r, which are in A r. So is the error
@@ -38,13 +38,14 @@ from hsrjax._src.core.arrays import (
     TINY,
     UNIT,
     dot,
+    inflation,
     max_rows,
     norm,
     product,
     take_windows,
 )
 from hsrjax._src.core.bitset import WORD
-from hsrjax._src.index.bound import Bound, inflation
+from hsrjax._src.index.bound import Bound
 
 _SHORTEST = 2.0**-90
 _LEAST_RADIUS = 2.0**-118

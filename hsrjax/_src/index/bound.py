@@ -13,8 +13,6 @@ from typing import Self
 
 import jax
 
-from hsrjax._src.core.arrays import UNIT
-
 
 class Bound:
     """Upper bounds by group; a subclass is a frozen dataclass and a pytree.
@@ -55,8 +53,3 @@ class Bound:
         W may be more than there are groups.
         """
         raise NotImplementedError
-
-
-def inflation(h: int) -> float:
-    """Factor that covers the rounding of a norm, and of a handful of terms of it."""
-    return 1.0 + (2 * h + 64) * UNIT

@@ -58,13 +58,14 @@ from hsrjax._src.core.arrays import (
     TINY,
     UNIT,
     dot,
+    inflation,
     integer_product,
     norm,
     put_rows,
     take_windows,
 )
 from hsrjax._src.core.bitset import WORD
-from hsrjax._src.index.bound import Bound, inflation
+from hsrjax._src.index.bound import Bound
 
 _FLUSHED = 2.0**-122
 _SMALLEST_RANGE = 1e-35

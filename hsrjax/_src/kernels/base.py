@@ -1,4 +1,4 @@
-"""The operations that attention is made of: what every implementation must compute.
+"""The operations that attention is made of, and the registry of implementations.
 
 Dense attention is `sum_all`. Attention to reported keys is `scan`, or `select` where
 all scores of a row are needed to say which keys take part, and then `sum_sets`; or
@@ -173,6 +173,9 @@ class Impossible(NotImplementedError, ValueError):
     """No implementation that a call may use can do what it needs."""
 
 
+_implementations: dict[str, Implementation] = {}
+
+
 class InTurn:
     """Every operation by the first of several implementations that can do it."""
 
@@ -194,3 +197,47 @@ class InTurn:
             f"implementation {names} cannot do this: {'; '.join(reasons)}; use "
             "implementation=None."
         )
+
+
+def register(implementation: Implementation) -> None:
+    """Makes an implementation known by its name, which must be new.
+
+    Raises:
+      ValueError: the name is taken.
+    """
+    name = implementation.name
+    if name in _implementations:
+        raise ValueError(f"there is an implementation {name!r} already")
+    _implementations[name] = implementation
+
+
+def implementations_for(name: str | None, platform: str) -> tuple[str, ...]:
+    """The names of the implementations that a call may use, in turn.
+
+    Args:
+      name: what was asked for, alone; None is the preferred ones, then XLA.
+      platform: "cpu", "gpu" or "tpu".
+
+    Raises:
+      ValueError: the name is unknown, or the implementation does not run here. Names
+        those that do, and why the others do not.
+    """
+    reasons = {x.name: x.unavailable(platform) for x in _implementations.values()}
+    if name is None:
+        preferred = [x.name for x in _implementations.values() if x.preferred]
+        return (*(x for x in preferred if not reasons[x]), "xla")
+    if name in reasons and not reasons[name]:
+        return (name,)
+    here = [repr(x) for x, reason in reasons.items() if not reason]
+    others = [f"{x!r} does not: {reason}" for x, reason in reasons.items() if reason]
+    raise ValueError(
+        f"implementation must be None or one that runs on this {platform} "
+        f"({', '.join(here)}), got {name!r}"
+        + "".join(f"; {words}" for words in others)
+        + "."
+    )
+
+
+def operations(names: tuple[str, ...]) -> InTurn:
+    """The operations of chosen implementations."""
+    return InTurn([_implementations[name] for name in names])

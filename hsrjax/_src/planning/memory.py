@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from hsrjax._src.core import checks
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.planning import costs
-from hsrjax._src.planning.shape import Plan, Shape
 
 VARIABLE = "HSRJAX_MEMORY"
 """Environment variable: bytes that a device may use, instead of all that it has."""
@@ -25,36 +24,12 @@ VARIABLE = "HSRJAX_MEMORY"
 MAX_SLOTS = 2**31 - WORD
 """Slots of a row, and one past the end, are counted in int32."""
 
-_PRODUCTS = 2**20
-"""Products that are held at a time at least; few queries hold all of theirs."""
-
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-
-
-def of_dense(shape: Shape, plan: Plan) -> int:
-    """Bytes of dense attention: the scores of a tile, float32, and the output."""
-    scores = shape.sets * shape.group * plan.dense_tile * (plan.chunk or shape.keys)
-    return 4 * (scores + _outputs(shape))
-
-
-def of_hsr(shape: Shape, plan: Plan) -> int:
-    """Bytes of reporting: index if it is made, sets, products of a tile, the output."""
-    parts = -(-shape.queries // plan.tile) * plan.parts
-    words = parts * shape.sets * -(-shape.keys // WORD)
-    products = shape.sets * shape.group * plan.tile * shape.keys
-    found = 4 * (words + min(products, _PRODUCTS) + _outputs(shape))
-    if not shape.cached:
-        found += of_index(shape.sets, shape.keys, shape.head_dim, itemsize=4)
-    return found
 
 
 def of_index(sets: int, keys: int, head_dim: int, *, itemsize: int) -> int:
     """Bytes of an index: the keys and their int8 codes."""
     return sets * keys * head_dim * (itemsize + 1)
-
-
-def _outputs(shape: Shape) -> int:
-    return shape.sets * shape.rows * shape.value_dim
 
 
 def check(what: str, needed: int, *, remedy: str, devices: int) -> None:

@@ -1,4 +1,4 @@
-"""Which method, how many slots and how large a tile.
+"""The sizes of a call, and the plan: which method, how many slots, how large a tile.
 
 Decided from shapes and the costs of this machine; where it depends on how many keys
 fire, the plan says "auto" and the call itself decides (`hsrjax._src.run`).
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import jax
+
 from hsrjax._src.activations.base import Activation
 from hsrjax._src.core import checks
+from hsrjax._src.core.bitset import WORD
 from hsrjax._src.planning import costs, memory
 from hsrjax._src.planning.costs import Costs
-from hsrjax._src.planning.shape import Plan, Shape
 
 Method = Literal["dense", "hsr", "auto"]
 METHODS = ("dense", "hsr", "auto")
@@ -32,11 +34,109 @@ _GRADIENTS_DENSE = 3.5
 """Times what dense takes without its gradients: seven products instead of two."""
 _GRADIENTS_RUN = 3.0
 """The same of a run of reported keys; which they are is found once."""
+_PRODUCTS = 2**20
+"""Products that are held at a time at least; few queries hold all of theirs."""
 _LEAST_QUERIES = 8
 _SCORES_AT_ONCE = 2**22
 _CHUNK_SCORES = 2**20
 _LEAST_SIDE = 128
 _MOST_SIDE = 512
+
+
+class Shape(NamedTuple):
+    """Sizes of an attention call.
+
+    Attributes:
+      batch: B.
+      queries: T.
+      keys: S, or the room of the cache.
+      heads: N.
+      kv_heads: K.
+      head_dim: H.
+      value_dim: D.
+      cached: whether there is an index over the keys already.
+      seen: share of all pairs of a query and a key that may be visible.
+      devices: that the arrays may be spread over.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    cached: bool = False
+    seen: float = 1.0
+    devices: int = 1
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def sets(self) -> int:
+        """Rows of keys that are searched, B K."""
+        return self.batch * self.kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a key head, T G."""
+        return self.queries * self.group
+
+
+class Plan(NamedTuple):
+    """How a call will be carried out; all that a compiled program depends on.
+
+    Attributes:
+      method: "dense", "hsr", or "auto": the call itself chooses.
+      implementations: their names, in the order in which they are tried.
+      capacity: slots of a run of gathered keys.
+      tile: query positions of one tile of "hsr".
+      parts: runs of a tile's positions that gather keys of their own.
+      dense_tile: query positions of one tile of "dense".
+      chunk: keys that a dense tile scores at once, None is all.
+    """
+
+    method: str
+    implementations: tuple[str, ...]
+    capacity: int
+    tile: int
+    parts: int
+    dense_tile: int
+    chunk: int | None
+
+
+def of_prefill(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    is_causal: bool,
+    window: int | None,
+    devices: int,
+) -> Shape:
+    """Of `attention`: f[B, T, N, H], f[B, S, K, H], f[B, S, K, D]."""
+    b, t, n, h = query.shape
+    s, kv_heads = key.shape[1:3]
+    seen = 1.0
+    if is_causal:
+        late = max(0, t - s)  # queries that see every key
+        visible = (t - late) * (t - late + 1) / 2 + late * s
+        seen = visible / (t * s)
+    if window is not None:
+        seen = min(seen, window / s)
+    return Shape(b, t, s, n, kv_heads, h, value.shape[-1], seen=seen, devices=devices)
+
+
+def of_decode(query: jax.Array, keys: jax.Array, values: jax.Array, *, devices: int):
+    """Of `decode_attention`: f[B, T, N, H], f[B, K, P, H], f[B, K, P, D]."""
+    b, t, n, h = query.shape
+    kv_heads, room = keys.shape[1:3]
+    return Shape(
+        b, t, room, n, kv_heads, h, values.shape[-1], cached=True, devices=devices
+    )
 
 
 class Expected(NamedTuple):
@@ -104,7 +204,7 @@ def plan(
         return Choice(dense, "full softmax leaves no key out")
     if method != "auto":
         return Choice(hsr if method == "hsr" else dense, "asked for")
-    if not memory.fits(memory.of_hsr(shape, hsr), devices=shape.devices):
+    if not memory.fits(bytes_of_hsr(shape, hsr), devices=shape.devices):
         return Choice(dense, "reporting does not fit into memory")
     expected = expect(activation, shape, hsr, table=table)
     if gradients:
@@ -176,11 +276,32 @@ def refuse(shape: Shape, plan: Plan) -> None:
     what = "dense attention" if dense else "attention to reported keys"
     memory.check(
         f"{what} of {shape.queries} queries to {shape.keys} keys",
-        (memory.of_dense if dense else memory.of_hsr)(shape, plan),
+        (bytes_of_dense if dense else bytes_of_hsr)(shape, plan),
         remedy="use fewer queries a call, a smaller batch"
         + (" or fewer keys" if dense else " or method='dense'"),
         devices=shape.devices,
     )
+
+
+def bytes_of_dense(shape: Shape, plan: Plan) -> int:
+    """Bytes of dense attention: the scores of a tile, float32, and the output."""
+    scores = shape.sets * shape.group * plan.dense_tile * (plan.chunk or shape.keys)
+    return 4 * (scores + _outputs(shape))
+
+
+def bytes_of_hsr(shape: Shape, plan: Plan) -> int:
+    """Bytes of reporting: index if it is made, sets, products of a tile, the output."""
+    parts = -(-shape.queries // plan.tile) * plan.parts
+    words = parts * shape.sets * -(-shape.keys // WORD)
+    products = shape.sets * shape.group * plan.tile * shape.keys
+    found = 4 * (words + min(products, _PRODUCTS) + _outputs(shape))
+    if not shape.cached:
+        found += memory.of_index(shape.sets, shape.keys, shape.head_dim, itemsize=4)
+    return found
+
+
+def _outputs(shape: Shape) -> int:
+    return shape.sets * shape.rows * shape.value_dim
 
 
 def break_even(shape: Shape, plan: Plan, expected: Expected) -> float:
