@@ -8,8 +8,12 @@ import os
 
 # Read by jax when it makes its first backend, so set before anything imports jax.
 # Most of the time goes into compiling programs that run once on a few numbers:
-# level 0 compiles them three times as fast.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# level 0 compiles them three times as fast. What is marked exact is run again at the
+# level that users have, where XLA fuses multiplications and additions, by
+# HSRJAX_TEST_OPTIMIZED=1 pytest -m exact.
+_FLAGS = "--xla_force_host_platform_device_count=8"
+if not os.environ.get("HSRJAX_TEST_OPTIMIZED"):
+    _FLAGS += " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda,cpu tests a GPU
 os.environ.setdefault("MPLBACKEND", "Agg")

@@ -12,6 +12,7 @@ import hsrjax
 from hsrjax._src.core import arrays
 from hsrjax._src.index.balls import Balls
 
+pytestmark = pytest.mark.exact
 KEYS, QUERIES = 64, 5
 
 

@@ -8,6 +8,8 @@ import pytest
 import hsrjax
 from hsrjax._src.activations import certificates
 
+pytestmark = pytest.mark.exact
+
 
 @jax.jit
 def safe_offset(activation, lower, upper):

@@ -117,6 +117,17 @@ def test_softmax_is_decided_from_shapes_alone():
     assert plan("auto", hsrjax.Softmax(epsilon=0.1)).method == "dense"
 
 
+def test_a_tail_is_planned_like_what_it_corrects():
+    for limit in ({"top_r": 64}, {"epsilon": 0.1}):
+        plain, tailed = (hsrjax.Softmax(**limit, **more) for more in ({}, {"tail": 8}))
+        assert plan("hsr", tailed) == plan("hsr", plain)
+        assert plan("auto", tailed).method == plan("auto", plain).method
+    # Dense attention has all scores: no tail, and it may cut them into chunks.
+    sizes = {"queries": 9000, "keys": 9000, "heads": 4}
+    assert plan("dense", hsrjax.Softmax(top_r=64), **sizes).chunk is None
+    assert plan("dense", hsrjax.Softmax(top_r=64, tail=8), **sizes).chunk < 9000
+
+
 def test_where_an_index_does_not_fit_dense_is_chosen(monkeypatch):
     monkeypatch.setenv("HSRJAX_MEMORY", str(2**24))
     chosen = choose(shape=PREFILL)

@@ -1,6 +1,7 @@
 """`query` and `count` against brute force in float64, on inputs chosen to be nasty."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,10 @@ def check_report(report, keys, alive, normals, offsets):
 
 
 @pytest.mark.slow
+@pytest.mark.exact
+@pytest.mark.skipif(
+    "HSRJAX_TEST_OPTIMIZED" not in os.environ, reason="once, as users compile it"
+)
 def test_a_million_nasty_half_spaces():
     """60 sets of keys x 20,000 (query, offset) pairs, each against every key."""
     pairs = 0
@@ -126,6 +131,7 @@ def test_a_million_nasty_half_spaces():
         pairs += check_report(report, keys, np.ones(3000, bool), normals, offsets)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("h", [3, 40])
 def test_ties_are_members(h):
     """Whole numbers: every score is exact, so there is no rounding to hide behind."""
@@ -312,6 +318,8 @@ def spatial_survivors(monkeypatch, offset, parts, visible=None, **patched):
     for name, value in patched.items():
         monkeypatch.setattr(scan, name, value)
     offsets = jnp.full((2, 6), offset)
+    if visible is not None:
+        offsets = jnp.where(visible.count() > 0, offsets, jnp.inf)
     survive = lambda: scan.scan(index, normals, offsets, visible=visible, parts=parts)
     words = bitset.unpack(jax.jit(survive)())
     alive = np.asarray(bitset.unpack(index.alive))[:, None]

@@ -13,6 +13,7 @@ import hsrjax
 
 RELU = hsrjax.ReLU(power=2, bias=0.3)
 B, S, N, K, H = 2, 40, 4, 2, 16
+AUTO = jax.sharding.AxisType.Auto
 
 
 def arrays(lead=()):
@@ -67,6 +68,25 @@ def test_pmap_over_eight_devices(name):
     got = jax.pmap(function)(*rows)
     expected = jax.jit(function)(*(x[5] for x in rows))
     close(jax.tree.map(lambda x: x[5], got), expected)
+
+
+@pytest.mark.parametrize("name", ["relu", "decode"])
+def test_sharded_by_batch(name):
+    """Arrays on two devices, as jit cuts them and as shard_map does."""
+    rows, mesh = arrays(), jax.make_mesh((2,), ("data",), axis_types=(AUTO,))
+    by_row = jax.sharding.PartitionSpec("data")
+    expected = jax.jit(attend if name == "relu" else decode_rows)(*rows)
+    sharded = jax.device_put(rows, jax.NamedSharding(mesh, by_row))
+    run = attend if name == "relu" else decode_rows
+    close(jax.jit(run)(*sharded), expected)
+    specs = {"in_specs": by_row, "out_specs": by_row, "check_vma": False}
+    close(jax.jit(jax.shard_map(run, mesh=mesh, **specs))(*rows), expected)
+
+
+def decode_rows(q, k, v):
+    """`decode` of rows of one length, whatever the batch."""
+    cache = hsrjax.extend(hsrjax.init_cache(len(q), S + 5, K, H), k, v)
+    return hsrjax.decode_attention(q[:, -1:], cache, activation=RELU, method="hsr")
 
 
 @pytest.mark.parametrize("name", ["report", "relu", "decode"])
