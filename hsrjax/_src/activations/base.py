@@ -87,8 +87,9 @@ class Activation:
     def __new__(cls, *args, **kwargs):
         del args, kwargs
         needed = ("select",) if cls.whole_rows else ("weigh", "edge")
-        missing = [x for x in needed if getattr(cls, x) is getattr(Activation, x)]
-        if missing:
+        lacks = lambda name: getattr(cls, name) is getattr(Activation, name)
+        missing = [name for name in needed if lacks(name)]
+        if missing and lacks("prepare"):
             raise TypeError(
                 f"{cls.__name__} must define {' and '.join(missing)} to be an "
                 "activation: see hsrjax.Activation."

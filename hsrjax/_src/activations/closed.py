@@ -102,15 +102,6 @@ class PReLU(_Closed):
         """The part that is summed key by key."""
         return ReLU(1, self.bias, "none").prepare(rows)
 
-    def weigh(self, scores: jax.Array) -> jax.Array:
-        """The whole weight, the closed form included."""
-        x = scores - self.bias
-        return jnp.where(x > 0, x, self.slope * x)
-
-    def edge(self) -> jax.typing.ArrayLike:
-        """The bias: below it there is only the line."""
-        return self.bias
-
     def _add(self, out, query, key, value, seen, scale):
         b, t, n, _ = out.shape
         grouped = (b, t, value.shape[1], -1)
@@ -162,15 +153,6 @@ class _Saturates(_Closed):
     def prepare(self, rows: tuple[int, ...]) -> Activation:
         """The part that is summed key by key."""
         return self.law().prepare(rows)
-
-    def weigh(self, scores: jax.Array) -> jax.Array:
-        """The whole weight, the closed form included."""
-        law = self.law()
-        return self.gain * (law.weigh(scores) - law.height)
-
-    def edge(self) -> jax.typing.ArrayLike:
-        """At and below it there is only the constant."""
-        return self.law().edge()
 
     def _add(self, out, query, key, value, seen, scale):
         del key, scale
