@@ -151,12 +151,12 @@ def slow(*cases):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("relu", {"output_norm": True, "qk_norm": True}),
         ("differential_relu", {"threshold": "cap", "keep_self": True}),
         *slow(
             ("softmax", {}),
             ("softmax", {"output_norm": True, "qk_norm": True}),
             ("relu", {}),
+            ("relu", {"output_norm": True, "qk_norm": True}),
             ("relu_length", {}),
             ("threshold_relu", {}),
             ("threshold_relu", {"threshold": "cap", "keep_self": True}),
@@ -197,7 +197,8 @@ def test_hsr_equals_dense_on_the_same_parameters(kind, options):
 
 
 def test_gradients_reach_every_parameter():
-    model, tokens = make_model(tie_embeddings=False), make_tokens()
+    options = {"output_norm": True, "qk_norm": True, "tie_embeddings": False}
+    model, tokens = make_model("relu", **options), make_tokens()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params):
