@@ -130,6 +130,7 @@ def test_a_file_is_the_same_model_as_its_folder(name, tmp_path):
     assert tokenizer.encode(b"AB!").tolist() == [model.config.vocab_size - 1, 0]
 
 
+@pytest.mark.slow
 def test_a_file_gives_the_logits_of_transformers(tmp_path):
     with np.load(HERE / "phi3_long" / "expected.npz") as file:
         tokens, want = jnp.asarray(file["tokens"]), file["logits"]

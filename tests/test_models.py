@@ -18,6 +18,7 @@ from models.files.atomic import write_atomic
 from models.network.config import ModelConfig
 from models.network.flax_attention import hsr_attention_fn
 from models.network.layers import RMSNorm, unit_norm
+from models.network.operands import Operands, as_relu
 from models.network.rope import rotate
 from models.network.transformer import ThresholdScale, Transformer, with_attention
 
@@ -29,6 +30,13 @@ KINDS = (
     "differential_relu",
     "entmax",
 )
+
+LIKE_OTHERS = ("relu", "threshold_relu")  # each one a part of another kind
+BFLOAT16 = {"dtype": "bfloat16"}
+
+
+def slow(*cases):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def make_config(kind="threshold_relu", **changes):
@@ -114,7 +122,8 @@ def close(actual, expected, tolerance=2e-5):
     ("kind", "options"),
     [
         ("threshold_relu", {"num_layers": 2}),
-        *((kind, {"dtype": "bfloat16"}) for kind in KINDS),
+        *((kind, BFLOAT16) for kind in KINDS if kind not in LIKE_OTHERS),
+        *slow(*((kind, BFLOAT16) for kind in LIKE_OTHERS)),
     ],
 )
 def test_shapes_and_dtypes(kind, options):
@@ -142,10 +151,6 @@ def test_position_depends_on_no_later_token(kind):
     assert moved(8, 11).tolist() == [False] * 8 + [True] * 4
     assert not moved(3, 3)[:3].any()
     assert moved(3, 3)[7]
-
-
-def slow(*cases):
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.mark.parametrize(
@@ -267,14 +272,18 @@ def test_entmax_is_relu_above_a_threshold(method):
     close(weights, expected, 2e-6)
     assert 0.05 < float((weights > 0).mean()) < 0.4
     jax.tree.map(close, gradients, expected_gradients)
+    same = as_relu(Operands(query * scale, key, value, activation))
+    options = {"activation": same.activation, "scale": 1.0, "method": "dense"}
+    close(hsrjax.attention(*same[:3], is_causal=True, **options), weights)
 
 
 @pytest.mark.parametrize(
     ("kind", "attention", "pieces"),
     [
-        *((kind, "dense", 3 * [4]) for kind in KINDS),
+        *((kind, "dense", 3 * [4]) for kind in KINDS if kind != "relu"),
         ("threshold_relu", "hsr", 3 * [4]),
         *slow(
+            ("relu", "dense", 3 * [4]),
             ("differential_relu", "hsr", 3 * [4]),
             ("threshold_relu", "hsr", [7, *5 * [1]]),
             ("entmax", "hsr", [7, *5 * [1]]),
@@ -320,8 +329,8 @@ def test_ragged_rows_equal_single_rows():
     ],
 )
 def test_a_reindexed_cache_gives_the_same(kind, attention):
-    """Its slots are not positions, and what looks at keys must know."""
-    model, tokens = make_model(kind, attention=attention), make_tokens()
+    """Its slots are not positions, by which windows and thresholds go."""
+    model, tokens = make_model(kind, attention=attention, window=6), make_tokens()
     caches = model.init_caches(2, 16)
     for start in (0, 4):
         _, caches, _ = step(model, tokens[:, start : start + 4], caches)
@@ -375,14 +384,19 @@ def test_threshold_scale_makes_attention_sparser():
     assert fired(0.0) > 2 * fired(0.5) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["dense", "hsr"])
+def test_top_r_keeps_so_many_keys(attention):
+    model = with_attention(make_model("softmax"), attention, top_r=3)
+    assert int(run(model, make_tokens())[1][0].count.max()) == 3
+
+
 def test_with_attention_shares_parameters_and_leaves_the_model_alone():
     model = make_model("softmax")
     other = with_attention(model, "hsr", top_r=3)
     assert (model.config.attention, model.config.top_r) == ("dense", None)
     assert (other.config.attention, other.config.top_r) == ("hsr", 3)
     assert other.embed.embedding[...] is model.embed.embedding[...]
-    infos = run(with_attention(model, "dense", top_r=3), make_tokens())[1]
-    assert int(infos[0].count.max()) == 3
     with pytest.raises(ValueError, match=r"softmax.*attention='hsr'"):
         with_attention(make_model("relu"), "hsr", epsilon=0.1)
 
@@ -629,7 +643,7 @@ def flax_layer(**options):
     return nnx.MultiHeadAttention(4, 32, num_kv_heads=2, **options)
 
 
-@pytest.mark.parametrize("lead", [(), (2, 3)])
+@pytest.mark.parametrize("lead", [(2, 3), *slow(((),))])
 def test_adapter_equals_flax_softmax(lead, lenient_promotion):
     attention_fn = hsr_attention_fn(activation=hsrjax.Softmax())
     inputs = jax.random.normal(jax.random.key(0), (*lead, 9, 32))
