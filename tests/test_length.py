@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from models.load import load_run
+from models.files.runs import load_run
 from train import data, length, step
 from train.__main__ import main
 from train.config import PRESETS

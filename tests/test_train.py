@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.generate import Generation, Phase
-from models.load import load_run
-from models.transformer import ThresholdScale, Transformer
+from models.decoding.generation import Generation, Phase
+from models.files.runs import load_run
+from models.network.transformer import ThresholdScale, Transformer
 from train import checkpoints, data, demo, plots, step
 from train.__main__ import main
 from train.config import PRESETS, TrainConfig, differences

@@ -4,7 +4,7 @@
     RUN/checkpoints/STEP/  items: model (what models/ loads), optimizer, progress
 
 A checkpoint appears under its number by a rename once it is complete, so a killed run
-leaves no half-written one. `models/load.py` owns the format and reads it.
+leaves no half-written one. `models/files/runs.py` owns the format and reads it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from models import load
-from models.tokenizer import BPETokenizer, Tokenizer
+from models.files import runs
+from models.files.vocabulary import save_tokenizer
+from models.text.tokenizer import Tokenizer
 from train.config import TrainConfig
 from train.data import Corpus
 from train.step import TrainState
@@ -51,7 +52,7 @@ def check_folder(out: Path, *, resume: bool) -> bool:
     """
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file, not a folder: give another --out")
-    if (out / load.CONFIG_FILE).exists():
+    if (out / runs.CONFIG_FILE).exists():
         if not resume:
             raise CheckpointError(
                 f"{out} already holds a run: continue it with --resume, or give "
@@ -82,10 +83,9 @@ def create_folder(
     options = config.to_dict() | {"corpus": _describe(corpus)}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if isinstance(tokenizer, BPETokenizer):
-            tokenizer.save(out)
+        save_tokenizer(out, tokenizer)
         # Last: a folder with a config is a run.
-        load.write_run_config(out, config.model, train=options)
+        runs.write_run_config(out, config.model, train=options)
     except OSError as error:
         raise CheckpointError(
             f"cannot write in the folder {out} ({error.strerror}): give another --out"
@@ -114,14 +114,14 @@ def read_config(out: Path) -> tuple[TrainConfig, dict[str, Any]]:
         CheckpointError: damaged, or not the config of a run.
     """
     try:
-        model, options = load.read_run_config(out)
+        model, options = runs.read_run_config(out)
         corpus = dict(options.pop("corpus"))
         return TrainConfig.from_dict(options, model=model), corpus
-    except load.ModelFileError as error:
+    except runs.ModelFileError as error:
         raise CheckpointError(str(error)) from error
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{out / load.CONFIG_FILE} does not describe a training run ({error}): "
+            f"{out / runs.CONFIG_FILE} does not describe a training run ({error}): "
             "restore it from a copy, or start a new run in another --out"
         ) from error
 
@@ -146,7 +146,7 @@ class Checkpoints:
             out: run folder.
             keep: newest checkpoints to keep.
         """
-        self.folder = out.resolve() / load.CHECKPOINTS
+        self.folder = out.resolve() / runs.CHECKPOINTS
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -254,7 +254,7 @@ class Checkpoints:
             progress = dict(restored["progress"])
             if progress["step"] != step:
                 raise ValueError(f"it says that it is of step {progress['step']}")
-            model = load.restore_model(config.model, restored["model"])
+            model = runs.restore_model(config.model, restored["model"])
             _, params, rest = nnx.split(model, nnx.Param, ...)
             key = jax.random.wrap_key_data(jnp.asarray(progress["key"], jnp.uint32))
             opt_state = _from_path(template.opt_state, restored["optimizer"])

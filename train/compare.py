@@ -18,7 +18,7 @@ import jax
 import tyro
 
 from models.command import carry_out
-from models.load import write_atomic
+from models.files.atomic import write_atomic
 from train.metrics import read_csv
 from train.plots import plot_comparison
 

@@ -15,11 +15,11 @@ import jax
 import tyro
 from flax import nnx
 
-from models import tokenizer
 from models.command import carry_out
-from models.load import ModelFileError, load_run, read_run_config, save_release
-from models.load import write_atomic as write_text
-from models.release import WEIGHTS
+from models.files import vocabulary
+from models.files.atomic import write_atomic as write_text
+from models.files.release import WEIGHTS
+from models.files.runs import ModelFileError, load_run, read_run_config, save_release
 from train.metrics import read_csv
 
 
@@ -66,8 +66,8 @@ def export(command: Command) -> int:
     _, options = read_run_config(run)
     lines = _evaluated(run)
     save_release(out, model, train=options, dtype=command.dtype)
-    if (run / tokenizer.FILE).exists():
-        shutil.copyfile(run / tokenizer.FILE, out / tokenizer.FILE)
+    if (run / vocabulary.FILE).exists():
+        shutil.copyfile(run / vocabulary.FILE, out / vocabulary.FILE)
     params = nnx.state(model, nnx.Param)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     text = card(

@@ -22,9 +22,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from models.command import carry_out
-from models.load import load_run, read_run_config, write_atomic
-from models.tokenizer import load_tokenizer
-from models.transformer import Transformer
+from models.files.atomic import write_atomic
+from models.files.runs import load_run, read_run_config
+from models.files.vocabulary import load_tokenizer
+from models.network.transformer import Transformer
 from train import data
 from train.plots import save
 

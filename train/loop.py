@@ -21,12 +21,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from models.tokenizer import (
-    ByteTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    train_bpe,
-)
+from models.files.vocabulary import load_tokenizer
+from models.text.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 from train import checkpoints, data, metrics, processes, step, telemetry
 from train.config import TrainConfig, differences
 

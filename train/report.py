@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from models.command import carry_out
-from models.load import write_atomic
+from models.files.atomic import write_atomic
 from train import telemetry
 from train.compare import collect
 from train.metrics import read_csv

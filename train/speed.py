@@ -21,9 +21,10 @@ from flax import nnx
 from tqdm import tqdm
 
 from models.command import carry_out
-from models.config import Implementation
-from models.load import load_run, write_atomic
-from models.tokenizer import load_tokenizer
+from models.files.atomic import write_atomic
+from models.files.runs import load_run
+from models.files.vocabulary import load_tokenizer
+from models.network.config import Method
 from train import checkpoints, data, step
 from train.config import TrainConfig
 from train.step import TrainState
@@ -39,7 +40,7 @@ class Command:
     """Tokens of a row; none: that of the run."""
     batch: int | None = None
     """Rows of a step; none: that of the run."""
-    attention: tuple[Implementation, ...] = ("dense", "hsr", "auto")
+    attention: tuple[Method, ...] = ("dense", "hsr", "auto")
     """Implementations to compare."""
     rounds: int = 5
     """Steps of each, after one that is not timed."""
@@ -132,7 +133,7 @@ def _of_run(folder: Path, command: Command) -> list[dict[str, Any]]:
 class _Step:
     """Train steps by one implementation, each from where the last one led."""
 
-    def __init__(self, model: Any, config: TrainConfig, attention: Implementation):
+    def __init__(self, model: Any, config: TrainConfig, attention: Method):
         options = dataclasses.replace(config.model, attention=attention)
         config = dataclasses.replace(config, model=options)
         graphdef, fresh = step.init_state(config)

@@ -26,7 +26,7 @@ import tyro
 from tqdm import tqdm
 
 from models.command import carry_out
-from models.load import write_atomic
+from models.files.atomic import write_atomic
 from train.plots import plot_study
 from train.recipes import STAGES, Run
 

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from models import mapping
-from models.config import ComputeDtype
-from models.families import gguf_fields, model_config
-from models.gguf_file import GGUFFile
-from models.load import ModelFileError, by_name, model_item, restore_model
-from models.stored import SafetensorsFolder, Stored, inside, read_json
-from models.transformer import Transformer, abstract_model
-from models.vocabulary import PretrainedTokenizer, from_folder, from_gguf
+from models.files import mapping
+from models.files.families import gguf_fields, model_config
+from models.files.gguf_file import GGUFFile
+from models.files.runs import ModelFileError, by_name, model_item, restore_model
+from models.files.stored import SafetensorsFolder, Stored, inside, read_json
+from models.files.vocabulary import from_folder, from_gguf
+from models.network.config import ComputeDtype
+from models.network.transformer import Transformer, abstract_model
+from models.text.tokenizer import PretrainedTokenizer
 
 CONFIG = "config.json"
 _BAR: dict[str, Any] = {"unit": "tensor", "delay": 2, "leave": False, "disable": None}
@@ -151,7 +152,7 @@ def _read(part: mapping.Part, stored: Stored, leaf: Any) -> jax.Array:
     """One variable, converted on the way and checked."""
     rows = part.arrange(stored.read(part.name, part.start, part.rows), leaf.shape)
     with np.errstate(over="ignore", invalid="ignore"):
-        value = jnp.asarray(rows.astype(leaf.dtype, order="C", copy=False))
-    if not bool(jnp.isfinite(value).all()):
+        rows = rows.astype(leaf.dtype, order="C", copy=False)
+    if not np.isfinite(rows).all():
         raise ValueError(f"{part.name} is not finite in {leaf.dtype}")
-    return value
+    return jnp.asarray(rows)
