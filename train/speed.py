@@ -21,7 +21,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from models.command import carry_out
-from models.config import Implementation
+from models.config import Method
 from models.load import load_run, write_atomic
 from models.tokenizer import load_tokenizer
 from train import checkpoints, data, step
@@ -39,7 +39,7 @@ class Command:
     """Tokens of a row; none: that of the run."""
     batch: int | None = None
     """Rows of a step; none: that of the run."""
-    attention: tuple[Implementation, ...] = ("dense", "hsr", "auto")
+    attention: tuple[Method, ...] = ("dense", "hsr", "auto")
     """Implementations to compare."""
     rounds: int = 5
     """Steps of each, after one that is not timed."""
@@ -132,7 +132,7 @@ def _of_run(folder: Path, command: Command) -> list[dict[str, Any]]:
 class _Step:
     """Train steps by one implementation, each from where the last one led."""
 
-    def __init__(self, model: Any, config: TrainConfig, attention: Implementation):
+    def __init__(self, model: Any, config: TrainConfig, attention: Method):
         options = dataclasses.replace(config.model, attention=attention)
         config = dataclasses.replace(config, model=options)
         graphdef, fresh = step.init_state(config)
