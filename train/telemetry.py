@@ -159,9 +159,7 @@ def _of_decoding(operands: Operands, *, steps: int) -> dict[str, jax.Array]:
 
     looked_at = jax.lax.map(step, places)
     first, rule, _ = of(places[0])
-    plan = hsrjax.explain(
-        first, cache=cache, activation=rule, method="hsr", scale=1.0
-    )
+    plan = hsrjax.explain(first, cache=cache, activation=rule, method="hsr", scale=1.0)
     mean = looked_at.mean(axis=0) / batch
     visible = batch * (places + 1).sum().astype(jnp.float32)
     return {
