@@ -221,9 +221,7 @@ def _prefill(timed, sequence: int, seed: int) -> dict[str, Any]:
 
     def call(way, bias):
         relu = hsrjax.ReLU(power=2, bias=bias, normalize="none")
-        attend = functools.partial(
-            hsrjax.attention, activation=relu, method=way
-        )
+        attend = functools.partial(hsrjax.attention, activation=relu, method=way)
         attend = jax.jit(attend)
         return lambda: jax.block_until_ready(attend(*arrays))
 

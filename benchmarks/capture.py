@@ -28,9 +28,9 @@ from flax import nnx
 
 import hsrjax
 from models.command import carry_out
-from models.load import load_run, read_run_config
-from models.operands import attention_operands
-from models.transformer import Transformer
+from models.files.runs import load_run, read_run_config
+from models.network.operands import as_relu, attention_operands
+from models.network.transformer import Transformer
 from train.data import load_corpus, split
 
 
@@ -123,7 +123,7 @@ def capture(model: Transformer, tokens: np.ndarray, *, layer: int) -> dict[str, 
 
     @jax.jit
     def run(state, tokens):
-        return attention_operands(nnx.merge(graph, state), tokens)[layer]
+        return as_relu(attention_operands(nnx.merge(graph, state), tokens)[layer])
 
     query, key, value, activation = run(state, jnp.asarray(tokens, jnp.int32)[None])
     found = {"query": query, "key": key, "value": value, "bias": None}

@@ -1,14 +1,32 @@
-"""Dataclasses from the command line, with errors of one sentence."""
+"""What commands share: options as dataclasses, errors of one line, Ctrl-C, JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
+
+_STOPPED = "stopped: nothing was written"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JsonOption:
+    """Base of the options of a command that has results to hand on."""
+
+    json: bool = False
+    """End with one line on stdout that holds the results as JSON."""
+
+    def print_json(self, results: Any) -> None:
+        """Prints that line where it was asked for."""
+        if self.json:
+            print(json.dumps(results), flush=True)
 
 
 def parse(
@@ -49,14 +67,15 @@ def parse(
 
 def carry_out(
     kind: Any,
-    arguments: list[str] | None,
+    arguments: Sequence[str] | None,
     work: Callable[[Any], int | None],
     *,
     prog: str,
     default: Any = tyro.MISSING_NONPROP,
-    stopped: str = "stopped: nothing was written",
+    stopped: str = _STOPPED,
+    doing: str = "the command",
 ) -> int:
-    """Reads a command line and does its work, with errors of one line on stderr.
+    """Reads a command line and does its work: `exit_status` of both.
 
     Args:
         kind: dataclass of the options.
@@ -65,20 +84,48 @@ def carry_out(
         prog: how the program is called.
         default: an instance that holds the defaults, if not the dataclass itself.
         stopped: what to say on Ctrl-C.
+        doing: what to call the work where it fails.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_status(
+        lambda: work(parse(kind, words, prog=prog, default=default)),
+        stopped=stopped,
+        doing=doing,
+    )
+
+
+def exit_status(
+    work: Callable[[], int | None],
+    *,
+    stopped: str = _STOPPED,
+    doing: str = "the command",
+) -> int:
+    """Does the work of a command, with errors of one line on stderr.
+
+    Args:
+        work: raises ValueError or OSError for what it refuses.
+        stopped: what to say on Ctrl-C, if the interruption brings no words itself.
+        doing: what to call the work where it fails.
 
     Returns:
-        Exit status: what `work` returned (None is 0), 2 refused, 130 Ctrl-C.
+        What `work` returned (None is 0), 1 failed while running, 2 refused, 130 Ctrl-C.
     """
-    words = sys.argv[1:] if arguments is None else arguments
     try:
-        return work(parse(kind, words, prog=prog, default=default)) or 0
+        return work() or 0
+    except BrokenPipeError:  # the reader has left: say nothing, also not at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         # Without what tyro puts before a dataclass's own words.
         said = str(error).removeprefix("Error parsing Command: ")
         print(f"error: {said}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\n{stopped}", file=sys.stderr)
+    except (ArithmeticError, MemoryError, RuntimeError) as error:
+        reason = str(error).strip() or type(error).__name__
+        print(f"error: {doing} failed: {reason.splitlines()[0]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"\n{str(error) or stopped}", file=sys.stderr)
         return 130
 
 

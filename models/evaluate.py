@@ -14,47 +14,33 @@ import csv
 import dataclasses
 import functools
 import io
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from models import retrieval, tasks
-from models.command import carry_out
-from models.load import write_atomic
-from models.opening import attending, open_model
-from models.perplexity import Perplexity, perplexity, rows_of, table
-from models.transformer import Transformer
-
-Attention = Literal["dense", "hsr", "auto", "top_r", "epsilon"]
+from models.command import exit_status, parse
+from models.evaluation import retrieval, tasks
+from models.evaluation.perplexity import Perplexity, perplexity, rows_of, table
+from models.files.atomic import write_atomic
+from models.network.transformer import Transformer
+from models.opening import ModelOptions, attending, open_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ModelOptions):
     """What every task is told."""
 
-    model: str
-    """Folder of `python -m train`, folder of Hugging Face, or .gguf file."""
-    attention: Attention = "auto"
-    """The first three give the same results; top_r and epsilon approximate softmax."""
     r: tuple[int, ...] = (64,)
     """With --attention top_r: keys kept per query; several are measured in turn."""
     epsilon: tuple[float, ...] = (1e-3,)
     """With --attention epsilon: largest share of the mass left out; likewise."""
-    tail: int | None = None
-    """With either: what is left out acts through sketches, its values as means of so
-    many consecutive keys (1 to 32; 1 is the most exact)."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the computation; None is the run's own, or float32."""
     out: Path | None = None
     """Folder for the tables and plots."""
-    json: bool = False
-    """End with one line on stdout that holds the results as JSON."""
 
     def attended(self, model: Transformer) -> Iterator[tuple[str, Transformer]]:
         """The model under each attention that was asked for, with its name."""
@@ -116,29 +102,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: instead of those of the process.
 
     Returns:
-        Exit status: 0 done, 2 refused, 130 Ctrl-C.
+        Exit status: 0 done, 1 failed while running, 2 refused, 130 Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_status(functools.partial(_run, words), doing="evaluation")
+
+
+def _run(words: list[str]) -> None:
     if words[:1] in (["--help"], ["-h"]):
         print((__doc__ or "").strip())
-        return 0
+        return
     task = words[0] if words else ""
     kinds = ("perplexity", *tasks.KINDS)
     if task not in kinds:
         wanted = f"no task is called {task}" if words else "no task was named"
-        print(
-            f"error: {wanted}: choose from {', '.join(kinds)} "
-            "(see python -m models.evaluate --help)",
-            file=sys.stderr,
+        raise ValueError(
+            f"{wanted}: choose from {', '.join(kinds)} "
+            "(see python -m models.evaluate --help)"
         )
-        return 2
-    reads = task == "perplexity"
-    return carry_out(
-        Read if reads else Ask,
-        words[1:],
-        _read_text if reads else functools.partial(_ask, task),
-        prog=f"python -m models.evaluate {task}",
-    )
+    kind, work = Read, _read_text
+    if task != "perplexity":
+        kind, work = Ask, functools.partial(_ask, task)
+    work(parse(kind, words[1:], prog=f"python -m models.evaluate {task}"))
 
 
 def _read_text(options: Read) -> None:
@@ -164,10 +149,9 @@ def _read_text(options: Read) -> None:
     if options.out is not None:
         _write_csv(options.out, "perplexity", lines)
         _write_csv(options.out, "heads", heads)
-    if options.json:
-        about = {"model": options.model, "text": str(options.text)}
-        about |= {"context": options.context, "rows": len(rows)}
-        print(json.dumps(about | {"results": lines}))
+    about = {"model": options.model, "text": str(options.text)}
+    about |= {"context": options.context, "rows": len(rows)}
+    options.print_json(about | {"results": lines})
 
 
 def _ask(kind: str, options: Ask) -> None:
@@ -179,7 +163,7 @@ def _ask(kind: str, options: Ask) -> None:
         seed=options.seed,
         max_tokens=options.max_tokens,
         is_chat=options.chat,
-        haystack=retrieval.read_haystack(options.text),
+        haystack=() if options.text is None else _sentences_of(options.text),
     )
     opened = open_model(options.model, dtype=options.dtype)
     lines, scores = [], {}
@@ -202,8 +186,7 @@ def _ask(kind: str, options: Ask) -> None:
             figure.savefig(options.out / f"{kind}-{name}.png", dpi=120)
     if options.out is not None:
         _write_csv(options.out, kind, lines)
-    if options.json:
-        print(json.dumps({"model": options.model, "scores": scores, "results": lines}))
+    options.print_json({"model": options.model, "scores": scores, "results": lines})
 
 
 def _show_loss(bar: tqdm, losses: list[float], loss: np.ndarray) -> None:
@@ -236,6 +219,10 @@ def _bytes_of(path: Path) -> bytes:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}): give a text file with --text"
         ) from error
+
+
+def _sentences_of(path: Path) -> tuple[str, ...]:
+    return retrieval.sentences_of(_bytes_of(path).decode("utf-8", "replace"))
 
 
 def _write_csv(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:

@@ -1,17 +1,39 @@
-"""Any model by its path: a run or release, a Hugging Face folder, a GGUF file."""
+"""Any model by its path, under any attention that a command line names.
+
+A path is that of a run or release, a Hugging Face folder or a GGUF file.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Annotated, Literal, NamedTuple, cast
 
-from models.config import ComputeDtype, Method
-from models.load import CONFIG_FILE, FORMAT, ModelFileError, load_run
-from models.pretrained import load_pretrained
-from models.tokenizer import Tokenizer, load_tokenizer
-from models.transformer import Transformer, with_attention, with_config
+import tyro
+
+from models.command import JsonOption
+from models.files.pretrained import load_pretrained
+from models.files.runs import CONFIG_FILE, FORMAT, ModelFileError, load_run
+from models.files.stored import read_json
+from models.files.vocabulary import load_tokenizer
+from models.network.config import ComputeDtype, Method
+from models.network.transformer import Transformer, with_attention, with_config
+from models.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(JsonOption):
+    """What every command that opens a model is told."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="PATH")]
+    """Folder of `python -m train`, folder of Hugging Face, or .gguf file."""
+    attention: Literal["dense", "hsr", "auto", "top_r", "epsilon"] = "auto"
+    """The first three give the same results; top_r and epsilon approximate softmax."""
+    tail: int | None = None
+    """With these two: what is left out acts through sketches, its values as means of so
+    many consecutive keys (1 to 32; 1 is the most exact)."""
+    dtype: ComputeDtype | None = None
+    """Of the computation; None is the run's own, or float32."""
 
 
 class Opened(NamedTuple):
@@ -91,8 +113,8 @@ def is_published(path: Path) -> bool:
     if path.is_file():
         return True
     try:
-        content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path / CONFIG_FILE)
+    except ValueError:
         return False
     return (
         isinstance(content, dict)

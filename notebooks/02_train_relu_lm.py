@@ -61,8 +61,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Image
 
-from models.generate import generate
-from models.load import load_run
+from models.decoding.generation import generate
+from models.files.runs import load_run
 from models.opening import open_model
 from train import data, plots
 from train.config import PRESETS

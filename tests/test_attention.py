@@ -20,9 +20,7 @@ from tests.contract import (
 
 class TestDense(AttentionContract):
     def attend(self, *arrays, **options):
-        return hsrjax.attention(
-            *arrays, **options, method="dense", return_info=True
-        )
+        return hsrjax.attention(*arrays, **options, method="dense", return_info=True)
 
 
 class TestDenseInChunks(TestDense):
@@ -31,9 +29,7 @@ class TestDenseInChunks(TestDense):
 
 class TestHsr(AttentionContract):
     def attend(self, *arrays, **options):
-        return hsrjax.attention(
-            *arrays, **options, method="hsr", return_info=True
-        )
+        return hsrjax.attention(*arrays, **options, method="hsr", return_info=True)
 
 
 class TestHsrOverflowing(AttentionContract):
@@ -54,9 +50,7 @@ class TestHsrOverflowing(AttentionContract):
 def test_auto_is_one_of_the_two():
     query, key, value, _ = inputs((1, 9, 9, 2, 1, 8, 8))
     auto, dense = (
-        hsrjax.attention(
-            query, key, value, activation=hsrjax.ReLU(), method=name
-        )
+        hsrjax.attention(query, key, value, activation=hsrjax.ReLU(), method=name)
         for name in ("auto", "dense")
     )
     np.testing.assert_array_equal(auto, dense)

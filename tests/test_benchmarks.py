@@ -36,9 +36,9 @@ from benchmarks import (
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.common import TOLERANCE_BFLOAT16, Unavailable
 from hsrjax import costs, planner
-from models.config import ModelConfig
-from models.load import save_run
-from models.transformer import Transformer
+from models.files.runs import save_run
+from models.network.config import ModelConfig
+from models.network.transformer import Transformer
 from train.data import load_corpus
 
 SHARED_COLUMNS = {"keys", "name", "ms", "timed_calls", "status", "detail"}

@@ -134,9 +134,7 @@ def test_rows_that_see_nothing_or_no_number(name, method):
         spoiled = np.array([False, False, False, True, True, False])
     else:
         query = jnp.pad(query, [(0, 0), (27, 7), (0, 0), (0, 0)])
-        out, _ = attend(
-            query, key, value, activation, method, is_causal=True, window=3
-        )
+        out, _ = attend(query, key, value, activation, method, is_causal=True, window=3)
         spoiled = np.zeros(40, bool)
         spoiled[30:33] = True  # not those whose window is past it
     np.testing.assert_array_equal(np.isnan(np.asarray(out)[0, :, 0]).any(-1), spoiled)

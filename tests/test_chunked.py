@@ -182,9 +182,7 @@ def test_gradients_are_summed_in_float32(activation, monkeypatch):
         jnp.ones_like(x) for x in inputs((1, 600, 4, 1, 1, 2, 1), dtype=jnp.bfloat16)
     )
     monkeypatch.setattr(planner, "dense_tiling", small_dense_tiling)
-    attend = functools.partial(
-        hsrjax.attention, activation=activation, method="dense"
-    )
+    attend = functools.partial(hsrjax.attention, activation=activation, method="dense")
     gradient = jax.grad(lambda v: jnp.sum(attend(query, key, v).astype(jnp.float32)))
     np.testing.assert_array_equal(gradient(value).astype(jnp.float32), 150.0)
 
@@ -257,9 +255,7 @@ def test_memory_is_linear(activation):
 @pytest.mark.parametrize("activation", SELECTING)
 def test_whole_rows_take_memory_by_tile(activation):
     def loss(query, key, value):
-        out = hsrjax.attention(
-            query, key, value, activation=activation, method="dense"
-        )
+        out = hsrjax.attention(query, key, value, activation=activation, method="dense")
         return jnp.sum(out**2)
 
     x = jax.ShapeDtypeStruct((1, 16384, 4, 32), jnp.float32)

@@ -185,9 +185,7 @@ def test_nan_in_a_reindexed_cache_reaches_all_that_see_it():
     key = key.at[0, 1498, 1, 2].set(jnp.nan).at[0, 5, 0].set(1e30)
     cache = hsrjax.reindex(fill(key, value))
     activation = hsrjax.ReLU(bias=2.0)
-    out, _ = hsrjax.decode_attention(
-        query, cache, activation=activation, method="hsr"
-    )
+    out, _ = hsrjax.decode_attention(query, cache, activation=activation, method="hsr")
     seen = np.array([[False, False], [False, True], [False, True]])
     np.testing.assert_array_equal(np.isnan(out[0]).all(-1), seen)
     assert not np.isnan(np.asarray(out)[0][~seen]).any()
@@ -318,9 +316,7 @@ def test_tokens_without_room_are_counted_not_stored():
 
 def test_one_compilation_serves_every_length(count_traces):
     counted = count_traces(hsrjax.decode_attention)
-    decode = jax.jit(
-        functools.partial(counted, activation=hsrjax.ReLU(), method="hsr")
-    )
+    decode = jax.jit(functools.partial(counted, activation=hsrjax.ReLU(), method="hsr"))
     query, key, value, _ = inputs((1, 1, 64, 1, 1, 8, 8))
     cache = hsrjax.init_cache(1, 64, 1, 8)
     for start in range(0, 64, 16):

@@ -12,15 +12,18 @@ import pytest
 from flax import nnx
 
 from models import generate as command
-from models import load
-from models.config import ModelConfig
-from models.decoding import Counts, Sampling, Session, bucket
-from models.generate import generate, main
-from models.sampling import sample
-from models.tokenizer import ByteTokenizer
-from models.transformer import Transformer, with_attention
+from models.decoding.generation import generate
+from models.decoding.sampling import sample
+from models.decoding.session import Counts, Sampling, Session, bucket
+from models.files import runs
+from models.generate import main
+from models.network.config import ModelConfig
+from models.network.transformer import Transformer, with_attention
+from models.text.tokenizer import ByteTokenizer
 
-PROMPTS = [b"def attention(query, key):", b"x"]
+# The time of these tests is that of compiling. Two rows, the longer of 33 to 40 tokens,
+# and up to 24 new ones share the programs of one shape.
+PROMPTS = [b"def attention(query, key, mask=None):", b"x"]
 
 
 def make_model(kind="threshold_relu", **changes):
@@ -48,7 +51,7 @@ def model():
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate") / "run"
-    load.save_run(folder, model)
+    runs.save_run(folder, model)
     return str(folder)
 
 
@@ -62,7 +65,7 @@ def draw(logits, count, **options):
 
 
 def test_temperature_zero_is_argmax_with_ties_to_the_smaller():
-    assert draw([0.0, 3.0, 3.0, 1.0], 8, temperature=0.0).tolist() == [1] * 8
+    assert set(draw([0.0, 3.0, 3.0, 1.0], 2000, temperature=0.0).tolist()) == {1}
 
 
 def test_draws_follow_the_softmax_of_the_tempered_logits():
@@ -75,9 +78,10 @@ def test_draws_follow_the_softmax_of_the_tempered_logits():
 
 
 def test_top_k_keeps_exactly_k_also_among_ties():
-    drawn = draw([1.0, 5.0, 1.0, 1.0, 4.0], 2000, top_k=3, temperature=5.0)
-    assert set(drawn.tolist()) == {0, 1, 4}
-    assert draw([1.0, 5.0, 1.0], 8, top_k=1).tolist() == [1] * 8
+    drawn = draw([1.0, 5.0, 1.0, 4.0], 2000, top_k=3, temperature=5.0)
+    assert set(drawn.tolist()) == {0, 1, 3}
+    drawn = draw([1.0, 5.0, 1.0, 4.0], 2000, top_k=1, temperature=5.0)
+    assert set(drawn.tolist()) == {1}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,7 @@ def test_greedy_tokens_are_those_of_the_whole_sequence(model):
     whole = jax.jit(lambda tokens: model(tokens))
     for prompt, tokens in zip(PROMPTS, result.tokens, strict=True):
         text = list(prompt) + tokens
-        padded = jnp.asarray([text + [0] * (40 - len(text))], jnp.int32)
+        padded = jnp.asarray([text + [0] * (48 - len(text))], jnp.int32)
         best = np.asarray(whole(padded).argmax(-1))[0]
         assert best[len(prompt) - 1 : len(text) - 1].tolist() == tokens
     assert len(set(result.tokens[0])) > 1
@@ -126,16 +130,15 @@ def test_hsr_draws_the_tokens_of_dense(model):
 
 
 def test_prompt_read_in_pieces_gives_the_same(model, monkeypatch):
-    prompts = [bytes(range(60, 130)), b"short"]
-    whole = generate(model, prompts, max_tokens=4)
-    monkeypatch.setattr("models.decoding._LONGEST_PIECE", 32)
-    pieces = generate(model, prompts, max_tokens=4)
+    whole = generate(model, PROMPTS, max_tokens=24)
+    monkeypatch.setattr("models.decoding.session._LONGEST_PIECE", 32)
+    pieces = generate(model, PROMPTS, max_tokens=24)
     assert pieces.tokens == whole.tokens
     assert pieces.prefill.keys_fired == pytest.approx(whole.prefill.keys_fired)
 
 
 def test_one_compile_per_shape_bucket(monkeypatch):
-    model, traced = make_model(mlp_dim=40), []
+    model, traced = make_model("relu", norm_eps=2e-6), []
     advance = Transformer.advance
 
     def counted(self, tokens, caches, **options):
@@ -158,21 +161,20 @@ def test_callback_sees_every_token_in_order(model):
 
 
 def test_counts_by_hand():
-    """Softmax fires everywhere, top_r at r keys: padding must not be counted."""
-    full = generate(make_model("softmax"), PROMPTS, max_tokens=2)
-    assert full.prefill.keys_fired == full.decode.keys_fired == 1.0
-    assert (full.prefill.tokens, full.decode.tokens) == (27, 2)
+    """Dense looks at all keys, top_r fires at r: padding must not be counted."""
     limited = with_attention(make_model("softmax"), "dense", top_r=4)
     result = generate(limited, PROMPTS, max_tokens=2)
-    # decode queries see 27 and 2 keys and keep 4 and 2 of them
-    assert result.decode.keys_fired == pytest.approx(6 / 29)
-    kept = sum(min(4, i) for i in range(1, 27)) + 1
-    assert result.prefill.keys_fired == pytest.approx(kept / (26 * 27 / 2 + 1))
+    assert result.prefill.keys_looked_at == result.decode.keys_looked_at == 1.0
+    assert (result.prefill.tokens, result.decode.tokens) == (38, 2)
+    # decode queries see 38 and 2 keys and keep 4 and 2 of them
+    assert result.decode.keys_fired == pytest.approx(6 / 40)
+    kept = sum(min(4, i) for i in range(1, 38)) + 1
+    assert result.prefill.keys_fired == pytest.approx(kept / (37 * 38 / 2 + 1))
 
 
 def test_single_token_needs_no_decode(model):
-    result = generate(model, [b"abc"], max_tokens=1)
-    assert len(result.tokens[0]) == 1
+    result = generate(model, PROMPTS, max_tokens=1)
+    assert [len(tokens) for tokens in result.tokens] == [1, 1]
     assert result.decode.keys_looked_at is None
     assert result.decode.tokens_per_second is None
 
@@ -185,17 +187,17 @@ def test_buckets_are_powers_of_two():
 
 def test_logits_that_are_not_finite_stop_generation(model, monkeypatch):
     nan = Counts(*[jnp.zeros(())] * 3, finite=jnp.array(False))
-    drawn = jnp.zeros(1, jnp.int32)
+    drawn = jnp.zeros(2, jnp.int32)
     monkeypatch.setattr(Session, "prefill", lambda self: (drawn, [nan]))
     with pytest.raises(FloatingPointError, match="not finite at token 0"):
-        generate(model, [b"abc"], max_tokens=2)
+        generate(model, PROMPTS, max_tokens=2)
 
 
 def test_spoiled_parameters_are_noticed():
     model = make_model()
     model.final_norm.scale[...] = jnp.full(32, jnp.nan)
     with pytest.raises(FloatingPointError, match="not finite at token 0"):
-        generate(model, [b"abc"], max_tokens=2)
+        generate(model, PROMPTS, max_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_command_as_users_run_it(run, repo_root):
 
 def test_damaged_checkpoint_is_one_line_on_stderr(model, tmp_path, repo_root):
     """Also nothing that threads of orbax print when the process ends."""
-    load.save_run(tmp_path / "run", model)
+    runs.save_run(tmp_path / "run", model)
     for folder in (tmp_path / "run" / "checkpoints").rglob("d"):
         for file in folder.iterdir():
             file.write_bytes(file.read_bytes()[:50])
@@ -263,12 +265,9 @@ def test_damaged_checkpoint_is_one_line_on_stderr(model, tmp_path, repo_root):
     assert "load another checkpoint or train again" in done.stderr
 
 
-def test_command_streams_one_prompt(run, capsys):
-    assert main(["--model", run, "--prompt", "hi", "--max-tokens", "4"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("hi")
-    assert "decode: 3 tokens" in out
-    assert "keys looked at" in out
+def test_a_byte_model_does_not_chat(run, capsys):
+    assert main(["--model", run, "--prompt", "x", "--chat"]) == 2
+    assert "was not trained to chat" in capsys.readouterr().err
 
 
 def test_control_codes_do_not_reach_the_terminal(capsys):
@@ -311,7 +310,7 @@ def test_command_refuses_in_one_sentence(run, capsys, arguments, message):
     ],
 )
 def test_command_checks_the_softmax_options(tmp_path, capsys, options, message):
-    load.save_run(tmp_path / "run", make_model("softmax"))
+    runs.save_run(tmp_path / "run", make_model("softmax"))
     arguments = ["--model", str(tmp_path / "run"), "--prompt", "x", *options]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
@@ -343,14 +342,16 @@ def test_a_fork_goes_on_from_the_same_place(model):
     """By another implementation, without touching the session it came from."""
     session = Session(
         with_attention(model, "hsr"),
-        [[3, 1, 4, 1, 5]],
-        max_tokens=6,
+        [list(prompt) for prompt in PROMPTS],
+        max_tokens=24,
         sampling=Sampling(),
         seed=0,
     )
     first, _ = session.prefill()
     fork = session.fork(with_attention(model, "dense"))
-    drawn = [int(session.decode()[0][0]) for _ in range(4)]
-    assert [int(fork.decode()[0][0]) for _ in range(4)] == drawn
-    expected = generate(model, [[3, 1, 4, 1, 5]], max_tokens=5).tokens[0]
-    assert [int(first[0]), *drawn] == expected
+    drawn = np.stack([session.decode()[0] for _ in range(4)], axis=1)
+    np.testing.assert_array_equal(
+        np.stack([fork.decode()[0] for _ in range(4)], axis=1), drawn
+    )
+    expected = generate(model, PROMPTS, max_tokens=5).tokens
+    assert np.column_stack([first, drawn]).tolist() == expected

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import generation
 from benchmarks.__main__ import main
-from models.decoding import Session
+from models.decoding.session import Session
 from train.config import PRESETS
 from train.loop import train
 

@@ -13,14 +13,14 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models import mapping
-from models.families import model_config
-from models.gguf_file import GGUFFile
-from models.load import ModelFileError
-from models.pretrained import load_pretrained
-from models.rope import frequencies
-from models.transformer import with_attention, with_length
-from models.vocabulary import from_gguf
+from models.files import mapping
+from models.files.families import model_config
+from models.files.gguf_file import GGUFFile
+from models.files.pretrained import load_pretrained
+from models.files.runs import ModelFileError
+from models.files.vocabulary import from_gguf
+from models.network.rope import frequencies
+from models.network.transformer import with_attention, with_length
 
 HERE = Path(__file__).parent / "pretrained"
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16")

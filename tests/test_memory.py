@@ -108,9 +108,7 @@ def test_estimates_are_not_more_than_xla_takes(shape, method):
     compiled = jax.jit(call).lower(*arguments).compile().memory_analysis()
     taken = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
     plan = planner.lay_out(hsrjax.ReLU(), shape)
-    needed = (memory.of_dense if method == "dense" else memory.of_hsr)(
-        shape, plan
-    )
+    needed = (memory.of_dense if method == "dense" else memory.of_hsr)(shape, plan)
     assert needed <= taken
     if method == "dense":
         assert taken <= 4 * needed

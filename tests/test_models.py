@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 
 import jax
@@ -12,20 +13,27 @@ import pytest
 from flax import nnx
 
 import hsrjax
-from models import load
-from models.attention import hsr_attention_fn
-from models.config import ModelConfig
-from models.layers import RMSNorm, unit_norm
-from models.rope import rotate
-from models.transformer import ThresholdScale, Transformer, with_attention
+from models.files import runs
+from models.files.atomic import write_atomic
+from models.network.config import ModelConfig
+from models.network.flax_attention import hsr_attention_fn
+from models.network.layers import RMSNorm, unit_norm
+from models.network.rope import rotate
+from models.network.transformer import ThresholdScale, Transformer, with_attention
 
-KINDS = ("softmax", "relu", "threshold_relu")
-OTHER_KINDS = ("relu_length", "differential_relu", "entmax")
+KINDS = (
+    "softmax",
+    "relu",
+    "relu_length",
+    "threshold_relu",
+    "differential_relu",
+    "entmax",
+)
 
 
 def make_config(kind="threshold_relu", **changes):
     shape = {
-        "num_layers": 2,
+        "num_layers": 1,
         "embed_dim": 32,
         "num_heads": 4,
         "num_kv_heads": 2,
@@ -55,24 +63,44 @@ def make_tokens(batch=2, length=12, *, seed=1):
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, 64, jnp.int32)
 
 
-def run(model, tokens, *, return_info=False):
-    graphdef, state = nnx.split(model)
-    return _run(graphdef, state, tokens, return_info)
+# The time of these tests is that of compiling. Models of one config, on tokens of one
+# shape, share a program.
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _run(graphdef, state, tokens, return_info):
-    return nnx.merge(graphdef, state)(tokens, return_info=return_info)
-
-
-def step(model, *args, **options):
-    graphdef, state = nnx.split(model)
-    return _step(graphdef, state, args, options)
+def run(model, tokens):
+    """Logits and infos of a whole sequence."""
+    return _run(*nnx.split(model), tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step(graphdef, state, args, options):
-    return nnx.merge(graphdef, state).step(*args, **options)
+def _run(graphdef, state, tokens):
+    return nnx.merge(graphdef, state)(tokens, return_info=True)
+
+
+def step(model, tokens, caches, lengths=None):
+    if lengths is None:
+        lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+    return _step(*nnx.split(model), tokens, caches, lengths)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step(graphdef, state, tokens, caches, lengths):
+    return nnx.merge(graphdef, state).step(tokens, caches, lengths=lengths)
+
+
+def attend(model, length=8):
+    """Output and info of the first layer's attention, and what it read."""
+    return _attend(*nnx.split(model), make_tokens(length=length))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attend(graphdef, state, tokens):
+    model = nnx.merge(graphdef, state)
+    block = model.blocks[0]
+    positions = jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.int32)[None]
+    scale = model.threshold_scale[...]
+    stream = block.attention_norm(model.embed(tokens))
+    return block.attention(stream, positions, scale, return_info=True)
 
 
 def close(actual, expected, tolerance=2e-5):
@@ -83,147 +111,232 @@ def close(actual, expected, tolerance=2e-5):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
+    ("kind", "options"),
     [
-        ("threshold_relu", "float32"),
-        *((kind, "bfloat16") for kind in (*KINDS, *OTHER_KINDS)),
+        ("threshold_relu", {"num_layers": 2}),
+        *((kind, {"dtype": "bfloat16"}) for kind in KINDS),
     ],
 )
-def test_shapes_and_dtypes(kind, dtype):
-    model = make_model(kind, dtype=dtype)
-    logits, infos = run(model, make_tokens(), return_info=True)
+def test_shapes_and_dtypes(kind, options):
+    model = make_model(kind, **options)
+    logits, infos = run(model, make_tokens())
     assert (logits.shape, logits.dtype) == ((2, 12, 64), jnp.float32)
-    assert len(infos) == 2
+    assert len(infos) == model.config.num_layers
     assert infos[0].count.shape == (2, 12, 4 * model.config.views)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model)))
     assert bool(jnp.isfinite(logits).all())
 
 
-@pytest.mark.parametrize("kind", (*KINDS, *OTHER_KINDS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_position_depends_on_no_later_token(kind):
-    model = make_model(kind)
-    graphdef, state = nnx.split(model)
+    model, tokens = make_model(kind), make_tokens()
+    logits, _ = run(model, tokens)
 
-    def sensitivity(tokens, position):
-        """How much the logits at `position` move with each token's embedding."""
+    def moved(first, last):
+        """Where logits change with the tokens from first to last."""
+        place = jnp.arange(12)[None]
+        inside = (first <= place) & (place <= last)
+        others = jnp.where(inside, (tokens + 7) % 64, tokens)
+        return np.asarray(run(model, others)[0] != logits).any(axis=(0, 2))
 
-        def probe(noise):
-            model = nnx.merge(graphdef, state)
-            stream = model.embed(tokens) + noise
-            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-            for block in model.blocks:
-                stream, _ = block(stream, positions, model.threshold_scale[...])
-            return model.unembed(stream)[:, position].std()
+    assert moved(8, 11).tolist() == [False] * 8 + [True] * 4
+    assert not moved(3, 3)[:3].any()
+    assert moved(3, 3)[7]
 
-        return jax.grad(probe)(jnp.zeros((*tokens.shape, 32)))
 
-    moved = np.abs(jax.jit(sensitivity)(make_tokens(1), 7)).max(axis=(0, 2))
-    assert (moved[8:] == 0).all()
-    assert moved[7] > 0
-    assert (moved[:7] > 0).any()
+def slow(*cases):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        *((kind, {}) for kind in (*KINDS, *OTHER_KINDS)),
-        ("threshold_relu", {"threshold": "cap", "keep_self": True}),
-        ("relu", {"output_norm": True}),
-        ("softmax", {"output_norm": True, "qk_norm": True}),
+        ("relu", {"output_norm": True, "qk_norm": True}),
+        ("differential_relu", {"threshold": "cap", "keep_self": True}),
+        *slow(
+            ("softmax", {}),
+            ("softmax", {"output_norm": True, "qk_norm": True}),
+            ("relu", {}),
+            ("relu_length", {}),
+            ("threshold_relu", {}),
+            ("threshold_relu", {"threshold": "cap", "keep_self": True}),
+            ("differential_relu", {}),
+            ("entmax", {}),
+        ),
     ],
 )
 def test_hsr_equals_dense_on_the_same_parameters(kind, options):
-    model = make_model(kind, num_layers=1, **options)
-    tokens = make_tokens(length=40)
-    dense, dense_infos = run(model, tokens, return_info=True)
-    hsr, infos = run(with_attention(model, "hsr"), tokens, return_info=True)
+    """In one layer: what comes out, which keys fire, and every gradient."""
+    model, length = make_model(kind, **options), 40
+    k1, k2 = jax.random.split(jax.random.key(0))
+    stream = jax.random.normal(k1, (2, length, 32))
+    target = jax.random.normal(k2, stream.shape)
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+
+    def found(model):
+        graphdef, params, rest = nnx.split(model.blocks[0].attention, nnx.Param, ...)
+
+        def loss(params, stream):
+            attention = nnx.merge(graphdef, params, rest)
+            out, info = attention(stream, positions, jnp.float32(0.3), return_info=True)
+            return (out * target).mean(), (out, info.count)
+
+        both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (_, (out, count)), gradients = jax.jit(both)(params, stream)
+        return out, count, gradients
+
+    dense, fired, expected = found(model)
+    hsr, count, gradients = found(with_attention(model, "hsr"))
     close(hsr, dense)
-    for info, expected in zip(infos, dense_infos, strict=True):
-        np.testing.assert_array_equal(info.count, expected.count)
-    fired = np.asarray(infos[0].count)
+    np.testing.assert_array_equal(count, fired)
     if kind != "softmax":  # the threshold must bite, or nothing is tested
-        assert 0 < fired.sum() < 2 * fired.shape[2] * 40 * 41 / 2
+        assert 0 < int(fired.sum()) < fired.shape[2] * length * (length + 1)
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), gradients, expected)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+        assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
+
+
+def test_gradients_reach_every_parameter():
+    model, tokens = make_model(tie_embeddings=False), make_tokens()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params, rest)(tokens[:, :-1])
+        scores = jax.nn.log_softmax(logits)
+        return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1).mean()
+
+    gradients = nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
+    assert "threshold_scale" not in gradients
+
+
+def relu_above_a_threshold(query, key, value):
+    """1.5-entmax by its formula: ReLU^2 of half the scores above tau, in row sums.
+
+    tau from sorted scores: Peters et al. 2019, Algorithm 2.
+    """
+    length = query.shape[1]
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], 2) for x in (key, value))
+    scores = jnp.einsum("btnh,bsnh->bnts", query, key, precision="highest")
+    visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    half = jnp.where(visible, scores * query.shape[-1] ** -0.5 / 2, -1e3)
+    ranked = jnp.sort(half, axis=-1, descending=True)
+    number = jnp.arange(1, length + 1, dtype=jnp.float32)[None, None, None]
+    mean = jnp.cumsum(ranked, -1) / number
+    spread = jnp.cumsum(ranked**2, -1) / number - mean**2
+    tau = mean - jnp.sqrt(jnp.maximum(0.0, 1.0 / number - spread))
+    support = (tau <= ranked).sum(-1, keepdims=True, dtype=jnp.float32)
+    inside = number <= support
+    mean = jnp.where(inside, ranked, 0.0).sum(-1, keepdims=True) / support
+    spread = jnp.where(inside, (ranked - mean) ** 2, 0.0).sum(-1, keepdims=True)
+    tau = mean - jnp.sqrt((1.0 - spread) / support)
+    weights = jax.nn.relu(half - tau) ** 2
+    weights = weights / weights.sum(-1, keepdims=True)
+    return jnp.einsum("bnts,bsnd->btnd", weights, value, precision="highest")
+
+
+@pytest.mark.parametrize("method", ["dense", *slow(("hsr",))])
+def test_entmax_is_relu_above_a_threshold(method):
+    """Models were trained with this formula; weights are taken from one-hot values."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = 4 * jax.random.normal(keys[0], (2, 24, 4, 8))
+    key = jax.random.normal(keys[1], (2, 24, 2, 8))
+    value = jnp.broadcast_to(jnp.eye(24)[None, :, None], (2, 24, 2, 24))
+    target = jax.random.normal(keys[2], (2, 24, 4, 24))
+    positions = jnp.arange(24, dtype=jnp.int32)[None]
+    attention = make_model("entmax").blocks[0].attention
+    activation, scale = attention.rule(positions, jnp.float32(1.0))
+
+    def library(*arrays):
+        options = {"activation": activation, "scale": scale, "method": method}
+        return hsrjax.attention(*arrays, is_causal=True, **options)
+
+    def found(attend):
+        def loss(*arrays):
+            out = attend(*arrays)
+            return (out * target).sum(), out
+
+        both = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+        (_, weights), gradients = jax.jit(both)(query, key, value)
+        return weights, gradients
+
+    weights, gradients = found(library)
+    expected, expected_gradients = found(relu_above_a_threshold)
+    close(weights, expected, 2e-6)
+    assert 0.05 < float((weights > 0).mean()) < 0.4
+    jax.tree.map(close, gradients, expected_gradients)
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "attention", "pieces"),
     [
-        ("relu", {}),
-        ("threshold_relu", {}),
-        ("threshold_relu", {"threshold": "cap", "keep_self": True}),
-        ("differential_relu", {}),
-        ("entmax", {}),
+        *((kind, "dense", 3 * [4]) for kind in KINDS),
+        ("threshold_relu", "hsr", 3 * [4]),
+        *slow(
+            ("differential_relu", "hsr", 3 * [4]),
+            ("threshold_relu", "hsr", [7, *5 * [1]]),
+            ("entmax", "hsr", [7, *5 * [1]]),
+        ),
     ],
 )
-def test_gradients_of_hsr_equal_dense_and_reach_every_parameter(kind, options):
-    model = make_model(kind, num_layers=1, tie_embeddings=False, **options)
-    tokens = make_tokens()
+def test_cached_steps_equal_the_whole_sequence(kind, attention, pieces):
+    model, tokens = make_model(kind, attention=attention), make_tokens()
+    caches, parts, start = model.init_caches(2, 16), [], 0
+    for size in pieces:
+        new = tokens[:, start : start + size]
+        logits, caches, infos = step(model, new, caches)
+        parts.append(logits)
+        start += size
+    whole, whole_infos = run(with_attention(model, "dense"), tokens)
+    close(jnp.concatenate(parts, axis=1), whole)
+    last = whole_infos[0].count[:, 12 - pieces[-1] :]
+    np.testing.assert_array_equal(infos[0].count, last)
 
-    def gradient(model):
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
-        def loss(params):
-            logits = nnx.merge(graphdef, params, rest)(tokens[:, :-1])
-            chosen = jnp.take_along_axis(
-                jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1
-            )
-            return -chosen.mean()
-
-        return nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))
-
-    dense, hsr = gradient(model), gradient(with_attention(model, "hsr"))
-    jax.tree.map(lambda a, b: close(a, b, 1e-5), hsr, dense)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(dense):
-        assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
-    assert "threshold_scale" not in dense
+def test_ragged_rows_equal_single_rows():
+    model, tokens = make_model(), make_tokens()
+    caches, read = model.init_caches(2, 16), np.zeros(2, int)
+    whole, _ = run(model, tokens)
+    for lengths in ([4, 1], [0, 4], [3, 1]):
+        places = np.minimum(read[:, None] + np.arange(4), 11)
+        new = np.take_along_axis(np.asarray(tokens), places, axis=1)
+        new = np.where(np.arange(4) < np.array(lengths)[:, None], new, 63)
+        logits, caches, _ = step(model, jnp.asarray(new), caches, jnp.array(lengths))
+        for row, length in enumerate(lengths):
+            expected = whole[row, read[row] : read[row] + length]
+            close(logits[row, :length], expected)
+        read += lengths
+        np.testing.assert_array_equal(caches[0].length, read)
 
 
 @pytest.mark.parametrize(
     ("kind", "attention"),
     [
-        *((kind, "dense") for kind in (*KINDS, *OTHER_KINDS)),
-        ("threshold_relu", "hsr"),
-        ("differential_relu", "hsr"),
+        ("threshold_relu", "dense"),
+        ("entmax", "dense"),
+        *slow(("threshold_relu", "hsr"), ("entmax", "hsr")),
     ],
 )
-def test_cached_steps_equal_the_whole_sequence(kind, attention):
-    model = make_model(kind, attention=attention, num_layers=1)
-    tokens = make_tokens()
+def test_a_reindexed_cache_gives_the_same(kind, attention):
+    """Its slots are not positions, and what looks at keys must know."""
+    model, tokens = make_model(kind, attention=attention), make_tokens()
     caches = model.init_caches(2, 16)
-    prefilled, caches, _ = step(model, tokens[:, :7], caches)
-    parts, infos = [prefilled], []
-    for position in range(7, 12):
-        token = tokens[:, position : position + 1]
-        logits, caches, info = step(model, token, caches)
-        parts.append(logits)
-        infos.append(info)
-    whole, whole_infos = run(model, tokens, return_info=True)
-    close(jnp.concatenate(parts, axis=1), whole)
-    np.testing.assert_array_equal(infos[-1][0].count[:, 0], whole_infos[0].count[:, 11])
-
-
-def test_ragged_rows_equal_single_rows():
-    model = make_model(num_layers=1)
-    tokens, lengths = make_tokens(3, 9), jnp.array([9, 4, 1], jnp.int32)
-    padded = jnp.where(jnp.arange(9)[None] < lengths[:, None], tokens, 63)
-    logits, caches, _ = step(model, padded, model.init_caches(3, 16), lengths=lengths)
-    following = make_tokens(3, 1, seed=5)
-    after, caches, _ = step(model, following, caches)
-    np.testing.assert_array_equal(caches[0].length, lengths + 1)
-    for row, length in enumerate(lengths.tolist()):
-        one = jnp.concatenate([tokens[row, :length], following[row]])
-        expected = run(model, jnp.pad(one, (0, 9 - length))[None])[0]
-        close(logits[row, :length], expected[:length])
-        close(after[row, 0], expected[length])
+    for start in (0, 4):
+        _, caches, _ = step(model, tokens[:, start : start + 4], caches)
+    reordered = tuple(map(hsrjax.reindex, caches))
+    ids = np.asarray(reordered[0].index.ids)
+    assert (ids[..., :8] != np.arange(8)).any()
+    expected, _, infos = step(model, tokens[:, 8:], caches)
+    logits, _, found = step(model, tokens[:, 8:], reordered)
+    close(logits, expected)
+    np.testing.assert_array_equal(found[0].count, infos[0].count)
 
 
 def test_threshold_grows_with_the_visible_length():
-    model = make_model(threshold_scale=1.0)
+    attention = make_model().blocks[0].attention
     positions = jnp.array([[0, 1, 99]], jnp.int32)
-    heads = jnp.zeros((1, 3, 4, 8))
-    activation, scale = model.blocks[0].attention.rule(
-        heads, heads, positions, jnp.float32(0.5), key_positions=positions
-    )
+    activation, scale = attention.rule(positions, jnp.float32(0.5))
     beta = np.array([0.7, 0.9, 1.1, 1.3])
     expected = 0.5 * beta * np.sqrt(2 * np.log([[1], [2], [100]]) / 8)
     close(activation.bias[0], expected)
@@ -232,40 +345,30 @@ def test_threshold_grows_with_the_visible_length():
 
 def test_a_position_that_keeps_itself_is_never_empty():
     """At a threshold above 1 nothing fires between unit vectors."""
-    tokens = make_tokens(length=8)
     for keep_self in (False, True):
-        model = make_model(threshold_scale=9.0, num_layers=1, keep_self=keep_self)
-        attention = model.blocks[0].attention
-        stream = model.blocks[0].attention_norm(model.embed(tokens))
-        positions = jnp.arange(1, 9, dtype=jnp.int32)[None]
-        out, info = attention(
-            stream, positions, model.threshold_scale[...], return_info=True
-        )
+        out, info = attend(make_model(threshold_scale=9.0, keep_self=keep_self))
         assert int(info.count.sum()) == 0
         assert bool((jnp.abs(out).max(axis=-1) > 0).all()) is keep_self
 
 
 def test_a_differential_view_is_subtracted():
     """Two views that are the same, of which all is subtracted, leave nothing."""
-    model = make_model("differential_relu", num_layers=1)
-    attention, tokens = model.blocks[0].attention, make_tokens()
+    model = make_model("differential_relu")
+    attention = model.blocks[0].attention
     for kernel in (attention.query.kernel, attention.key.kernel):
         first = kernel[...][:, : kernel.shape[1] // 2]
         kernel[...] = jnp.concatenate([first, first], axis=1)
-    stream = model.blocks[0].attention_norm(model.embed(tokens))
-    positions = jnp.arange(12, dtype=jnp.int32)[None]
 
     def largest(share):
         attention.subtracted[...] = jnp.full(4, share)
-        return float(jnp.abs(attention(stream, positions, jnp.float32(0.3))[0]).max())
+        return float(jnp.abs(attend(model)[0]).max())
 
     assert largest(1.0) < 1e-4 < 0.01 < largest(0.5)
 
 
 def test_threshold_scale_makes_attention_sparser():
     def fired(scale):
-        model = make_model(threshold_scale=scale)
-        infos = run(model, make_tokens(length=40), return_info=True)[1]
+        infos = run(make_model(threshold_scale=scale), make_tokens())[1]
         return int(infos[0].count.sum())
 
     assert fired(0.0) > 2 * fired(0.5) > 0
@@ -277,7 +380,7 @@ def test_with_attention_shares_parameters_and_leaves_the_model_alone():
     assert (model.config.attention, model.config.top_r) == ("dense", None)
     assert (other.config.attention, other.config.top_r) == ("hsr", 3)
     assert other.embed.embedding[...] is model.embed.embedding[...]
-    infos = run(other, make_tokens(), return_info=True)[1]
+    infos = run(with_attention(model, "dense", top_r=3), make_tokens())[1]
     assert int(infos[0].count.max()) == 3
     with pytest.raises(ValueError, match=r"softmax.*attention='hsr'"):
         with_attention(make_model("relu"), "hsr", epsilon=0.1)
@@ -296,7 +399,7 @@ def test_wrong_tokens_are_refused(tokens):
 
 
 def test_wrong_number_of_caches_is_refused():
-    model = make_model()
+    model = make_model(num_layers=2)
     with pytest.raises(ValueError, match="one cache for each of the 2 layers, got 1"):
         model.step(make_tokens(), model.init_caches(2, 16)[:1])
 
@@ -395,19 +498,27 @@ def test_from_dict_names_missing_and_unknown_fields():
 # --- the run folder ---
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    runs.save_run(folder, make_model(), step=4)
+    runs.load_run(folder)
+    return folder
+
+
 def test_saved_run_loads_equal(tmp_path):
     model = make_model(threshold_scale=0.7)
-    load.save_run(tmp_path / "run", model, step=3, train={"note": "x"})
-    load.save_run(tmp_path / "run", make_model(threshold_scale=0.9), step=12)
-    assert load.checkpoint_steps(tmp_path / "run") == [3, 12]
-    newest = load.load_run(tmp_path / "run", attention="hsr")
+    runs.save_run(tmp_path / "run", model, step=3, train={"note": "x"})
+    runs.save_run(tmp_path / "run", make_model(threshold_scale=0.9), step=12)
+    assert runs.checkpoint_steps(tmp_path / "run") == [3, 12]
+    newest = runs.load_run(tmp_path / "run", attention="hsr")
     assert newest.config == dataclasses.replace(model.config, attention="hsr")
     assert float(newest.threshold_scale[...]) == pytest.approx(0.9)
-    older = load.load_run(tmp_path / "run", step=3)
+    older = runs.load_run(tmp_path / "run", step=3)
     assert isinstance(older.threshold_scale, ThresholdScale)
     assert older.config == model.config
     jax.tree.map(
-        np.testing.assert_array_equal, load.model_item(older), load.model_item(model)
+        np.testing.assert_array_equal, runs.model_item(older), runs.model_item(model)
     )
 
 
@@ -442,11 +553,11 @@ def remove_checkpoints(run):
 
 
 def remove_model(run):
-    shutil.rmtree(run / "checkpoints" / "0" / "model")
+    shutil.rmtree(run / "checkpoints" / "4" / "model")
 
 
 def truncate_arrays(run):
-    for folder in (run / "checkpoints" / "0" / "model").rglob("d"):
+    for folder in (run / "checkpoints" / "4" / "model").rglob("d"):
         for file in folder.iterdir():
             file.write_bytes(file.read_bytes()[:100])
 
@@ -465,52 +576,48 @@ def truncate_arrays(run):
         (edit_config(model={"num_layers": 3}), r"missing variables \['blocks.1.att"),
         (edit_config(train=[]), '"train" must be an object'),
         (remove_checkpoints, "no finished checkpoint"),
-        (remove_model, "checkpoints/0/model cannot be loaded"),
-        (truncate_arrays, "checkpoints/0/model cannot be loaded"),
+        (remove_model, "checkpoints/4/model cannot be loaded"),
+        (truncate_arrays, "checkpoints/4/model cannot be loaded"),
     ],
 )
-def test_damaged_runs_are_refused_in_one_sentence(tmp_path, damage, message):
-    run = tmp_path / "run"
-    load.save_run(run, make_model(num_layers=1))
-    load.load_run(run)
+def test_damaged_runs_are_refused_in_one_sentence(saved, tmp_path, damage, message):
+    run = shutil.copytree(saved, tmp_path / "run")
     damage(run)
-    with pytest.raises(load.ModelFileError, match=message) as caught:
-        load.load_run(run)
+    with pytest.raises(runs.ModelFileError, match=message) as caught:
+        runs.load_run(run)
     assert str(run) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):
-    model = make_model(num_layers=1)
+    model = make_model()
     model.final_norm.scale[...] = jnp.full(32, jnp.nan)
-    load.save_run(tmp_path / "run", model)
-    with pytest.raises(load.ModelFileError, match=r"not finite in .*final_norm"):
-        load.load_run(tmp_path / "run")
+    runs.save_run(tmp_path / "run", model)
+    with pytest.raises(runs.ModelFileError, match=r"not finite in .*final_norm"):
+        runs.load_run(tmp_path / "run")
 
 
-def test_missing_step_names_those_there_are(tmp_path):
-    load.save_run(tmp_path / "run", make_model(num_layers=1), step=4)
-    with pytest.raises(load.ModelFileError, match=r"no checkpoint 5 \(it has \[4\]\)"):
-        load.load_run(tmp_path / "run", step=5)
+def test_missing_step_names_those_there_are(saved):
+    with pytest.raises(runs.ModelFileError, match=r"no checkpoint 5 \(it has \[4\]\)"):
+        runs.load_run(saved, step=5)
 
 
 def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "config.json"
-    load.write_atomic(path, "old")
+    write_atomic(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        load.write_atomic(path, "new \ud800")
+        write_atomic(path, "new \ud800")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_restore_model_names_what_differs():
-    model = make_model()
-    item = load.model_item(model)
-    other = make_config(num_layers=1)
+    item = runs.model_item(make_model(num_layers=2))
+    other = make_config()
     with pytest.raises(ValueError, match=r"unknown variables \['blocks.1"):
-        load.restore_model(other, item)
+        runs.restore_model(other, item)
     with pytest.raises(ValueError, match="use the config it was saved with"):
-        load.restore_model(make_config(mlp_dim=52), item)
+        runs.restore_model(make_config(mlp_dim=52), item)
 
 
 # --- the adapter for flax's own attention ---
@@ -560,21 +667,44 @@ def test_adapter_keeps_the_layers_dtype(lenient_promotion):
         attention_fn=hsr_attention_fn(activation=hsrjax.ReLU(power=2)),
         dtype=jnp.bfloat16,
     )
-    assert layer(jnp.ones((1, 4, 32))).dtype == jnp.bfloat16
+    assert jax.eval_shape(layer, jnp.ones((1, 4, 32))).dtype == jnp.bfloat16
 
 
 def test_adapter_refuses_what_it_cannot_honour(lenient_promotion):
     attention_fn = hsr_attention_fn(activation=hsrjax.Softmax())
-    layer, inputs = flax_layer(attention_fn=attention_fn), jnp.ones((1, 9, 32))
+
+    def call(*, of=None, **options):
+        layer = lambda: flax_layer(attention_fn=attention_fn, **(of or {}))
+        return jax.eval_shape(lambda x: layer()(x, **options), jnp.ones((1, 9, 32)))
+
     with pytest.raises(ValueError, match=r"mask must be None.*is_causal=True"):
-        layer(inputs, mask=nnx.make_causal_mask(jnp.ones((1, 9))))
+        call(mask=nnx.make_causal_mask(jnp.ones((1, 9))))
     with pytest.raises(ValueError, match="sow_weights=False"):
-        layer(inputs, sow_weights=True)
+        call(sow_weights=True)
     with pytest.raises(ValueError, match="bias must be None"):
         attention_fn(*[jnp.ones((1, 9, 4, 8))] * 3, bias=jnp.ones((1, 4, 9, 9)))
-    dropping = flax_layer(
-        attention_fn=attention_fn, dropout_rate=0.5, deterministic=False
-    )
+    dropping = {"dropout_rate": 0.5, "deterministic": False}
     with pytest.raises(ValueError, match="dropout_rate=0"):
-        dropping(inputs)
-    dropping(inputs, deterministic=True)
+        call(of=dropping)
+    call(of=dropping, deterministic=True)
+
+
+# --- the package ---
+
+
+def test_layers_import_only_those_below(repo_root):
+    below = {
+        "network": set(),
+        "text": set(),
+        "decoding": {"network"},
+        "files": {"network", "text"},
+        "evaluation": {"decoding", "network", "text"},
+    }
+    folders = {path.parent.name for path in (repo_root / "models").glob("*/*.py")}
+    assert folders == below.keys()
+    for layer, allowed in below.items():
+        for path in (repo_root / "models" / layer).glob("*.py"):
+            imported = re.findall(
+                r"^ *(?:from|import) models\.(\w+)", path.read_text(), re.MULTILINE
+            )
+            assert set(imported) <= allowed | {layer}, path

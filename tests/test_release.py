@@ -1,6 +1,7 @@
 """Released models: config.json and model.safetensors, written whole, read with care."""
 
 import dataclasses
+import functools
 import json
 import os
 import struct
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import load, release
-from models.config import ModelConfig
+from models.files import release, runs
+from models.files.vocabulary import load_tokenizer
 from models.generate import main as generate
-from models.transformer import Transformer
+from models.network.config import ModelConfig
+from models.network.transformer import Transformer
+from train import data, step
 from train.__main__ import main
 from train.config import PRESETS
 from train.loop import train
@@ -33,29 +36,29 @@ def model():
 
 @pytest.fixture
 def released(model, tmp_path):
-    load.save_release(tmp_path / "model", model)
+    runs.save_release(tmp_path / "model", model)
     return tmp_path / "model"
 
 
 def test_a_released_model_is_the_same(model, released):
-    again = load.load_run(released, attention="hsr")
+    again = runs.load_run(released, attention="hsr")
     assert again.config == dataclasses.replace(CONFIG, attention="hsr")
     jax.tree.map(
-        np.testing.assert_array_equal, load.model_item(again), load.model_item(model)
+        np.testing.assert_array_equal, runs.model_item(again), runs.model_item(model)
     )
 
 
 def test_float16_halves_the_file(model, released, tmp_path):
-    load.save_release(tmp_path / "half", model, dtype="float16")
+    runs.save_release(tmp_path / "half", model, dtype="float16")
     sizes = [
         (f / release.WEIGHTS).stat().st_size for f in (tmp_path / "half", released)
     ]
     assert sizes[0] < 0.55 * sizes[1]
-    half = load.model_item(load.load_run(tmp_path / "half"))
+    half = runs.model_item(runs.load_run(tmp_path / "half"))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
         half,
-        load.model_item(model),
+        runs.model_item(model),
     )
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half))
 
@@ -64,7 +67,7 @@ def test_what_float16_cannot_hold_is_refused_and_the_old_file_stays(model, relea
     before = (released / release.WEIGHTS).read_bytes()
     model.blocks[0].mlp.up.kernel[...] = jnp.full((32, 64), 1e6)
     with pytest.raises(ValueError, match=r"up.kernel holds values that are not finite"):
-        load.save_release(released, model, dtype="float16")
+        runs.save_release(released, model, dtype="float16")
     assert (released / release.WEIGHTS).read_bytes() == before
     assert sorted(os.listdir(released)) == ["config.json", release.WEIGHTS]
 
@@ -130,44 +133,73 @@ def not_finite(file):
 )
 def test_damaged_files_are_refused_in_one_sentence(released, damage, message, capsys):
     damage(released / release.WEIGHTS)
-    with pytest.raises(load.ModelFileError, match=message) as error:
-        load.load_run(released)
+    with pytest.raises(runs.ModelFileError, match=message) as error:
+        runs.load_run(released)
     assert release.WEIGHTS in str(error.value)
     assert generate(["--model", str(released), "--prompt", "a"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_export_writes_what_generate_reads(
-    tokenizer, text, tmp_path, capsys, lenient_promotion
-):
-    micro = PRESETS["micro"]
-    size = {"bytes": 256, "bpe": 300}[tokenizer]
-    config = dataclasses.replace(
-        micro,
-        data=str(text),
-        tokenizer=tokenizer,
-        model=dataclasses.replace(micro.model, vocab_size=size),
-        steps=4,
-        eval_every=4,
-        telemetry_rows=0,
-    )
-    results = train(config, tmp_path / "run", progress=False)
+# --- a trained run ---
+
+
+@pytest.fixture(scope="module")
+def trained(text, compile_cache, tmp_path_factory):
+    """Trains a little on byte pairs, or bytes: the config, the results, the folder."""
+
+    @functools.cache
+    def run(tokenizer):
+        micro, size = PRESETS["micro"], {"bytes": 256, "bpe": 400}[tokenizer]
+        config = dataclasses.replace(
+            micro,
+            data=str(text),
+            tokenizer=tokenizer,
+            model=dataclasses.replace(micro.model, vocab_size=size),
+            steps=4,
+            eval_every=4,
+            telemetry_rows=0,
+        )
+        out = tmp_path_factory.mktemp(tokenizer) / "run"
+        return config, train(config, out, progress=False), out
+
+    return run
+
+
+def test_a_model_of_byte_pairs_is_measured_per_byte(trained, text):
+    config, results, out = trained("bpe")
+    tokenizer = load_tokenizer(out, vocab_size=400)
+    corpus = data.load_corpus(str(text))
+    _, held_out = data.split(corpus.tokenized(tokenizer), row_length=32)
+    rows = data.spread(held_out, limit=config.eval_rows)
+    losses, _ = jax.jit(step.row_losses)(runs.load_run(out), jnp.asarray(rows))
+    per_byte = 32 * losses.sum() / tokenizer.token_bytes[rows[:, 1:]].sum()
+    assert results["validation_loss"] == pytest.approx(float(per_byte), rel=1e-5)
+    assert results["validation_loss"] < 0.8 * float(losses.mean())
+    again = train(config, out, resume=True, progress=False)
+    assert again["validation_loss"] == results["validation_loss"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", pytest.param("bytes", marks=pytest.mark.slow)])
+def test_export_writes_what_generate_reads(kind, trained, tmp_path, capsys):
+    config, results, run = trained(kind)
     out = tmp_path / "out"
-    words = ["export", str(tmp_path / "run"), "--out", str(out), "--name", "Tiny"]
+    words = ["export", str(run), "--out", str(out), "--name", "Tiny"]
     assert main(words) == 0
     assert main(words) == 0  # over itself
     card = (out / "README.md").read_text()
     for part in ("# Tiny", f"{results['validation_loss']:.4f} nats", "4 steps of 8"):
         assert part in card
     capsys.readouterr()
-    prompt = ["--prompt", "def ", "--max-tokens", "5", "--json"]
+    prompt = ["--prompt", "def f(", "--max-tokens", "5", "--json"]
     tokens = []
-    for folder in (tmp_path / "run", out):
+    for folder in (run, out):
         assert generate(["--model", str(folder), *prompt]) == 0
-        last = capsys.readouterr().out.splitlines()[-1]
-        tokens.append(json.loads(last)["tokens"])
+        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+        tokens.append(printed["tokens"])
+        tokenizer = load_tokenizer(folder, vocab_size=config.model.vocab_size)
+        assert printed["prompt_tokens"] == [tokenizer.encode(b"def f(").size]
     assert tokens[0] == tokens[1]
+    assert len(tokens[0][0]) == 5
 
 
 def test_export_refuses_in_one_sentence(tmp_path, capsys):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.config import ModelConfig
-from models.transformer import abstract_model
+from models.network.config import ModelConfig
+from models.network.transformer import abstract_model
 from train import recipes, study
 from train.__main__ import _parse
 from train.recipes import STAGES, Run

@@ -216,6 +216,4 @@ def test_what_cannot_be_is_refused():
     for tail in (None, 4):
         cache = grown(key, value, tail)
         with pytest.raises(ValueError, match=f"got a cache with tail={tail}"):
-            hsrjax.decode_attention(
-                query, cache, activation=activation, method="hsr"
-            )
+            hsrjax.decode_attention(query, cache, activation=activation, method="hsr")

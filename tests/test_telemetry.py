@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.config import ModelConfig
-from models.operands import attention_operands
-from models.transformer import Transformer
+from models.network.config import ModelConfig
+from models.network.operands import as_relu, attention_operands
+from models.network.transformer import Transformer
 from train import report, telemetry
 from train.__main__ import main
 from train.config import PRESETS
@@ -41,7 +41,7 @@ def brute_force(model, tokens):
     """nonzero_fraction, empty_rows, effective_keys by loops over rows."""
     layers = jax.jit(attention_operands)(model, jnp.asarray(tokens, jnp.int32))
     found = []
-    for query, key, _, activation in layers:
+    for query, key, _, activation in map(as_relu, layers):
         heads, length = query.shape[2], query.shape[1]
         key = np.repeat(np.asarray(key, np.float64), heads // key.shape[2], axis=2)
         query = np.asarray(query, np.float64)

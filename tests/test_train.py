@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.load import load_run
-from models.transformer import ThresholdScale, Transformer
+from models.files.runs import load_run
+from models.network.transformer import ThresholdScale, Transformer
 from train import data, step
 from train.__main__ import main
 from train.config import PRESETS, TrainConfig, differences

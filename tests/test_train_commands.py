@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.generate import Generation, Phase
-from models.load import load_run
+from models.decoding.generation import Generation, Phase
+from models.files.runs import load_run
 from train import demo, plots, step, telemetry
 from train.__main__ import main
 from train.commands import compare, length

@@ -18,7 +18,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from models.config import ModelConfig
+from models.network.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

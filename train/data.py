@@ -23,7 +23,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from models.tokenizer import Tokenizer
+from models.text.tokenizer import Tokenizer
 
 ENGLISH = "english"
 SEGMENTS = 16

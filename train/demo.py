@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from models.command import JsonOption, carry_out
-from models.generate import Generation, generate
-from models.load import load_run
-from models.transformer import Transformer
+from models.decoding.generation import Generation, generate
+from models.files.runs import load_run
+from models.network.transformer import Transformer
 from train import data, plots
 from train.config import PRESETS, TrainConfig
 from train.files.folder import check_folder

@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import hsrjax
-from models.operands import attention_operands
-from models.transformer import Transformer
+from models.network.operands import as_relu, attention_operands
+from models.network.transformer import Transformer
 from train.files.metrics import evaluated, read_csv, read_heads
 
 _SMOOTH = 25  # steps in the running mean of the training loss
@@ -183,7 +183,8 @@ def _fired(model: Transformer, tokens: jax.Array) -> jax.Array:
     length = tokens.shape[0]
     visible = jnp.tril(jnp.ones((length, length), bool))[None]
     fired = []
-    for query, key, _, activation in attention_operands(model, tokens[None]):
+    layers = map(as_relu, attention_operands(model, tokens[None]))
+    for query, key, _, activation in layers:
         key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
         scores = jnp.einsum("tnh,snh->nts", query[0], key[0], precision="highest")
         bias: Any = cast(hsrjax.ReLU, activation).bias

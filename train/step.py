@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from models.transformer import ThresholdScale, Transformer, abstract_model
+from models.network.transformer import ThresholdScale, Transformer, abstract_model
 from train.config import TrainConfig
 
 Metrics = dict[str, jax.Array]

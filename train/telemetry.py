@@ -23,8 +23,8 @@ import numpy as np
 from flax import nnx
 
 import hsrjax
-from models.operands import Operands, attention_operands
-from models.transformer import Transformer
+from models.network.operands import Operands, as_relu, attention_operands
+from models.network.transformer import Transformer
 
 COLUMNS = (
     "nonzero_fraction",
@@ -83,7 +83,7 @@ def _operands(state: Any, tokens: jax.Array, *, graphdef: Any) -> list[Operands]
 @functools.partial(jax.jit, static_argnames="steps")
 def _describe(operands: Operands, *, steps: int) -> dict[str, jax.Array]:
     """All but the threshold's multiplier of one layer, each f32[N]."""
-    found = _of_weights(operands)
+    found = _of_weights(as_relu(operands))
     heads = operands.query.shape[2]
     nothing = jnp.full(heads, jnp.nan, jnp.float32)
     found |= {"survivors": nothing, "capacity_use": nothing}

@@ -26,8 +26,8 @@ from benchmarks import report
 from benchmarks.common import Results
 from benchmarks.paper import printed
 from benchmarks.paper.language import Reading, pieces, read
+from models.network.transformer import Caches, Transformer, with_attention, with_config
 from models.opening import attending
-from models.transformer import Caches, Transformer, with_attention, with_config
 
 REPORTED = 64
 """Largest r of which 256 queries together leave so much out that reporting pays."""

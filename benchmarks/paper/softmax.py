@@ -23,7 +23,7 @@ from benchmarks import report
 from benchmarks.common import Results
 from benchmarks.paper.language import Reading, pieces, read
 from benchmarks.paper.theorem43 import Layer, capture, heads_of
-from models.transformer import with_attention
+from models.network.transformer import with_attention
 
 EPSILONS = (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
 TOLERANCE = 1e-4

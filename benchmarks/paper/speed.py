@@ -25,7 +25,7 @@ from benchmarks.paper.language import Reading, pieces, read
 from benchmarks.paper.softmax import EPSILONS, TOLERANCE, exact, in_words
 from benchmarks.paper.theorem43 import Layer, capture, heads_of
 from benchmarks.timing import Contestant, race
-from models.transformer import with_attention
+from models.network.transformer import with_attention
 
 CHECKED = 32
 """Rows of a prefill, the newest, that are held against float64."""

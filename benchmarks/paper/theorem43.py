@@ -25,8 +25,8 @@ from benchmarks.paper import massive, pictures, sources
 from benchmarks.paper.language import Reading, pieces, read
 from benchmarks.paper.massive import Found, Head
 from benchmarks.paper.verdicts import TOP_R_TOLERANCE
-from models.operands import attention_operands
-from models.transformer import Transformer, with_attention
+from models.network.operands import attention_operands
+from models.network.transformer import Transformer, with_attention
 
 GAMMAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 
-from models.load import read_run_config, write_atomic
+from models.files.atomic import write_atomic
+from models.files.runs import read_run_config
 from train.commands import OfRuns
 from train.files.metrics import evaluated, read_metrics
 from train.plots import plot_comparison

@@ -14,10 +14,11 @@ import jax
 import tyro
 from flax import nnx
 
-from models import tokenizer
 from models.command import JsonOption
-from models.load import load_run, read_run_config, save_release, write_atomic
-from models.release import WEIGHTS
+from models.files import vocabulary
+from models.files.atomic import write_atomic
+from models.files.release import WEIGHTS
+from models.files.runs import load_run, read_run_config, save_release
 from train.files.metrics import evaluated, read_metrics
 
 
@@ -55,8 +56,8 @@ def export(command: Command) -> int:
     _, options = read_run_config(run)
     last = evaluated(read_metrics(run))[-1]
     save_release(out, model, train=options, dtype=command.dtype)
-    if (run / tokenizer.FILE).exists():
-        shutil.copyfile(run / tokenizer.FILE, out / tokenizer.FILE)
+    if (run / vocabulary.FILE).exists():
+        shutil.copyfile(run / vocabulary.FILE, out / vocabulary.FILE)
     params = nnx.state(model, nnx.Param)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     text = card(

@@ -20,8 +20,9 @@ from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from models.load import load_run, write_atomic
-from models.transformer import Transformer
+from models.files.atomic import write_atomic
+from models.files.runs import load_run
+from models.network.transformer import Transformer
 from train import data
 from train.commands import OfRuns
 from train.files.folder import read_text

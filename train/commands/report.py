@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from models.load import write_atomic
+from models.files.atomic import write_atomic
 from train import telemetry
 from train.commands import OfRuns
 from train.commands.compare import collect

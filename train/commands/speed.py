@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
-from models.config import Method
-from models.load import load_run, write_atomic
+from models.files.atomic import write_atomic
+from models.files.runs import load_run
+from models.network.config import Method
 from train import data, step
 from train.commands import OfRuns
 from train.config import TrainConfig

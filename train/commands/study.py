@@ -25,7 +25,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from models.load import write_atomic
+from models.files.atomic import write_atomic
 from train.commands.recipes import STAGES, Run
 from train.plots import plot_study
 

@@ -3,7 +3,7 @@
     RUN/checkpoints/STEP/  items: model (what models/ loads), optimizer, progress
 
 A checkpoint appears under its number by a rename once it is complete, so a killed run
-leaves no half-written one. `models/load.py` owns the format and reads it.
+leaves no half-written one. `models/files/runs.py` owns the format and reads it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from models import load
+from models.files import runs
 from train.config import TrainConfig
 from train.files.folder import CheckpointError
 from train.step import TrainState
@@ -38,7 +38,7 @@ class Checkpoints:
             out: run folder.
             keep: newest checkpoints to keep.
         """
-        self.folder = out.resolve() / load.CHECKPOINTS
+        self.folder = out.resolve() / runs.CHECKPOINTS
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -146,7 +146,7 @@ class Checkpoints:
             progress = dict(restored["progress"])
             if progress["step"] != step:
                 raise ValueError(f"it says that it is of step {progress['step']}")
-            model = load.restore_model(config.model, restored["model"])
+            model = runs.restore_model(config.model, restored["model"])
             _, params, rest = nnx.split(model, nnx.Param, ...)
             key = jax.random.wrap_key_data(jnp.asarray(progress["key"], jnp.uint32))
             opt_state = _from_path(template.opt_state, restored["optimizer"])

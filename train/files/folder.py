@@ -5,7 +5,7 @@
     RUN/checkpoints/     see `train.files.checkpoints`
     RUN/metrics.csv ...  see `train.files.metrics`
 
-`models/load.py` owns the format of config.json and tokenizer.json and reads them.
+`models/files/` owns the formats of config.json and tokenizer.json.
 """
 
 from __future__ import annotations
@@ -14,14 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from models import load
-from models.tokenizer import (
-    BPETokenizer,
-    ByteTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    train_bpe,
-)
+from models.files import runs
+from models.files.vocabulary import load_tokenizer, save_tokenizer
+from models.text.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 from train.config import TrainConfig, differences
 from train.data import Corpus, load_corpus, split
 
@@ -46,7 +41,7 @@ def check_folder(out: Path, *, resume: bool) -> bool:
     """
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file, not a folder: give another --out")
-    if (out / load.CONFIG_FILE).exists():
+    if (out / runs.CONFIG_FILE).exists():
         if not resume:
             raise CheckpointError(
                 f"{out} already holds a run: continue it with --resume, or give "
@@ -105,14 +100,14 @@ def read_config(out: Path) -> tuple[TrainConfig, dict[str, Any]]:
         CheckpointError: damaged, or not the config of a run.
     """
     try:
-        model, options = load.read_run_config(out)
+        model, options = runs.read_run_config(out)
         corpus = dict(options.pop("corpus"))
         return TrainConfig.from_dict(options, model=model), corpus
-    except load.ModelFileError as error:
+    except runs.ModelFileError as error:
         raise CheckpointError(str(error)) from error
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{out / load.CONFIG_FILE} does not describe a training run ({error}): "
+            f"{out / runs.CONFIG_FILE} does not describe a training run ({error}): "
             "restore it from a copy, or start a new run in another --out"
         ) from error
 
@@ -171,10 +166,9 @@ def _create(
     options = config.to_dict() | {"corpus": about}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if isinstance(tokenizer, BPETokenizer):
-            tokenizer.save(out)
+        save_tokenizer(out, tokenizer)
         # Last: a folder with a config is a run.
-        load.write_run_config(out, config.model, train=options)
+        runs.write_run_config(out, config.model, train=options)
     except OSError as error:
         raise CheckpointError(
             f"cannot write in the folder {out} ({error.strerror}): give another --out"

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-from models.rope import RopeScaling, frequencies
+from models.network.rope import RopeScaling, frequencies
 
 AttentionKind = Literal[
     "softmax", "relu", "relu_length", "threshold_relu", "differential_relu", "entmax"
@@ -64,7 +64,7 @@ class ModelConfig:
         "threshold_relu", ReLU^p on unit-norm queries and keys above a threshold that
         grows with the visible length, RMSNorm on the output; "differential_relu", one
         such view minus a learnable share of a second one (twice the query and key
-        heads); "entmax", 1.5-entmax, whose threshold only dense scores yield.
+        heads); "entmax", 1.5-entmax, softmax with exact zeros.
       relu_power: p of the ReLU kinds; 3 trains best in the recipe study.
       threshold: thresholded kinds: "gaussian" takes scores between unit vectors for
         normal, "cap" uses their exact law, which matters for head_dim up to 16.
@@ -83,7 +83,7 @@ class ModelConfig:
       tail: with either: what is left out acts through sketches, its values as means of
         so many consecutive keys. See `hsrjax.Softmax`.
       rope_theta: base of the RoPE wavelengths.
-      rope_scaling: how they are stretched for longer rows, see `models.rope`.
+      rope_scaling: how they are stretched for longer rows, see `models.network.rope`.
       rotary_dim: first dimensions of a query and key head that turn; None is all.
       nope_interval: every so many layers, one has no positions (SmolLM3).
       window: keys a query sees, itself included; None is all up to itself.

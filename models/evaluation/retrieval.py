@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from models import tasks
-from models.generate import generate
-from models.tokenizer import Tokenizer
-from models.transformer import Transformer
-from models.vocabulary import PretrainedTokenizer
+from models.decoding.generation import generate
+from models.evaluation import tasks
+from models.network.transformer import Transformer
+from models.text.tokenizer import PretrainedTokenizer, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,13 +178,3 @@ def draw(lines: Sequence[dict[str, Any]], label: str) -> Figure:
         axes.text(column, row, f"{score:.2f}", ha="center", va="center", **style)
     figure.colorbar(image, label="share of answers found")
     return figure
-
-
-def read_haystack(path: Path | None) -> tuple[str, ...]:
-    """Sentences of a text file, or none."""
-    if path is None:
-        return ()
-    try:
-        return sentences_of(path.read_text(encoding="utf-8", errors="replace"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error

@@ -1,28 +1,30 @@
-"""Text to tokens and back: bytes as they are, or byte-level BPE by `tokenizers`.
+"""Text to tokens and back: bytes as they are, byte-level BPE, published vocabularies.
 
-Both are lossless on UTF-8 text and know how many bytes a token stands for, so that
-losses compare whatever the vocabulary.
+All know how many bytes a token stands for, so that losses compare whatever the
+vocabulary. `models.files.vocabulary` reads them from files and writes them.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from models.load import write_atomic
+from models.text.chat import Message, render
 
-FILE = "tokenizer.json"
+SPACE = "\u2581"
+"""How SentencePiece writes a space."""
 _PIECE = 1 << 18  # bytes of text that are tokenized as one
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 class TokenizerError(ValueError):
-    """A tokenizer's file is missing, damaged or of another vocabulary."""
+    """A vocabulary cannot be made, or its file is damaged or of another model."""
 
 
 class Tokenizer(Protocol):
@@ -92,9 +94,80 @@ class BPETokenizer:
         """The bytes of the tokens, which may end inside a character."""
         return b"".join(self._texts[token] for token in tokens)
 
-    def save(self, folder: Path) -> None:
-        """Writes tokenizer.json in a folder."""
-        write_atomic(folder / FILE, self.inner.to_str(pretty=True))
+
+class PretrainedTokenizer:
+    """A published tokenizer, as `train` and `generate` need one.
+
+    Args:
+      inner: of the `tokenizers` package.
+      vocab_size: V of the model, which may be padded beyond the tokenizer's.
+      stops: tokens that end a text.
+      chat_template: Jinja template that arranges a conversation, if there is one.
+      special: how the template calls special tokens, and how these are written.
+
+    Attributes:
+      vocab_size: V.
+      token_bytes: i32[V], bytes that each token stands for; special ones are 0.
+      stops: as given.
+
+    Raises:
+      ValueError: it has tokens that the model has not, or spells in an unknown way.
+    """
+
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        vocab_size: int,
+        stops: frozenset[int] = frozenset(),
+        chat_template: str | None = None,
+        special: Mapping[str, str] | None = None,
+    ) -> None:
+        self.inner, self.vocab_size, self.stops = inner, vocab_size, stops
+        self._template, self._special = chat_template, special or {}
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        if not vocabulary or max(vocabulary.values()) >= vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(vocabulary)} tokens up to number "
+                f"{max(vocabulary.values(), default=-1)} and the model {vocab_size}"
+            )
+        spell = _spelling(inner)
+        added = inner.get_added_tokens_decoder()
+        self._texts = [b""] * vocab_size
+        for text, number in vocabulary.items():
+            if number not in added:
+                self._texts[number] = spell(text)
+            elif not added[number].special:
+                self._texts[number] = text.encode()
+        self.token_bytes = np.array([len(text) for text in self._texts], np.int32)
+
+    def encode(self, text: bytes, *, is_start: bool = True) -> np.ndarray:
+        """Tokens i32[n] of a text.
+
+        Args:
+          text: UTF-8; other bytes become U+FFFD.
+          is_start: begin with the token that the model expects first.
+        """
+        readable = text.decode("utf-8", errors="replace")
+        found = self.inner.encode(readable, add_special_tokens=is_start)
+        return np.array(found.ids, np.int32)
+
+    def encode_chat(self, messages: Sequence[Message]) -> np.ndarray:
+        """Tokens i32[n] of a conversation and the beginning of the answer.
+
+        Raises:
+          ValueError: the model has no chat template, or it does not render.
+        """
+        if self._template is None:
+            raise ValueError(
+                "the model has no chat template: it continues texts, without --chat"
+            )
+        text = render(self._template, messages, special=self._special)
+        return self.encode(text.encode(), is_start=False)  # it is written
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        """The bytes of the tokens, which may end inside a character."""
+        return b"".join(self._texts[token] for token in tokens)
 
 
 def train_bpe(text: bytes, *, vocab_size: int) -> BPETokenizer:
@@ -132,32 +205,6 @@ def train_bpe(text: bytes, *, vocab_size: int) -> BPETokenizer:
     return BPETokenizer(inner)
 
 
-def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a run folder: its tokenizer.json, or bytes where there is none.
-
-    Raises:
-      TokenizerError: the file is damaged, or does not fit the model's vocabulary.
-    """
-    path = folder / FILE
-    if not path.exists():
-        found: Tokenizer = ByteTokenizer()
-    else:
-        try:
-            found = BPETokenizer(tokenizers.Tokenizer.from_file(str(path)))
-        except Exception as error:  # the package raises Exception itself
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise TokenizerError(
-                f"{path} is not a byte-level BPE tokenizer ({reason[0][:200]}): "
-                "restore it from a copy"
-            ) from error
-    if found.vocab_size != vocab_size:
-        raise TokenizerError(
-            f"{folder} has a tokenizer of {found.vocab_size} tokens and a model of "
-            f"{vocab_size}: restore {FILE} from a copy"
-        )
-    return found
-
-
 def byte_alphabet() -> dict[int, str]:
     """The character that byte-level BPE writes for each byte (as GPT-2 does)."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -175,3 +222,26 @@ def _pieces(text: str) -> list[str]:
             cut.append(start)
     ends = [*cut[1:], len(text)]
     return [text[a:b] for a, b in zip(cut, ends, strict=True) if b > a]
+
+
+def _spelling(inner: tokenizers.Tokenizer) -> Any:
+    """The function from a token as it is written to the bytes that it stands for."""
+    written = json.dumps(json.loads(inner.to_str()).get("decoder"))
+    if "ByteLevel" in written:
+        alphabet = {character: byte for byte, character in byte_alphabet().items()}
+
+        def spell(token: str) -> bytes:
+            if all(character in alphabet for character in token):
+                return bytes(alphabet[character] for character in token)
+            return token.encode()
+
+    elif "ByteFallback" in written or "Metaspace" in written:
+
+        def spell(token: str) -> bytes:
+            if byte := _BYTE.fullmatch(token):
+                return bytes.fromhex(byte[1])
+            return token.replace(SPACE, " ").encode()
+
+    else:
+        raise ValueError("the tokenizer is neither byte-level nor SentencePiece BPE")
+    return spell

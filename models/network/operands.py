@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 import hsrjax
-from models.transformer import Transformer
+from models.network.attention import Rule
+from models.network.transformer import Transformer
 
 
 class Operands(NamedTuple):
@@ -18,13 +19,13 @@ class Operands(NamedTuple):
       query: f32[B, T, N, H], scaled: scores are plain inner products.
       key: f32[B, T, K, H].
       value: f32[B, T, K, D].
-      activation: ReLU with biases [B, T, N], or Softmax.
+      activation: ReLU with biases [B, T, N], Softmax or Entmax.
     """
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
-    activation: hsrjax.ReLU | hsrjax.Softmax
+    activation: Rule
 
 
 def attention_operands(model: Transformer, tokens: jax.Array) -> list[Operands]:
@@ -43,9 +44,7 @@ def attention_operands(model: Transformer, tokens: jax.Array) -> list[Operands]:
     for block in model.blocks:
         attention = block.attention
         query, key, value = attention.project(block.attention_norm(stream), positions)
-        activation, scale = attention.rule(
-            query, key, positions, threshold_scale, key_positions=positions
-        )
+        activation, scale = attention.rule(positions, threshold_scale)
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
         if isinstance(activation, hsrjax.ReLU):
             bias = jnp.asarray(activation.bias, jnp.float32)
@@ -55,3 +54,34 @@ def attention_operands(model: Transformer, tokens: jax.Array) -> list[Operands]:
         found.append(Operands(query * scale, key, value, activation))
         stream, _ = block(stream, positions, threshold_scale)
     return found
+
+
+def as_relu(operands: Operands) -> Operands:
+    """Entmax as the ReLU^2 attention of the same weights; others as they are.
+
+    The best key of a row, of weight (s / 2 - tau)^2, tells the threshold tau of all.
+    Cost and memory O(B N T^2).
+    """
+    query, key, value, activation = operands
+    if not isinstance(activation, hsrjax.Entmax):
+        return operands
+    batch, length, kv_heads = key.shape[:3]
+    one_each = jnp.eye(length)[None, :, None]  # as values they bring out the weights
+    weights = cast(
+        jax.Array,
+        hsrjax.attention(
+            query,
+            key,
+            jnp.broadcast_to(one_each, (batch, length, kv_heads, length)),
+            activation=activation,
+            method="dense",
+            is_causal=True,
+            scale=1.0,
+        ),
+    )
+    heads = jnp.repeat(key, query.shape[2] // kv_heads, axis=2)
+    scores = jnp.einsum("btnh,bsnh->btns", query / 2, heads, precision="highest")
+    best = jnp.argmax(weights, axis=-1)[..., None]
+    peak = jnp.take_along_axis(scores, best, axis=-1)[..., 0]
+    tau = peak - jnp.sqrt(jnp.max(weights, axis=-1))
+    return Operands(query / 2, key, value, hsrjax.ReLU(2, tau, "row_sum"))

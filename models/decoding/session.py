@@ -13,15 +13,15 @@ import numpy as np
 from flax import nnx
 
 import hsrjax
-from models.sampling import sample
-from models.transformer import Caches, Transformer
+from models.decoding.sampling import sample
+from models.network.transformer import Caches, Transformer
 
 _SHORTEST_PIECE = 32
 _LONGEST_PIECE = 1024
 
 
 class Sampling(NamedTuple):
-    """The static options of `models.sampling.sample`."""
+    """The static options of `models.decoding.sampling.sample`."""
 
     temperature: float = 0.0
     top_k: int | None = None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from models.config import ModelConfig
+from models.network.config import ModelConfig
 
 
 class Part(NamedTuple):

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 import hsrjax
-from models.attention import Attention
-from models.config import Method, ModelConfig
-from models.layers import FeedForward, RMSNorm
-from models.remat import remat as again
+from models.network.attention import Attention
+from models.network.config import Method, ModelConfig
+from models.network.layers import FeedForward, RMSNorm
+from models.network.remat import remat as again
 
 Caches = tuple[hsrjax.KVCache, ...]  # one per layer
 

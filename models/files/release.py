@@ -1,20 +1,20 @@
 """A trained model as two files: config.json and model.safetensors.
 
-What `python -m train export` writes and `models.load.load_run` reads like a run folder.
-Variables have names like "blocks.0.mlp.up.kernel"; float16 halves the file and is made
-float32 again when it is read.
+What `python -m train export` writes and `load_run` reads like a run folder. Variables
+have names like "blocks.0.mlp.up.kernel"; float16 halves the file and is made float32
+again when it is read.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from models.files.atomic import replacing
 
 WEIGHTS = "model.safetensors"
 _DTYPES = {"F32": np.float32, "F16": np.float16}
@@ -46,15 +46,8 @@ def write_weights(
             stored[name] = np.array(value, dtype=kind, order="C")
         if not np.isfinite(stored[name]).all():
             raise ValueError(f"{name} holds values that are not finite in {dtype}")
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{WEIGHTS}.")
-    os.close(handle)
-    try:
+    with replacing(folder / WEIGHTS) as temporary:
         safetensors.numpy.save_file(stored, temporary, metadata={"format": "np"})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, folder / WEIGHTS)
-    except BaseException:
-        os.unlink(temporary)
-        raise
     return folder / WEIGHTS
 
 

@@ -6,14 +6,13 @@ RUN/checkpoints/   an orbax CheckpointManager folder, one sub-folder per step; e
                    holds an item "model" (`model_item`, every variable of the model
                    including ThresholdScale) beside items that only training reads
 
-A released model has model.safetensors (`models.release`) in place of checkpoints.
+A released model has model.safetensors (`models.files.release`) in place of checkpoints.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +23,10 @@ import tensorstore as ts
 from etils import epath
 from flax import nnx
 
-from models import release
-from models.config import Method, ModelConfig
-from models.transformer import Transformer, abstract_model, with_attention
+from models.files import release
+from models.files.atomic import write_atomic
+from models.network.config import Method, ModelConfig
+from models.network.transformer import Transformer, abstract_model, with_attention
 
 FORMAT = "hsrjax-run"
 VERSION = 1
@@ -37,27 +37,6 @@ MODEL_ITEM = "model"
 
 class ModelFileError(ValueError):
     """A model's files are missing, damaged or of another program."""
-
-
-def write_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file so that a reader sees the old text or the new, never a part.
-
-    Args:
-      path: the file; its folder must exist.
-      text: written as UTF-8.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def write_run_config(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.config import ModelConfig
+from models.network.config import ModelConfig
 
 lecun_normal = nnx.initializers.lecun_normal
 

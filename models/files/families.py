@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from models.config import ComputeDtype, ModelConfig
-from models.rope import RopeScaling
-from models.stored import Stored
+from models.files.stored import Stored
+from models.network.config import ComputeDtype, ModelConfig
+from models.network.rope import RopeScaling
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 

@@ -89,7 +89,7 @@ def make(
     if not fits(0):
         raise ValueError(
             f"{length} tokens are too few for a task of the kind {kind}: the shortest "
-            "needs more; give a larger --context"
+            "needs more; give larger --contexts"
         )
     low, high = 0, 1
     while fits(high):

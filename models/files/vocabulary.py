@@ -1,21 +1,26 @@
-"""Tokenizers of published models: from tokenizer.json, or rebuilt from a GGUF file."""
+"""Tokenizers in files: tokenizer.json of a run or a published model, GGUF's tables."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from models.chat import Message, render
-from models.stored import read_json
-from models.tokenizer import FILE, byte_alphabet
+from models.files.atomic import write_atomic
+from models.files.stored import read_json
+from models.text.tokenizer import (
+    SPACE,
+    BPETokenizer,
+    ByteTokenizer,
+    PretrainedTokenizer,
+    Tokenizer,
+    TokenizerError,
+)
 
+FILE = "tokenizer.json"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
 _WORDS = rf"{_BEFORE}\p{{L}}+"
@@ -34,83 +39,38 @@ _CUTS = {
 }
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # tokenizer.ggml.token_type
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-_BYTE = re.compile("<0x([0-9A-F]{2})>")
-_SPACE = "\u2581"
 
 
-class PretrainedTokenizer:
-    """A published tokenizer, as `train` and `generate` need one.
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes tokenizer.json into a run folder; bytes need none."""
+    if isinstance(tokenizer, BPETokenizer):
+        write_atomic(folder / FILE, tokenizer.inner.to_str(pretty=True))
 
-    Args:
-      inner: of the `tokenizers` package.
-      vocab_size: V of the model, which may be padded beyond the tokenizer's.
-      stops: tokens that end a text.
-      chat_template: Jinja template that arranges a conversation, if there is one.
-      special: how the template calls special tokens, and how these are written.
 
-    Attributes:
-      vocab_size: V.
-      token_bytes: i32[V], bytes that each token stands for; special ones are 0.
-      stops: as given.
+def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a run folder: its tokenizer.json, or bytes where there is none.
 
     Raises:
-      ValueError: it has tokens that the model has not, or spells in an unknown way.
+      TokenizerError: the file is damaged, or does not fit the model's vocabulary.
     """
-
-    def __init__(
-        self,
-        inner: tokenizers.Tokenizer,
-        *,
-        vocab_size: int,
-        stops: frozenset[int] = frozenset(),
-        chat_template: str | None = None,
-        special: Mapping[str, str] | None = None,
-    ) -> None:
-        self.inner, self.vocab_size, self.stops = inner, vocab_size, stops
-        self._template, self._special = chat_template, special or {}
-        vocabulary = inner.get_vocab(with_added_tokens=True)
-        if not vocabulary or max(vocabulary.values()) >= vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(vocabulary)} tokens up to number "
-                f"{max(vocabulary.values(), default=-1)} and the model {vocab_size}"
-            )
-        spell = _spelling(inner)
-        added = inner.get_added_tokens_decoder()
-        self._texts = [b""] * vocab_size
-        for text, number in vocabulary.items():
-            if number not in added:
-                self._texts[number] = spell(text)
-            elif not added[number].special:
-                self._texts[number] = text.encode()
-        self.token_bytes = np.array([len(text) for text in self._texts], np.int32)
-
-    def encode(self, text: bytes, *, is_start: bool = True) -> np.ndarray:
-        """Tokens i32[n] of a text.
-
-        Args:
-          text: UTF-8; other bytes become U+FFFD.
-          is_start: begin with the token that the model expects first.
-        """
-        readable = text.decode("utf-8", errors="replace")
-        found = self.inner.encode(readable, add_special_tokens=is_start)
-        return np.array(found.ids, np.int32)
-
-    def encode_chat(self, messages: Sequence[Message]) -> np.ndarray:
-        """Tokens i32[n] of a conversation and the beginning of the answer.
-
-        Raises:
-          ValueError: the model has no chat template, or it does not render.
-        """
-        if self._template is None:
-            raise ValueError(
-                "the model has no chat template: it continues texts, without --chat"
-            )
-        text = render(self._template, messages, special=self._special)
-        return self.encode(text.encode(), is_start=False)  # it is written
-
-    def decode(self, tokens: Sequence[int]) -> bytes:
-        """The bytes of the tokens, which may end inside a character."""
-        return b"".join(self._texts[token] for token in tokens)
+    path = folder / FILE
+    if not path.exists():
+        found: Tokenizer = ByteTokenizer()
+    else:
+        try:
+            found = BPETokenizer(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the package raises Exception itself
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise TokenizerError(
+                f"{path} is not a byte-level BPE tokenizer ({reason[0][:200]}): "
+                "restore it from a copy"
+            ) from error
+    if found.vocab_size != vocab_size:
+        raise TokenizerError(
+            f"{folder} has a tokenizer of {found.vocab_size} tokens and a model of "
+            f"{vocab_size}: restore {FILE} from a copy"
+        )
+    return found
 
 
 def from_folder(folder: Path, *, vocab_size: int) -> PretrainedTokenizer | None:
@@ -272,32 +232,9 @@ def _sentence_piece(
     )
     inner = tokenizers.Tokenizer(bpe)
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    before = [normalizers.Prepend(_SPACE)] if prefix else []
-    inner.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", _SPACE)])
+    before = [normalizers.Prepend(SPACE)] if prefix else []
+    inner.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
     inner.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     return inner
-
-
-def _spelling(inner: tokenizers.Tokenizer) -> Any:
-    """The function from a token as it is written to the bytes that it stands for."""
-    written = json.dumps(json.loads(inner.to_str()).get("decoder"))
-    if "ByteLevel" in written:
-        alphabet = {character: byte for byte, character in byte_alphabet().items()}
-
-        def spell(token: str) -> bytes:
-            if all(character in alphabet for character in token):
-                return bytes(alphabet[character] for character in token)
-            return token.encode()
-
-    elif "ByteFallback" in written or "Metaspace" in written:
-
-        def spell(token: str) -> bytes:
-            if byte := _BYTE.fullmatch(token):
-                return bytes.fromhex(byte[1])
-            return token.replace(_SPACE, " ").encode()
-
-    else:
-        raise ValueError("the tokenizer is neither byte-level nor SentencePiece BPE")
-    return spell

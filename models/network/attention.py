@@ -1,19 +1,18 @@
-"""Self-attention by hsrjax: its kinds, RoPE, grouped heads, the flax adapter."""
+"""Self-attention by hsrjax: its kinds, RoPE, grouped heads."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import hsrjax
-from models.config import Method, ModelConfig
-from models.entmax import entmax_threshold
-from models.layers import RMSNorm, lecun_normal, residual_init, unit_norm
-from models.rope import rotate
+from models.network.config import ModelConfig
+from models.network.layers import RMSNorm, lecun_normal, residual_init, unit_norm
+from models.network.rope import rotate
+
+Rule = hsrjax.ReLU | hsrjax.Softmax | hsrjax.Entmax
+"""Weight functions of the kinds of attention."""
 
 
 class Attention(nnx.Module):
@@ -97,10 +96,8 @@ class Attention(nnx.Module):
           f[B, T, E], and hsrjax's info (None unless asked for).
         """
         query, key, value = self.project(inputs, positions)
-        activation, scale = self.rule(
-            query, key, positions, threshold_scale, key_positions=positions
-        )
-        result: Any = hsrjax.attention(
+        activation, scale = self.rule(positions, threshold_scale)
+        result = hsrjax.attention(
             query,
             key,
             self._in_views(value),
@@ -112,7 +109,7 @@ class Attention(nnx.Module):
             capacity=self.config.capacity,
             return_info=return_info,
         )
-        attended, info = result if return_info else (result, None)
+        attended, info = result if isinstance(result, tuple) else (result, None)
         return self._finish(attended, value), info
 
     def step(
@@ -141,13 +138,7 @@ class Attention(nnx.Module):
         cache = hsrjax.extend(cache, key, self._in_views(value), lengths=lengths)
         offsets = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None, :]
         seen_from = jnp.where(offsets < lengths[:, None], positions, -1)
-        activation, scale = self.rule(
-            query,
-            jnp.moveaxis(cache.index.keys, 1, 2),
-            seen_from,
-            threshold_scale,
-            key_positions=jnp.arange(cache.index.keys.shape[2], dtype=jnp.int32)[None],
-        )
+        activation, scale = self.rule(positions, threshold_scale)
         attended, info = hsrjax.decode_attention(
             query,
             cache,
@@ -190,22 +181,13 @@ class Attention(nnx.Module):
         )
 
     def rule(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        positions: jax.Array,
-        threshold_scale: jax.Array,
-        *,
-        key_positions: jax.Array,
-    ) -> tuple[hsrjax.ReLU | hsrjax.Softmax, float]:
+        self, positions: jax.Array, threshold_scale: jax.Array
+    ) -> tuple[Rule, float]:
         """The weight function of queries, and what multiplies their scores.
 
         Args:
-          query: f[B, T, W N, H].
-          key: f[B, S, W K, H]; only "entmax" looks at them.
           positions: i32[B, T]; a query sees keys up to its own position.
           threshold_scale: f32[].
-          key_positions: i32[B, S]; B may be 1.
         """
         config = self.config
         kind, scale = config.attention_kind, config.head_dim**-0.5
@@ -215,9 +197,7 @@ class Attention(nnx.Module):
             )
             return activation, scale
         if kind == "entmax":
-            visible = key_positions[:, None, :] <= positions[:, :, None]
-            tau = entmax_threshold(query, key, visible, scale=scale / 2)
-            return hsrjax.ReLU(power=2, bias=tau, normalize="row_sum"), scale / 2
+            return hsrjax.Entmax(), scale
         if not config.is_thresholded:
             bias = self.bias[...][None, None, :]
             normalize = "length" if kind == "relu_length" else "row_sum"
@@ -249,95 +229,3 @@ class Attention(nnx.Module):
         if config.normalizes_output:
             attended = self.out_norm(attended)
         return self.out(attended)
-
-
-def hsr_attention_fn(
-    *,
-    activation: hsrjax.ReLU | hsrjax.Softmax,
-    method: Method = "auto",
-    scale: float | None = None,
-    capacity: int | None = None,
-) -> Callable[..., jax.Array]:
-    """Makes `flax.nnx.MultiHeadAttention` attend by hsrjax.
-
-    Args:
-      activation: `hsrjax.ReLU(...)` or `hsrjax.Softmax(...)`.
-      method: "dense", "hsr" or "auto".
-      scale: multiplies the scores; None is 1/sqrt(H).
-      capacity: slots of the hsr method; None lets hsrjax choose.
-
-    Returns:
-      A function for the argument `attention_fn`. It takes `is_causal` from the layer's
-      call and refuses what hsrjax cannot honour: masks, dropout on the weights and
-      sowing the weights, which are never all computed.
-
-    Example:
-      >>> attention_fn = hsr_attention_fn(activation=hsrjax.ReLU(power=2))
-      >>> layer = nnx.MultiHeadAttention(4, 32, attention_fn=attention_fn, decode=False,
-      ...                                rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((1, 8, 32)), is_causal=True).shape
-      (1, 8, 32)
-    """
-
-    def attention_fn(
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        bias: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        *,
-        dropout_rate: float = 0.0,
-        deterministic: bool = True,
-        dtype: Any = None,
-        module: nnx.Module | None = None,
-        is_causal: bool = False,
-        **ignored: Any,  # dropout_rng, broadcast_dropout, precision: never loosened
-    ) -> jax.Array:
-        dropping = dropout_rate > 0 and not deterministic
-        _refuse(bias, mask, dropping=dropping, sowing=module is not None)
-        if dtype is not None:
-            query, key, value = (x.astype(dtype) for x in (query, key, value))
-        lead = query.shape[:-3]
-        query, key, value = (
-            x.reshape((-1, *x.shape[-3:])) for x in (query, key, value)
-        )
-        out: Any = hsrjax.attention(
-            query,
-            key,
-            value,
-            activation=activation,
-            method=method,
-            is_causal=is_causal,
-            scale=scale,
-            capacity=capacity,
-        )
-        return out.reshape((*lead, *out.shape[-3:]))
-
-    return attention_fn
-
-
-def _refuse(bias: Any, mask: Any, *, dropping: bool, sowing: bool) -> None:
-    if mask is not None:
-        raise ValueError(
-            "hsr_attention_fn: mask must be None, got an array of shape "
-            f"{mask.shape}; for a causal mask call the layer with is_causal=True, and "
-            "for decoding use models.transformer.Transformer.step or "
-            "hsrjax.decode_attention."
-        )
-    if bias is not None:
-        raise ValueError(
-            "hsr_attention_fn: bias must be None because half-space reporting knows "
-            f"only <query, key>, got an array of shape {bias.shape}; a bias per row or "
-            "head goes into hsrjax.ReLU(bias=...)."
-        )
-    if dropping:
-        raise ValueError(
-            "hsr_attention_fn: dropout on the attention weights is not supported; "
-            "build the layer with dropout_rate=0 or call it with deterministic=True, "
-            "and apply dropout to its output."
-        )
-    if sowing:
-        raise ValueError(
-            "hsr_attention_fn: sow_weights=True asks for weights that are never all "
-            "computed; call the layer with sow_weights=False."
-        )

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 import hsrjax
-from models.transformer import Transformer, with_length
+from models.network.transformer import Transformer, with_length
 
 _PIECE = 256  # positions whose logits exist at the same time
 

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from models import mapping
-from models.config import ComputeDtype
-from models.families import gguf_fields, model_config
-from models.gguf_file import GGUFFile
-from models.load import ModelFileError, by_name, model_item, restore_model
-from models.stored import SafetensorsFolder, Stored, inside, read_json
-from models.transformer import Transformer, abstract_model
-from models.vocabulary import PretrainedTokenizer, from_folder, from_gguf
+from models.files import mapping
+from models.files.families import gguf_fields, model_config
+from models.files.gguf_file import GGUFFile
+from models.files.runs import ModelFileError, by_name, model_item, restore_model
+from models.files.stored import SafetensorsFolder, Stored, inside, read_json
+from models.files.vocabulary import from_folder, from_gguf
+from models.network.config import ComputeDtype
+from models.network.transformer import Transformer, abstract_model
+from models.text.tokenizer import PretrainedTokenizer
 
 CONFIG = "config.json"
 _BAR: dict[str, Any] = {"unit": "tensor", "delay": 2, "leave": False, "disable": None}

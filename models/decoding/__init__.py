@@ -1,0 +1,1 @@
+"""Texts continued token by token on growing caches."""

@@ -1,0 +1,1 @@
+"""Formats of files: runs, releases, Hugging Face folders, GGUF, tokenizers."""
