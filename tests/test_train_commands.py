@@ -13,7 +13,7 @@ import pytest
 
 from models.decoding.generation import Generation, Phase
 from models.files.runs import load_run
-from train import demo, plots, step, telemetry
+from train import data, demo, plots, step, telemetry
 from train.__main__ import main
 from train.commands import compare, length
 from train.config import PRESETS
@@ -249,10 +249,20 @@ def test_runs_that_cannot_be_compared(copy, tmp_path):
 # --- longer rows, and the time of a step ---
 
 
+def test_rows_are_whole_spread_and_limited():
+    stretches = [np.arange(100), np.arange(1000, 1050)]
+    rows = length.rows_of(stretches, 19, limit=10**6)
+    assert rows.shape == (7, 20)
+    np.testing.assert_array_equal(rows[-1], np.arange(1020, 1040))
+    assert length.rows_of(stretches, 19, limit=57).shape == (3, 20)
+    with pytest.raises(ValueError, match=r"has 100 tokens, fewer than rows of 100"):
+        length.rows_of(stretches, 100, limit=10**6)
+
+
 def test_at_the_training_length_it_is_the_loss_of_training(run):
     model = load_run(run[0])
     _, corpus, _ = read_text(run[0])
-    stretches = length.held_out(corpus, row_length=32)
+    stretches = data.held_out(corpus, row_length=32)
     rows = length.rows_of(stretches, 32, limit=320)
     found = length.measure(model, rows, token_bytes=np.ones(256, np.int32))
     losses, fired = jax.jit(step.row_losses)(model, rows)
@@ -280,11 +290,13 @@ def test_length_writes_table_and_picture(run, tmp_path, capsys):
     assert len((out / "length.csv").read_text().splitlines()) == 3
 
 
-def test_speed_starts_from_the_trained_model(run, tmp_path, capsys):
+def test_speed_starts_from_the_trained_model(run, tmp_path, capsys, count_compiles):
     folder, results = run
     out = tmp_path / "speed.json"
     words = ["speed", str(folder), "--attention", "dense", "hsr", "--rounds", "2"]
-    assert main([*words, "--batch", "4", "--out", str(out), "--json"]) == 0
+    with count_compiles() as compiles:
+        assert main([*words, "--batch", "4", "--out", str(out), "--json"]) == 0
+    assert compiles["train_step"] == 2  # or the time of a step is that of compiling it
     rows = last_json(capsys)
     assert json.loads(out.read_text()) == rows
     dense, hsr = rows

@@ -65,7 +65,7 @@ def measure_runs(command: Command) -> list[dict[str, Any]]:
     for run in command.runs:
         config, corpus, tokenizer = read_text(run)
         model, length = load_run(run), config.row_length
-        stretches = held_out(corpus, row_length=length)
+        stretches = data.held_out(corpus, row_length=length)
         for factor in tqdm(command.factors, desc=run.name, file=sys.stderr):
             cut = rows_of(stretches, factor * length, limit=command.tokens)
             measured = measure(model, cut, token_bytes=tokenizer.token_bytes)
@@ -79,15 +79,6 @@ def measure_runs(command: Command) -> list[dict[str, Any]]:
     write_atomic(command.out / "length.json", json.dumps(rows, indent=2) + "\n")
     save(_draw(rows), command.out / "length.png")
     return rows
-
-
-def held_out(corpus: data.Corpus, *, row_length: int) -> list[np.ndarray]:
-    """The held-out text of a run as stretches u[n] of neighbouring rows."""
-    _, rows = data.split(corpus, row_length=row_length)
-    breaks = np.flatnonzero(np.diff(rows.numbers) != 1) + 1
-    return [
-        rows.data[numbers].reshape(-1) for numbers in np.split(rows.numbers, breaks)
-    ]
 
 
 def rows_of(stretches: list[np.ndarray], length: int, *, limit: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from models.files.atomic import write_atomic
 from models.files.runs import load_run
 from models.network.config import Method
+from models.network.transformer import abstract_model
 from train import data, step
 from train.commands import OfRuns
 from train.config import TrainConfig
@@ -83,8 +84,10 @@ def _of_run(run: Path, command: Command) -> list[dict[str, Any]]:
     rows, _ = data.split(corpus, row_length=config.row_length)
     batches = data.Batches(rows, batch=config.batch, seed=config.seed)
     batch = jnp.asarray(next(batches))
-    model = load_run(run)
-    steps = {name: _Step(model, config, name) for name in command.attention}
+    _, fresh = step.init_state(config)
+    params, rest = nnx.state(load_run(run), nnx.Param, ...)
+    start = dataclasses.replace(fresh, params=params, rest=rest)
+    steps = {name: _Step(start, config, name) for name in command.attention}
     for each in tqdm(steps.values(), desc=f"{run.name}: compiling", file=sys.stderr):
         each(batch)
     for _ in tqdm(range(command.rounds), desc=f"{run.name}: steps", file=sys.stderr):
@@ -112,15 +115,13 @@ def _of_run(run: Path, command: Command) -> list[dict[str, Any]]:
 class _Step:
     """Train steps by one method, each from where the last one led."""
 
-    def __init__(self, model: Any, config: TrainConfig, attention: Method):
-        options = dataclasses.replace(config.model, attention=attention)
-        config = dataclasses.replace(config, model=options)
-        graphdef, fresh = step.init_state(config)
-        params, rest = nnx.state(model, nnx.Param, ...)
-        # Copies: a step consumes the state it is given.
-        params, rest = jax.tree.map(jnp.copy, (params, rest))
-        self._state: TrainState = dataclasses.replace(fresh, params=params, rest=rest)
-        self._step = step.make_train_step(graphdef, config)
+    def __init__(self, start: TrainState, config: TrainConfig, attention: Method):
+        model = abstract_model(dataclasses.replace(config.model, attention=attention))
+        self._step = step.make_train_step(nnx.graphdef(model), config)
+        # A copy, since a step consumes its state; where a step leaves the next one, or
+        # the second step would compile anew.
+        copy = jax.tree.map(jnp.copy, start)
+        self._state: TrainState = jax.device_put(copy, jax.devices()[0])
         self.seconds: list[float] = []
         self.loss = self.nonzero_fraction = float("nan")
 
