@@ -27,8 +27,7 @@ from models.network.config import Method
 from models.network.transformer import Transformer, with_config
 from models.opening import attending, is_published, open_model
 from models.text.tokenizer import Tokenizer
-from train.data import load_corpus
-from train.length import held_out
+from train.data import held_out, load_corpus
 
 CONTEXTS = (1024, 4096, 16384, 65536)
 SHORT = 128

@@ -95,6 +95,17 @@ def test_split_is_disjoint_complete_and_spread(rows):
         assert held_out.numbers.max() == rows - 1
 
 
+def test_stretches_are_the_held_out_rows_in_order():
+    corpus = data.load_corpus()
+    _, rows = data.split(corpus, row_length=32)
+    stretches = data.held_out(corpus, row_length=32)
+    assert len(stretches) == data.SEGMENTS
+    together = np.concatenate(stretches)
+    np.testing.assert_array_equal(together, rows[np.arange(len(rows))].reshape(-1))
+    first = corpus.data[rows.numbers[0] * 33 :][: stretches[0].size]
+    np.testing.assert_array_equal(stretches[0], first)
+
+
 def test_too_small_a_corpus_says_what_is_needed():
     corpus = numbered_corpus(3)
     with pytest.raises(data.DataError, match="has 27 tokens, but at least 34"):

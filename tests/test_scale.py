@@ -1,6 +1,7 @@
 """Training in parts, on many devices, in many processes, and on failing machines."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -15,10 +16,12 @@ import optax
 import pytest
 from flax import nnx
 
-from train import checkpoints, data, processes, step
+from train import data, processes, step
 from train.config import PRESETS
+from train.files import checkpoints
+from train.files.folder import check_folder
+from train.files.metrics import read_csv
 from train.loop import DeviceError, TrainingInterrupted, train
-from train.metrics import read_csv
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -49,6 +52,7 @@ def first_batch(config):
     return jnp.asarray(next(data.Batches(rows, batch=config.batch, seed=0)))
 
 
+@functools.cache
 def one_step(config):
     """Parameters and metrics after a step."""
     graphdef, state = step.init_state(config)
@@ -70,7 +74,7 @@ def losses(run):
 
 
 @pytest.mark.parametrize(
-    "options", [{"accumulate": 4}, {"remat": True}, {"accumulate": 2, "remat": True}]
+    "options", [{"accumulate": 4}, {"accumulate": 2, "remat": True}]
 )
 def test_parts_and_remat_change_rounding_alone(config, options):
     params, measured = one_step(config)
@@ -116,24 +120,6 @@ def test_threshold_waits_for_the_loss(config):
     assert float(scale) == pytest.approx(0.2)
 
 
-def test_a_run_whose_threshold_waits_goes_on_bit_for_bit(
-    config, tmp_path, ctrl_c_before_batch
-):
-    by_loss = dataclasses.replace(config, threshold_schedule="loss")
-    train(by_loss, tmp_path / "whole", progress=False)
-    ctrl_c_before_batch(7)
-    with pytest.raises(TrainingInterrupted):
-        train(by_loss, tmp_path / "cut", progress=False)
-    train(by_loss, tmp_path / "cut", resume=True, progress=False)
-    names = ("whole", "cut")
-    whole, cut = (read_csv(tmp_path / name / "metrics.csv") for name in names)
-    scales = [line["threshold_scale"] for line in whole]
-    assert scales == [line["threshold_scale"] for line in cut]
-    assert scales[0] == 0.0 < scales[-1] <= 0.7
-    assert (np.diff(scales) >= 0).all()
-    np.testing.assert_array_equal(losses(tmp_path / "whole"), losses(tmp_path / "cut"))
-
-
 def test_sparsity_weight_raises_the_learned_scales(config):
     def scales(weight):
         params, measured = one_step(dataclasses.replace(config, sparsity_weight=weight))
@@ -163,8 +149,13 @@ def test_pmap_and_shardings_take_the_same_step(config):
     mapped = jax.pmap(grads, axis_name="device", in_axes=(None, None, 0))
     found, loss = mapped(state.params, state.rest, batch[:, None])
     found = jax.tree.map(lambda x: x[0], found)
-    updates, _ = optimizer.update(found, state.opt_state, state.params)
-    expected = jax.device_get(optax.apply_updates(state.params, updates))
+
+    @jax.jit
+    def updated(state, found):
+        updates, _ = optimizer.update(found, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates)
+
+    expected = jax.device_get(updated(state, found))
 
     batch_sharding, replicated = processes.shardings(split)
     train_step = step.make_train_step(graphdef, split, replicated=replicated)
@@ -216,7 +207,7 @@ def test_two_processes_train_what_one_does(config, finished, tmp_path, repo_root
             )
             for index in (0, 1)
         ]
-        printed = [process.communicate(timeout=240) for process in started]
+        printed = [process.communicate(timeout=1800) for process in started]
         codes = [process.returncode for process in started]
         assert codes == [0, 0], [text[1][-2000:] for text in printed]
         assert "validation_loss" not in printed[1][0]
@@ -239,7 +230,7 @@ def test_processes_that_cannot_meet_are_told_what_to_give(repo_root, tmp_path):
         cwd=repo_root,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 2
@@ -249,39 +240,45 @@ def test_processes_that_cannot_meet_are_told_what_to_give(repo_root, tmp_path):
 
 # --- machines that fail ---
 
+
 _FULL_DISK = """
 import resource, signal, sys
 from train.__main__ import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
-sys.exit(main(sys.argv[2:]))
+for room, out in zip(sys.argv[1::2], sys.argv[2::2]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(room), -1))
+    print("status", main(["--out", out, "--resume"]))
 """
 
 
-@pytest.mark.parametrize("room", [1_500, 60_000])
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(
-    config, finished, tmp_path, repo_root, ctrl_c_before_batch, room
+    config, finished, tmp_path, repo_root, compile_cache, ctrl_c_before_batch
 ):
-    """No file may grow beyond `room` bytes: first the metrics, then a checkpoint."""
-    out = tmp_path / "run"
+    """No file may grow beyond so many bytes: first the metrics, then a checkpoint."""
+    outs = {1_500: tmp_path / "metrics", 60_000: tmp_path / "checkpoint"}
     ctrl_c_before_batch(4)
     with pytest.raises(TrainingInterrupted):
-        train(config, out, progress=False)
-    arguments = [str(room), "--out", str(out), "--resume"]
+        train(config, outs[1_500], progress=False)
+    shutil.copytree(outs[1_500], outs[60_000])
+    words = [str(word) for room_and_out in outs.items() for word in room_and_out]
+    # What was compiled is read from the cache, but not half written to it.
+    cache = compile_cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
     done = subprocess.run(
-        [sys.executable, "-c", _FULL_DISK, *arguments],
+        [sys.executable, "-c", _FULL_DISK, *words],
         cwd=repo_root,
+        env=os.environ | cache,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
         check=False,
     )
-    assert done.returncode == 2, done.stderr[-3000:]
+    assert done.stdout == "status 2\n" * 2, done.stderr[-3000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1, done.stderr[-3000:]
-    assert f"continue with: python -m train --resume --out {out}" in said[0]
-    train(config, out, resume=True, progress=False)
-    np.testing.assert_array_equal(losses(out), losses(finished[0]))
+    assert len(said) == 2, done.stderr[-3000:]
+    for line, out in zip(said, outs.values(), strict=True):
+        assert f"continue with: python -m train --resume --out {out}" in line
+        train(config, out, resume=True, progress=False)
+        np.testing.assert_array_equal(losses(out), losses(finished[0]))
 
 
 def test_a_checkpoint_without_room_is_not_begun(config, tmp_path, monkeypatch):
@@ -310,7 +307,7 @@ def test_a_lost_device_is_one_error(config, tmp_path, monkeypatch):
     with pytest.raises(DeviceError, match=r"after step 12 .*is lost") as e:
         train(config, out, progress=False)
     assert f"{out}/checkpoints/10: once that is mended, continue with" in str(e.value)
-    assert checkpoints.check_folder(out, resume=True)
+    assert check_folder(out, resume=True)
 
 
 def test_bfloat16_computes_and_float32_is_kept(config, finished, tmp_path):

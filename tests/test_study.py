@@ -11,9 +11,9 @@ from flax import nnx
 
 from models.network.config import ModelConfig
 from models.network.transformer import abstract_model
-from train import recipes, study
-from train.__main__ import _parse
-from train.recipes import STAGES, Run
+from train.__main__ import _parse, main
+from train.commands import recipes, study
+from train.commands.recipes import STAGES, Run
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ def test_a_table_keeps_the_runs_of_other_machines(tmp_path):
 def test_another_table_is_not_overwritten(tmp_path, capsys):
     for content in ("a,b\n1,2\n", "name,power\nx,many\n", "name\nx,y\n"):
         (tmp_path / "results.csv").write_text(content)
-        words = ["--out", str(tmp_path), "--results", str(tmp_path)]
-        assert study.main(words) == 2
+        words = ["study", "--out", str(tmp_path), "--results", str(tmp_path)]
+        assert main(words) == 2
         assert "is not a study's table" in capsys.readouterr().err
         assert (tmp_path / "results.csv").read_text() == content
 
@@ -91,8 +91,9 @@ def test_another_table_is_not_overwritten(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_study_trains_skips_and_tabulates(two_runs, tmp_path, capsys):
     out, results = tmp_path / "runs", tmp_path / "results"
-    words = ["test", "--out", str(out), "--results", str(results), "--workers", "2"]
-    assert study.main(words) == 0
+    words = ["study", "test", "--out", str(out), "--results", str(results)]
+    words += ["--workers", "2"]
+    assert main(words) == 0
     with (results / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["one", "two"]
@@ -103,17 +104,17 @@ def test_a_study_trains_skips_and_tabulates(two_runs, tmp_path, capsys):
         assert row["steps"] == "2"
     assert (results / "study.png").read_bytes()[:4] == b"\x89PNG"
     before = (out / "one" / "study.json").stat().st_mtime_ns
-    assert study.main(words) == 0
+    assert main(words) == 0
     assert (out / "one" / "study.json").stat().st_mtime_ns == before
     (out / "two" / "study.json").unlink()
     (out / "two" / "config.json").write_text("{")
-    assert study.main(words) == 1
+    assert main(words) == 1
     assert "two: status 2" in capsys.readouterr().err
     json.loads((out / "one" / "study.json").read_text())
 
 
 def test_refusals(capsys):
-    assert study.main(["nonsense"]) == 2
+    assert main(["study", "nonsense"]) == 2
     assert "there is no stage" in capsys.readouterr().err
-    assert study.main(["--workers", "0"]) == 2
+    assert main(["study", "--workers", "0"]) == 2
     assert "workers must be 1 or more" in capsys.readouterr().err

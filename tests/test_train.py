@@ -1,4 +1,4 @@
-"""train: the loop, resume bit for bit, refusals, the command line."""
+"""train: loss and schedules, the loop, resume bit for bit, refusals."""
 
 import csv
 import dataclasses
@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.decoding.generation import Generation, Phase
 from models.files.runs import load_run
 from models.network.transformer import ThresholdScale, Transformer
-from train import checkpoints, data, demo, plots, step
+from train import data, step
 from train.__main__ import main
 from train.config import PRESETS, TrainConfig, differences
+from train.files import checkpoints
 from train.loop import DivergedError, TrainingInterrupted, train
 
 STEPS = 60
@@ -50,6 +50,28 @@ def finished(config, tmp_path_factory):
     """Folder and results of a run that was never interrupted."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     return out, train(config, out, progress=False)
+
+
+@pytest.fixture(scope="module")
+def split(config, tmp_path_factory):
+    """The same on 8 devices: folder, results, and how the batches lay there."""
+    out, used = tmp_path_factory.mktemp("runs") / "split", set()
+    original = step.make_train_step
+
+    def recording(*arguments, **options):
+        real = original(*arguments, **options)
+
+        def train_step(state, batch):
+            found = batch.sharding
+            used.add((len(found.device_set), found.shard_shape(batch.shape)))
+            return real(state, batch)
+
+        return train_step
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(step, "make_train_step", recording)
+        parallel = dataclasses.replace(config, data_parallel=True)
+        return out, train(parallel, out, progress=False), used
 
 
 @pytest.fixture
@@ -98,6 +120,7 @@ def test_loss_falls_and_the_run_folder_is_complete(finished):
     assert float(lines[0]["threshold_scale"]) == 0
     reached = float(lines[-1]["threshold_scale"])
     assert 0.5 < reached <= 1
+    assert (np.diff([float(line["threshold_scale"]) for line in lines]) >= 0).all()
     assert 0 < results["nonzero_fraction"] < 1
     assert np.shape(results["sparsity"]) == (1, 2)
     assert np.mean(results["sparsity"]) == pytest.approx(results["nonzero_fraction"])
@@ -112,7 +135,9 @@ def test_loss_falls_and_the_run_folder_is_complete(finished):
 def test_loss_and_sparsity_of_a_row_by_definition(config):
     _, held_out = data.split(data.load_corpus(config.data), row_length=32)
     batch = jnp.asarray(data.spread(held_out, limit=3))
-    model = Transformer(config.model, rngs=nnx.Rngs(1))
+    graphdef, state = step.init_state(config)
+    rest = step.set_threshold_scale(state.rest, 1.0)
+    model = nnx.merge(graphdef, state.params, rest)
     losses, fired = jax.jit(step.row_losses)(model, batch)
     assert losses.shape == (3,)
     assert fired.shape == (3, 1, 2)
@@ -159,7 +184,9 @@ def test_threshold_scale_is_set_and_nothing_else(config):
 
 
 def test_train_and_eval_step_compile_once(config, tmp_path, count_compiles):
-    short = dataclasses.replace(config, eval_every=7, checkpoint_every=9)
+    short = dataclasses.replace(
+        config, eval_every=7, checkpoint_every=9, telemetry_rows=0
+    )
     with count_compiles() as compiles:
         train(short, tmp_path / "run", progress=False)
     assert compiles["train_step"] == 1
@@ -186,23 +213,24 @@ def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_sigkill_then_resume_is_bitwise_the_uninterrupted_run(
-    devices, config, finished, tmp_path, repo_root, compile_cache
+    devices, config, request, tmp_path, repo_root, compile_cache, capsys
 ):
-    out, (whole, expected) = tmp_path / "run", finished
-    if devices == 8:
-        config, whole = dataclasses.replace(config, data_parallel=True), tmp_path / "8"
-        expected = train(config, whole, progress=False)
-    command = [sys.executable, "-W", "error", "-m", "train", "--preset", "micro"]
-    command += ["--out", str(out), "--data", config.data, "--steps", str(STEPS)]
-    command += ["--eval-every", "30", "--eval-rows", "12", "--checkpoint-every", "10"]
-    command += ["--keep", "10", "--json"]
-    command += ["--data-parallel"] if devices == 8 else []
-    environment = os.environ | compile_cache
+    whole, expected, *_ = request.getfixturevalue(
+        "split" if devices == 8 else "finished"
+    )
+    out = tmp_path / "run"
+    words = ["--preset", "micro", "--out", str(out), "--data", config.data]
+    words += ["--steps", str(STEPS), "--eval-every", "30", "--eval-rows", "12"]
+    words += ["--checkpoint-every", "10", "--keep", "10", "--json"]
+    words += ["--data-parallel"] if devices == 8 else []
     target = random.randrange(2, STEPS - 5)
     with subprocess.Popen(
-        command, cwd=repo_root, env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, "-W", "error", "-m", "train", *words],
+        cwd=repo_root,
+        env=os.environ | compile_cache,
+        stderr=subprocess.DEVNULL,
     ) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 1800
         while process.poll() is None and time.monotonic() < deadline:
             metrics = out / "metrics.csv"
             if metrics.exists() and metrics.read_bytes().count(b"\n") > target:
@@ -210,17 +238,8 @@ def test_sigkill_then_resume_is_bitwise_the_uninterrupted_run(
             time.sleep(0.002)
         process.kill()
     assert process.returncode == -signal.SIGKILL, f"target was step {target}"
-    done = subprocess.run(
-        [*command, "--resume"],
-        cwd=repo_root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+    assert main([*words, "--resume"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results["steps"] == STEPS
     assert results["validation_loss"] == expected["validation_loss"]
     assert_same_run(out, whole, config=config)
@@ -276,29 +295,11 @@ def test_a_state_that_is_not_finite_is_never_saved(config, tmp_path):
         assert store.latest() is None
 
 
-def test_data_parallel_equals_one_device(config, finished, tmp_path, monkeypatch):
-    original, used = step.make_train_step, set()
-
-    def recording(*arguments, **options):
-        real = original(*arguments, **options)
-
-        def train_step(state, batch):
-            used.add(
-                (
-                    len(batch.sharding.device_set),
-                    batch.sharding.shard_shape(batch.shape),
-                )
-            )
-            return real(state, batch)
-
-        return train_step
-
-    monkeypatch.setattr(step, "make_train_step", recording)
-    split = dataclasses.replace(config, data_parallel=True)
-    results = train(split, tmp_path / "run", progress=False)
+def test_data_parallel_equals_one_device(finished, split):
+    out, results, used = split
     assert used == {(8, (1, 33))}
     expected = [float(line["loss"]) for line in metric_lines(finished[0])]
-    losses = [float(line["loss"]) for line in metric_lines(tmp_path / "run")]
+    losses = [float(line["loss"]) for line in metric_lines(out)]
     # Rounding differs, and later grows: a threshold turns it into other keys.
     np.testing.assert_allclose(losses[:8], expected[:8], rtol=1e-5)
     assert results["validation_loss"] == pytest.approx(
@@ -409,100 +410,6 @@ def test_options_that_do_not_matter_may_change_on_resume(config):
 def test_impossible_options_are_refused(config, name, value):
     with pytest.raises(ValueError, match=name):
         dataclasses.replace(config, **{name: value})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--preset", "huge"],
-            "no preset 'huge': choose one of micro, tiny, study, base, small",
-        ),
-        (["--preset=huge"], "no preset 'huge'"),
-        (["--data", "/no/such/text"], "no file or folder at /no/such/text"),
-        (["--steps", "0"], "steps must be 1 or more, got 0"),
-        (["--num-kv-heads", "3"], "num_heads must be a multiple of num_kv_heads"),
-        (["--resume"], "nothing to resume"),
-    ],
-)
-def test_command_line_refuses_in_one_sentence(tmp_path, capsys, arguments, message):
-    out = tmp_path / "run"
-    assert main([*arguments, "--out", str(out)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert message in captured.err
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert not out.exists()
-
-
-def test_command_line_resumes_with_the_options_of_the_run(copy, capsys, finished):
-    assert main(["--out", str(copy), "--resume", "--json"]) == 0
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert results["validation_loss"] == finished[1]["validation_loss"]
-    assert main(["--out", str(copy), "--resume", "--preset", "tiny"]) == 2
-    assert "(preset)" in capsys.readouterr().err
-
-
-def test_command_line_reaches_the_options_of_the_model(monkeypatch, tmp_path):
-    seen = []
-
-    def record(config, out, *, resume):
-        seen.append(config)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("train.__main__.train", record)
-    arguments = ["--out", str(tmp_path / "run"), "--steps", "7", "--data-parallel"]
-    arguments += ["--attention-kind", "softmax", "--attention", "hsr"]
-    assert main(arguments) == 130
-    assert seen[0].steps == 7
-    assert seen[0].data_parallel
-    assert seen[0].model.attention_kind == "softmax"
-    assert seen[0].model.attention == "hsr"
-    assert seen[0].model.num_layers == PRESETS["tiny"].model.num_layers
-
-
-def test_pictures(finished, tmp_path):
-    out, _ = finished
-    plots.plot_loss(out, tmp_path / "loss.png")
-    plots.plot_sparsity(out, tmp_path / "sparsity.png")
-    model = load_run(out)
-    tokens = jnp.asarray(np.frombuffer(b"def picture(self):\n    return", np.uint8))
-    fired = plots.fired_keys(model, tokens.astype(jnp.int32))
-    forward = jax.jit(lambda model, x: model(x, return_info=True)[1])
-    infos = forward(model, tokens.astype(jnp.int32)[None])
-    counts = np.stack([np.asarray(info.count[0]).T for info in infos])  # [L, N, T]
-    np.testing.assert_array_equal(fired.sum(-1), counts)
-    plots.plot_fires(fired, tmp_path / "fires.png")
-    for name in ("loss.png", "sparsity.png", "fires.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("equal", [True, False])
-def test_demo_fails_when_tokens_differ(config, copy, capsys, monkeypatch, equal):
-    phase = Phase(tokens=3, seconds=1.0, keys_looked_at=0.1, keys_fired=0.05)
-
-    def generate(model, prompts, *, max_tokens, temperature, attention):
-        tokens = [104, 105, 10 if equal or attention == "hsr" else 32]
-        return Generation([tokens], phase, phase, 0.0)
-
-    monkeypatch.setitem(PRESETS, "micro", config)
-    monkeypatch.setattr(demo, "generate", generate)
-    arguments = ["--preset", "micro", "--steps", str(STEPS), "--json"]
-    assert demo.main([*arguments, "--out", str(copy)]) == (0 if equal else 1)
-    captured = capsys.readouterr()
-    lines = captured.out.splitlines()
-    assert json.loads(lines[-1])["tokens_equal"] is equal
-    assert "to start afresh" in " ".join(captured.out.split())
-    assert ("different tokens" in captured.err) is not equal
-    assert {"loss.png", "sparsity.png", "fires.png"} <= set(os.listdir(copy))
-
-
-def test_command_line_has_help(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
-    assert stopped.value.code == 0
-    assert "--attention-kind" in capsys.readouterr().out
 
 
 def test_presets_name_themselves():

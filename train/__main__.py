@@ -1,8 +1,9 @@
 """`python -m train`: read the options, train, print the results.
 
-What else there is, each a module of its own:
+What else there is, each a module of `train.commands`:
 
-    python -m train report RUN ...          compares runs in one HTML file
+    python -m train report RUN ...          shows runs side by side in one HTML file
+    python -m train compare RUN ...         keeps their curves and numbers as files
     python -m train export RUN --out DIR    writes a trained model to hand on
     python -m train length RUN ...          measures models on longer rows
     python -m train speed RUN ...           measures the time of their steps
@@ -12,40 +13,40 @@ What else there is, each a module of its own:
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import tyro
 
-from models.command import early_value, parse
-from train import checkpoints, export, length, processes, report, speed, study
+from models.command import JsonOption, carry_out, early_value, exit_status, parse
+from train import processes
+from train.commands import compare, export, length, report, speed, study
 from train.config import PRESETS, TrainConfig
+from train.files.folder import check_folder, read_config
 from train.loop import train
 
 _COMMANDS = {
-    "report": report.main,
-    "export": export.main,
-    "length": length.main,
-    "speed": speed.main,
-    "study": study.main,
+    "report": report,
+    "compare": compare,
+    "export": export,
+    "length": length,
+    "speed": speed,
+    "study": study,
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(JsonOption):
     """Trains a ReLU-attention language model on text.
 
-    Other commands, each with its own help: python -m train report | export | length |
-    speed | study.
+    Other commands, each with its own help: python -m train report | compare |
+    export | length | speed | study.
     """
 
     out: Path
     """Folder of the run: config, checkpoints, metrics."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint, with its own options."""
-    json: bool = False
-    """End with one line on stdout that holds the results as JSON."""
     distributed: bool = False
     """Be one of several processes, on one machine or many, that train together; with
     --data-parallel. All of them run the same command and see the same folder."""
@@ -65,38 +66,36 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: instead of those of the process.
 
     Returns:
-        Exit status: 0 done, 2 refused or diverged, 130 stopped by Ctrl-C.
+        Exit status: 0 done, 1 failed, 2 refused or diverged, 130 stopped by Ctrl-C.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] and words[0] in _COMMANDS:
-        return _COMMANDS[words[0]](words[1:])
-    try:
-        command = _parse(words)
-        if command.distributed:
-            processes.join(
-                command.coordinator,
-                number=command.num_processes,
-                index=command.process_index,
-            )
-        results = train(command.train, command.out, resume=command.resume)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        message = str(error) or "stopped before the first step: nothing was saved"
-        print(message, file=sys.stderr)
-        return 130
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and (command := _COMMANDS.get(words[0])):
+        prog = f"python -m train {words[0]}"
+        return carry_out(command.Command, words[1:], command.work, prog=prog)
+    return exit_status(
+        lambda: work(_parse(words)),
+        stopped="stopped before the first step: nothing was saved",
+    )
+
+
+def work(command: Command) -> None:
+    """Trains and prints the results."""
+    if command.distributed:
+        processes.join(
+            command.coordinator,
+            number=command.num_processes,
+            index=command.process_index,
+        )
+    results = train(command.train, command.out, resume=command.resume)
     if not processes.is_leader():
-        return 0
-    if command.json:
-        print(json.dumps(results))
-    else:
+        return
+    command.print_json(results)
+    if not command.json:
         print(
             f"{results['steps']} steps in {results['seconds']:.0f} s, validation loss "
             f"{results['validation_loss']:.3f} nats/byte, non-zero scores "
             f"{100 * results['nonzero_fraction']:.1f} %, saved in {results['out']}"
         )
-    return 0
 
 
 def _parse(arguments: list[str]) -> Command:
@@ -108,12 +107,8 @@ def _parse(arguments: list[str]) -> Command:
             f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}"
         )
     defaults, out = PRESETS[name], early["out"]
-    if (
-        "--resume" in arguments
-        and out
-        and checkpoints.check_folder(Path(out), resume=True)
-    ):
-        defaults, _ = checkpoints.read_config(Path(out))
+    if "--resume" in arguments and out and check_folder(Path(out), resume=True):
+        defaults, _ = read_config(Path(out))
     default = Command(out=tyro.MISSING, train=defaults)
     return parse(Command, arguments, prog="python -m train", default=default)
 

@@ -231,6 +231,15 @@ def split(corpus: Corpus, *, row_length: int) -> tuple[Rows, Rows]:
     return Rows(data, np.flatnonzero(~held_out)), Rows(data, np.flatnonzero(held_out))
 
 
+def held_out(corpus: Corpus, *, row_length: int) -> list[np.ndarray]:
+    """The held-out text of a run as stretches u[n] of neighbouring rows."""
+    _, rows = split(corpus, row_length=row_length)
+    breaks = np.flatnonzero(np.diff(rows.numbers) != 1) + 1
+    return [
+        rows.data[numbers].reshape(-1) for numbers in np.split(rows.numbers, breaks)
+    ]
+
+
 def spread(rows: Rows | np.ndarray, *, limit: int) -> np.ndarray:
     """At most `limit` rows u[n, T+1], spread evenly: always the same ones."""
     count = min(limit, len(rows))

@@ -10,7 +10,6 @@ the rest is repeated.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from models.command import parse
+from models.command import JsonOption, carry_out
 from models.decoding.generation import Generation, generate
 from models.files.runs import load_run
 from models.network.transformer import Transformer
-from train import checkpoints, data, plots
+from train import data, plots
 from train.config import PRESETS, TrainConfig
+from train.files.folder import check_folder
 from train.loop import train
 
 PROMPT, NEW_TOKENS, PICTURED, TEMPERATURE = 64, 256, 192, 0.7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(JsonOption):
     """Trains a small ReLU-attention model, then generates with dense and with hsr."""
 
     out: Path = Path("runs/demo")
@@ -41,8 +41,6 @@ class Command:
     """Which preset to train."""
     steps: int | None = None
     """Optimizer steps instead of the preset's."""
-    json: bool = False
-    """End with one line on stdout that holds the results as JSON."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,25 +50,25 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: instead of those of the process.
 
     Returns:
-        Exit status: 0 done, 1 the two implementations differ, 2 refused, 130 Ctrl-C.
+        Exit status: 0 done, 1 dense and hsr differ, 2 refused, 130 Ctrl-C.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    console = Console(highlight=False)
-    try:
-        command = parse(Command, words, prog="python -m train.demo", default=Command())
-        results = run(command, console)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        print(str(error) or "stopped: run the demo again to go on", file=sys.stderr)
-        return 130
-    if command.json:
-        print(json.dumps(results))
-    if not results["tokens_equal"]:
-        print("error: dense and hsr generated different tokens", file=sys.stderr)
-        return 1
-    return 0
+    return carry_out(
+        Command,
+        arguments,
+        work,
+        prog="python -m train.demo",
+        stopped="stopped: run the demo again to go on",
+    )
+
+
+def work(command: Command) -> int:
+    """Runs the demo and prints; the exit status says whether the tokens are equal."""
+    results = run(command, Console(highlight=False))
+    command.print_json(results)
+    if results["tokens_equal"]:
+        return 0
+    print("error: dense and hsr generated different tokens", file=sys.stderr)
+    return 1
 
 
 def run(command: Command, console: Console) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def run(command: Command, console: Console) -> dict[str, Any]:
         The results of `train.loop.train`, and tokens_equal, keys_looked_at, text.
     """
     config = demo_config(command)
-    again = checkpoints.check_folder(command.out, resume=command.out.exists())
+    again = check_folder(command.out, resume=command.out.exists())
     console.print(
         f"continuing the run in {command.out}; delete that folder to start afresh"
         if again

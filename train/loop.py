@@ -21,10 +21,9 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from models.files.vocabulary import load_tokenizer
-from models.text.tokenizer import ByteTokenizer, Tokenizer, train_bpe
-from train import checkpoints, data, metrics, processes, step, telemetry
-from train.config import TrainConfig, differences
+from train import data, processes, step, telemetry
+from train.config import TrainConfig
+from train.files import checkpoints, folder, metrics
 
 _LONGEST_TELEMETRY = 4096  # tokens: the weights of a whole row are looked at
 
@@ -73,7 +72,7 @@ def train(
     batch_sharding, replicated = processes.shardings(config)
     with processes.leader_first():
         resume = resume or not processes.is_leader()
-        corpus, tokens, tokenizer = _open_folder(config, out, resume=resume)
+        corpus, tokens, tokenizer = folder.open_run(config, out, resume=resume)
     rows, held_out = data.split(tokens, row_length=config.row_length)
     with checkpoints.Checkpoints(out, keep=config.keep) as store:
         graphdef, state = step.init_state(config)
@@ -115,35 +114,6 @@ def train(
     }
 
 
-def _open_folder(
-    config: TrainConfig, out: Path, *, resume: bool
-) -> tuple[data.Corpus, data.Corpus, Tokenizer]:
-    """Checks a run folder, or makes it once all else is known to be right.
-
-    Returns:
-        The corpus as bytes, the same as tokens, the tokenizer.
-    """
-    exists = checkpoints.check_folder(out, resume=resume)
-    size = config.model.vocab_size
-    if exists:
-        saved, saved_corpus = checkpoints.read_config(out)
-        _check_same_run(config, saved, out=out)
-        corpus = data.load_corpus(config.data)
-        checkpoints.check_corpus(corpus, saved_corpus)
-        checkpoints.check_writable(out)
-        tokenizer = load_tokenizer(out, vocab_size=size)
-        return corpus, corpus.tokenized(tokenizer), tokenizer
-    corpus = data.load_corpus(config.data)
-    if config.tokenizer == "bpe":
-        tokenizer = train_bpe(corpus.data.tobytes(), vocab_size=size)
-    else:
-        tokenizer = ByteTokenizer()
-    tokens = corpus.tokenized(tokenizer)
-    data.split(tokens, row_length=config.row_length)
-    checkpoints.create_folder(out, config=config, corpus=corpus, tokenizer=tokenizer)
-    return corpus, tokens, tokenizer
-
-
 def _stopped(error: Exception, trainer: _Trainer) -> ValueError:
     """What to say of a disk or a device that failed."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -155,15 +125,6 @@ def _stopped(error: Exception, trainer: _Trainer) -> ValueError:
     return kind(
         f"{what} after step {trainer.done} ({reason}). {trainer.store.how_to_go_on()}"
     )
-
-
-def _check_same_run(config: TrainConfig, saved: TrainConfig, *, out: Path) -> None:
-    """Raises CheckpointError when options differ that decide what is learned."""
-    if names := differences(config, saved):
-        raise checkpoints.CheckpointError(
-            f"{out} was started with other options ({', '.join(names)}): leave them "
-            "out, since --resume takes them from the run, or give another --out"
-        )
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import hsrjax
 from models.network.operands import as_relu, attention_operands
 from models.network.transformer import Transformer
-from train.metrics import read_csv
+from train.files.metrics import evaluated, read_csv, read_heads
 
 _SMOOTH = 25  # steps in the running mean of the training loss
 
@@ -30,12 +30,11 @@ def plot_loss(run: Path, target: Path) -> None:
         target: PNG file to write.
     """
     lines = read_csv(run / "metrics.csv")
-    evaluated = [line for line in lines if "validation_loss" in line]
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(*_columns(lines, "loss"), color="tab:blue", alpha=0.25, linewidth=0.8)
     left.plot(*_smoothed(lines, "loss"), color="tab:blue", label="training")
-    held_out = _columns(evaluated, "validation_loss")
+    held_out = _columns(evaluated(lines), "validation_loss")
     left.plot(*held_out, "o-", color="tab:orange", label="held out")
     left.set(xlabel="step", ylabel="loss, nats per byte", title="Loss")
     left.legend()
@@ -64,9 +63,8 @@ def draw_comparison(runs: dict[str, list[dict[str, float]]]) -> Figure:
     left, right = figure.subplots(1, 2)
     for number, (name, lines) in enumerate(runs.items()):
         color = f"C{number}"
-        evaluated = [line for line in lines if "validation_loss" in line]
         left.plot(*_smoothed(lines, "loss"), color=color, alpha=0.35, linewidth=1)
-        held_out = _columns(evaluated, "validation_loss")
+        held_out = _columns(evaluated(lines), "validation_loss")
         final = f"{name}: {held_out[1][-1]:.3f}"
         left.plot(*held_out, "o-", color=color, label=final)
         steps, fired = _columns(lines, "nonzero_fraction")
@@ -85,7 +83,7 @@ def plot_study(rows: list[dict[str, Any]], target: Path) -> None:
     """Draws every run of a study by its loss and its share of non-zero scores.
 
     Args:
-        rows: of `train.study.summarize`.
+        rows: of `train.commands.study.summarize`.
         target: PNG file to write.
     """
     figure = Figure(figsize=(9.5, 5.5), layout="constrained")
@@ -124,13 +122,8 @@ def plot_sparsity(run: Path, target: Path) -> None:
         run: run folder; its sparsity.csv is read.
         target: PNG file to write.
     """
-    lines = read_csv(run / "sparsity.csv")
-    last = [line for line in lines if line["step"] == lines[-1]["step"]]
-    layers = 1 + max(int(line["layer"]) for line in last)
-    heads = 1 + max(int(line["head"]) for line in last)
-    percent = np.zeros((layers, heads))
-    for line in last:
-        percent[int(line["layer"]), int(line["head"])] = 100 * line["nonzero_fraction"]
+    _, found = read_heads(run)
+    percent = 100 * found["nonzero_fraction"]
     save(draw_heads({"Non-zero scores, % (held-out text)": percent}), target)
 
 

@@ -16,82 +16,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from models.command import carry_out
 from models.files.atomic import write_atomic
-from models.files.runs import load_run, read_run_config
-from models.files.vocabulary import load_tokenizer
+from models.files.runs import load_run
 from models.network.transformer import Transformer
 from train import data
+from train.commands import OfRuns
+from train.files.folder import read_text
 from train.plots import save
 
 
 @dataclasses.dataclass(frozen=True)
-class Command:
+class Command(OfRuns):
     """Measures trained models on rows longer than they were trained on."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Run folders."""
     factors: tuple[int, ...] = (1, 2, 4, 8)
     """Row lengths, as multiples of the training length."""
     tokens: int = 131_072
     """Held-out tokens to read at each length, at most."""
     out: Path = Path("runs/length")
     """Folder of length.json, length.csv and length.png."""
-    json: bool = False
-    """End with one line on stdout that holds the results as JSON."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: instead of those of the process.
-
-    Returns:
-        Exit status: 0 done, 2 refused, 130 Ctrl-C.
-    """
-
-    def work(command: Command) -> None:
-        rows = measure_runs(command)
-        for row in rows:
-            print(
-                f"{row['run']}: rows of {row['row_length']:,}: {row['loss']:.4f} "
-                f"nats/byte, last half {row['loss_last_half']:.4f}, "
-                f"{100 * (1 - row['nonzero_fraction']):.2f} % zeros"
-            )
-        if command.json:
-            print(json.dumps(rows))
-
-    return carry_out(Command, arguments, work, prog="python -m train length")
+def work(command: Command) -> None:
+    """Measures, writes and prints."""
+    rows = measure_runs(command)
+    for row in rows:
+        print(
+            f"{row['run']}: rows of {row['row_length']:,}: {row['loss']:.4f} "
+            f"nats/byte, last half {row['loss_last_half']:.4f}, "
+            f"{100 * (1 - row['nonzero_fraction']):.2f} % zeros"
+        )
+    command.print_json(rows)
 
 
 def measure_runs(command: Command) -> list[dict[str, Any]]:
     """Measures and writes; a row for every run and length.
 
     Raises:
-        ValueError: no run, a run that cannot be loaded, or too little held-out text.
+        ValueError: a run that cannot be loaded, or too little held-out text.
     """
-    if not command.runs:
-        raise ValueError("no run was named: pass the folders of one or more runs")
     if min(command.factors, default=0) < 1:
         raise ValueError(f"factors must be 1 or more, got {command.factors}")
     rows = []
-    for folder in command.runs:
-        model = load_run(folder)
-        _, options = read_run_config(folder)
-        length = int(options["row_length"])
-        tokenizer = load_tokenizer(folder, vocab_size=model.config.vocab_size)
-        corpus = data.load_corpus(options["data"]).tokenized(tokenizer)
-        stretches = held_out(corpus, row_length=length)
-        for factor in tqdm(command.factors, desc=folder.name, file=sys.stderr):
+    for run in command.runs:
+        config, corpus, tokenizer = read_text(run)
+        model, length = load_run(run), config.row_length
+        stretches = data.held_out(corpus, row_length=length)
+        for factor in tqdm(command.factors, desc=run.name, file=sys.stderr):
             cut = rows_of(stretches, factor * length, limit=command.tokens)
             measured = measure(model, cut, token_bytes=tokenizer.token_bytes)
-            about = {"run": folder.name, "factor": factor}
+            about = {"run": run.name, "factor": factor}
             about |= {"row_length": factor * length, "rows": len(cut)}
             rows.append(about | {"kind": model.config.attention_kind} | measured)
     command.out.mkdir(parents=True, exist_ok=True)
@@ -101,15 +79,6 @@ def measure_runs(command: Command) -> list[dict[str, Any]]:
     write_atomic(command.out / "length.json", json.dumps(rows, indent=2) + "\n")
     save(_draw(rows), command.out / "length.png")
     return rows
-
-
-def held_out(corpus: data.Corpus, *, row_length: int) -> list[np.ndarray]:
-    """The held-out text of a run as stretches u[n] of neighbouring rows."""
-    _, rows = data.split(corpus, row_length=row_length)
-    breaks = np.flatnonzero(np.diff(rows.numbers) != 1) + 1
-    return [
-        rows.data[numbers].reshape(-1) for numbers in np.split(rows.numbers, breaks)
-    ]
 
 
 def rows_of(stretches: list[np.ndarray], length: int, *, limit: int) -> np.ndarray:
@@ -189,7 +158,3 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
 
 def _cell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

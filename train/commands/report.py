@@ -10,21 +10,18 @@ import base64
 import dataclasses
 import html
 import io
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from models.command import carry_out
 from models.files.atomic import write_atomic
 from train import telemetry
-from train.compare import collect
-from train.metrics import read_csv
+from train.commands import OfRuns
+from train.commands.compare import collect
+from train.files.metrics import read_heads
 from train.plots import draw_comparison, draw_heads
 
 _TITLES = {
@@ -46,34 +43,18 @@ img { max-width: 100%; } code { overflow-wrap: anywhere; }
 
 
 @dataclasses.dataclass(frozen=True)
-class Command:
+class Command(OfRuns):
     """Compares finished or running runs of `python -m train` in one HTML file."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Run folders."""
     out: Path = Path("report.html")
     """File to write."""
-    json: bool = False
-    """End with one line on stdout that holds the results as JSON."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: instead of those of the process.
-
-    Returns:
-        Exit status: 0 done, 2 refused, 130 Ctrl-C.
-    """
-
-    def work(command: Command) -> None:
-        results = report(command.runs, command.out)
-        print(f"{len(results)} runs: {command.out}")
-        if command.json:
-            print(json.dumps(results))
-
-    return carry_out(Command, arguments, work, prog="python -m train report")
+def work(command: Command) -> None:
+    """Writes the file and says so."""
+    results = report(command.runs, command.out)
+    print(f"{len(results)} runs: {command.out}")
+    command.print_json(results)
 
 
 def report(runs: tuple[Path, ...], out: Path) -> dict[str, Any]:
@@ -84,10 +65,10 @@ def report(runs: tuple[Path, ...], out: Path) -> dict[str, Any]:
         out: HTML file to write.
 
     Returns:
-        Results by name of run, as `train.compare` has them.
+        Results by name of run, as `train.commands.compare` has them.
 
     Raises:
-        ValueError: no run, two of one name, or a folder without the files of a run.
+        ValueError: as `collect`.
     """
     results, curves = collect(runs)
     parts = [
@@ -152,24 +133,17 @@ def _differences(results: dict[str, Any]) -> list[list[str]]:
 
 def _heads(run: Path) -> list[str]:
     """Heat maps of a run's last evaluation, and what is wrong with its heads."""
-    lines = read_csv(run / "sparsity.csv")
-    if not lines:
+    step, found = read_heads(run)
+    if not step:
         return ["<p>Not evaluated yet.</p>"]
-    last = [line for line in lines if line["step"] == lines[-1]["step"]]
-    shape = tuple(1 + int(max(line[key] for line in last)) for key in ("layer", "head"))
-    parts, pictures = [], {}
+    parts, pictures = [f"<p>Step {step:,}, held-out text.</p>"], {}
     for name, (title, factor) in _TITLES.items():
-        values = np.full(shape, np.nan)
-        for line in last:
-            if name in line:
-                values[int(line["layer"]), int(line["head"])] = factor * line[name]
-        if np.isfinite(values).any():
-            pictures[title] = values
-        if name == "empty_rows" and np.isfinite(values).any():
-            dead = telemetry.dead_heads(values / factor)
-            parts.append(f"<p>Dead heads (99 % of rows empty): {dead}.</p>")
-    parts.append(_picture(draw_heads(pictures), f"heads of {run.name}"))
-    return [f"<p>Step {last[0]['step']:,.0f}, held-out text.</p>", *parts]
+        if np.isfinite(found[name]).any():
+            pictures[title] = factor * found[name]
+    if np.isfinite(found["empty_rows"]).any():
+        dead = telemetry.dead_heads(found["empty_rows"])
+        parts.append(f"<p>Dead heads (99 % of rows empty): {dead}.</p>")
+    return [*parts, _picture(draw_heads(pictures), f"heads of {run.name}")]
 
 
 def _table(lines: list[list[str]]) -> str:
@@ -190,7 +164,3 @@ def _picture(figure: Figure, about: str) -> str:
     FigureCanvasAgg(figure).print_png(written)
     data = base64.b64encode(written.getvalue()).decode()
     return f'<img alt="{html.escape(about)}" src="data:image/png;base64,{data}">'
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,16 +14,16 @@ import jax
 import tyro
 from flax import nnx
 
-from models.command import carry_out
+from models.command import JsonOption
 from models.files import vocabulary
-from models.files.atomic import write_atomic as write_text
+from models.files.atomic import write_atomic
 from models.files.release import WEIGHTS
-from models.files.runs import ModelFileError, load_run, read_run_config, save_release
-from train.metrics import read_csv
+from models.files.runs import load_run, read_run_config, save_release
+from train.files.metrics import evaluated, read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
-class Command:
+class Command(JsonOption):
     """Writes a trained model as config.json, model.safetensors and a model card."""
 
     run: tyro.conf.Positional[Path]
@@ -37,20 +36,11 @@ class Command:
     """Of the model, for the card; the run folder's name if left out."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: instead of those of the process.
-
-    Returns:
-        Exit status: 0 done, 2 refused, 130 Ctrl-C.
-    """
-
-    def work(command: Command) -> None:
-        print(f"{command.out}: {export(command) / 1e6:.1f} MB")
-
-    return carry_out(Command, arguments, work, prog="python -m train export")
+def work(command: Command) -> None:
+    """Writes the folder and says so."""
+    size = export(command)
+    print(f"{command.out}: {size / 1e6:.1f} MB")
+    command.print_json({"out": str(command.out), "bytes": size})
 
 
 def export(command: Command) -> int:
@@ -64,7 +54,7 @@ def export(command: Command) -> int:
         raise ValueError(f"{out} holds other files: give an empty or new folder")
     model = load_run(run)
     _, options = read_run_config(run)
-    lines = _evaluated(run)
+    last = evaluated(read_metrics(run))[-1]
     save_release(out, model, train=options, dtype=command.dtype)
     if (run / vocabulary.FILE).exists():
         shutil.copyfile(run / vocabulary.FILE, out / vocabulary.FILE)
@@ -74,25 +64,11 @@ def export(command: Command) -> int:
         command.name or run.name,
         model=model.config.to_dict(),
         options=options,
-        last=lines[-1],
+        last=last,
         parameters=parameters,
     )
-    write_text(out / "README.md", text)
+    write_atomic(out / "README.md", text)
     return (out / WEIGHTS).stat().st_size
-
-
-def _evaluated(run: Path) -> list[dict[str, float]]:
-    """The lines of metrics.csv with a held-out loss."""
-    try:
-        lines = read_csv(run / "metrics.csv")
-    except OSError as error:
-        raise ModelFileError(
-            f"{run} holds no metrics.csv: give a folder that python -m train wrote"
-        ) from error
-    evaluated = [line for line in lines if "validation_loss" in line]
-    if not evaluated:
-        raise ModelFileError(f"{run} was never evaluated: train it further")
-    return evaluated
 
 
 def card(
@@ -150,7 +126,3 @@ writes text that looks like that corpus, not text that is true or code that runs
 trained on rows of {options["row_length"]:,} tokens; how it fares beyond them was not
 part of the training.
 """
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -121,6 +121,49 @@ def read_csv(path: Path) -> list[dict[str, float]]:
         ]
 
 
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.csv, among them one with a held-out loss.
+
+    Raises:
+        ValueError: no metrics.csv, or the run was never evaluated.
+    """
+    if not (run / "metrics.csv").is_file():
+        raise ValueError(
+            f"{run} is not a run folder, it lacks metrics.csv: give one that "
+            "python -m train wrote"
+        )
+    lines = read_csv(run / "metrics.csv")
+    if not evaluated(lines):
+        raise ValueError(f"{run} was never evaluated: train it further")
+    return lines
+
+
+def evaluated(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Those lines of metrics.csv that hold a held-out loss."""
+    return [line for line in lines if "validation_loss" in line]
+
+
+def read_heads(run: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """What sparsity.csv says of every head at the last evaluation.
+
+    Returns:
+        The step, 0 before the first evaluation, and f64[L, N] by name in
+        `telemetry.COLUMNS`, NaN where there is no number.
+    """
+    lines = read_csv(run / "sparsity.csv")
+    if not lines:
+        return 0, {}
+    last = [line for line in lines if line["step"] == lines[-1]["step"]]
+    places = [(int(line["layer"]), int(line["head"])) for line in last]
+    found = {
+        name: np.full(np.max(places, axis=0) + 1, np.nan) for name in telemetry.COLUMNS
+    }
+    for place, line in zip(places, last, strict=True):
+        for name in telemetry.COLUMNS:
+            found[name][place] = line.get(name, np.nan)
+    return int(last[0]["step"]), found
+
+
 def _text(value: Any) -> str:
     """A number with all the digits that float32 has."""
     return str(value) if isinstance(value, int) else f"{float(value):.9g}"

@@ -1,6 +1,5 @@
-"""The run folder: config.json and orbax checkpoints, written atomically.
+"""The checkpoints of a run: orbax folders, written atomically.
 
-    RUN/config.json        format, version, model options, training options, corpus
     RUN/checkpoints/STEP/  items: model (what models/ loads), optimizer, progress
 
 A checkpoint appears under its number by a rename once it is complete, so a killed run
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,118 +20,12 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from models.files import runs
-from models.files.vocabulary import save_tokenizer
-from models.text.tokenizer import Tokenizer
 from train.config import TrainConfig
-from train.data import Corpus
+from train.files.folder import CheckpointError
 from train.step import TrainState
 
 # What orbax, tensorstore and json raise when files are damaged or cannot be written.
 _ORBAX_ERRORS = (ValueError, OSError, KeyError, TypeError, RuntimeError)
-
-
-class CheckpointError(ValueError):
-    """A run folder cannot be used; the message says why and what to do."""
-
-
-def check_folder(out: Path, *, resume: bool) -> bool:
-    """Decides whether a run may be started or resumed in a folder; writes nothing.
-
-    Args:
-        out: the run folder.
-        resume: whether the caller wants to continue a run.
-
-    Returns:
-        Whether the folder already holds a run.
-
-    Raises:
-        CheckpointError: a run is there and `resume` is not set, no folder is there and
-            `resume` is set, or the folder holds something else.
-    """
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file, not a folder: give another --out")
-    if (out / runs.CONFIG_FILE).exists():
-        if not resume:
-            raise CheckpointError(
-                f"{out} already holds a run: continue it with --resume, or give "
-                "another --out"
-            )
-        return True
-    if resume and not out.exists():
-        raise CheckpointError(
-            f"nothing to resume: there is no folder {out}; leave --resume out to start "
-            "a run there"
-        )
-    if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise CheckpointError(
-            f"{out} holds files but no run of hsrjax (no config.json): give an empty "
-            "or new folder as --out"
-        )
-    return False
-
-
-def create_folder(
-    out: Path, *, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer
-) -> None:
-    """Makes the run folder and writes tokenizer.json, for BPE, and config.json.
-
-    Raises:
-        CheckpointError: the folder cannot be written.
-    """
-    options = config.to_dict() | {"corpus": _describe(corpus)}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        save_tokenizer(out, tokenizer)
-        # Last: a folder with a config is a run.
-        runs.write_run_config(out, config.model, train=options)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write in the folder {out} ({error.strerror}): give another --out"
-        ) from error
-
-
-def check_writable(out: Path) -> None:
-    """Raises CheckpointError when no file can be made in an existing folder."""
-    try:
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write in the folder {out} ({error.strerror}): make it writable or "
-            "copy the run to another folder"
-        ) from error
-
-
-def read_config(out: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """Reads config.json.
-
-    Returns:
-        The options of the run, and name, bytes and sha256 of its corpus.
-
-    Raises:
-        CheckpointError: damaged, or not the config of a run.
-    """
-    try:
-        model, options = runs.read_run_config(out)
-        corpus = dict(options.pop("corpus"))
-        return TrainConfig.from_dict(options, model=model), corpus
-    except runs.ModelFileError as error:
-        raise CheckpointError(str(error)) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{out / runs.CONFIG_FILE} does not describe a training run ({error}): "
-            "restore it from a copy, or start a new run in another --out"
-        ) from error
-
-
-def check_corpus(corpus: Corpus, saved: dict[str, Any]) -> None:
-    """Raises CheckpointError unless the run was started on this text."""
-    if saved.get("sha256") != corpus.sha256:
-        raise CheckpointError(
-            f"the run was started on another corpus ({saved.get('name')}, "
-            f"{saved.get('bytes')} bytes) than {corpus.name} ({corpus.size} bytes): "
-            "give the same text with --data, or start a new run in another --out"
-        )
 
 
 class Checkpoints:
@@ -277,11 +169,6 @@ class Checkpoints:
             f"the checkpoint {self.path(step)} is damaged or of another model "
             f"({_first_line(error)}): {remedy}"
         )
-
-
-def _describe(corpus: Corpus) -> dict[str, Any]:
-    """What config.json keeps of the corpus."""
-    return {"name": corpus.name, "bytes": corpus.size, "sha256": corpus.sha256}
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

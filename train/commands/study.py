@@ -25,10 +25,9 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from models.command import carry_out
 from models.files.atomic import write_atomic
+from train.commands.recipes import STAGES, Run
 from train.plots import plot_study
-from train.recipes import STAGES, Run
 
 _FILES = ("study.json", "config.json")
 _TEXTS = frozenset({"stage", "name", "kind", "commit", "command"})
@@ -53,30 +52,19 @@ class Command:
     """Runs at a time; the cores are divided among them."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: instead of those of the process.
+def work(command: Command) -> int:
+    """Trains and tabulates.
 
     Returns:
-        Exit status: 0 done, 1 a run failed, 2 refused, 130 Ctrl-C.
+        Exit status: 1 where a run failed.
     """
-
-    def work(command: Command) -> int:
+    try:
         failed = study(chosen(command.stages, only=command.only), command)
-        for name, words in failed.items():
-            print(f"error: {name}: {words}", file=sys.stderr)
-        return 1 if failed else 0
-
-    return carry_out(
-        Command,
-        arguments,
-        work,
-        prog="python -m train study",
-        default=Command(),
-        stopped="stopped: the same command goes on",
-    )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped: the same command goes on") from None
+    for name, words in failed.items():
+        print(f"error: {name}: {words}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def chosen(stages: Iterable[str], *, only: tuple[str, ...] = ()) -> list[Run]:
@@ -264,7 +252,3 @@ def _cell(value: Any) -> str:
     text = f"{value:.5g}" if isinstance(value, float) else str(value)
     text = "" if text == "nan" else text
     return f'"{text}"' if "," in text or " " in text else text
-
-
-if __name__ == "__main__":
-    sys.exit(main())
