@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.common import Results, Settings
-from models.config import Implementation
+from models.config import Method
 from models.decoding import Sampling, Session
 from models.load import read_run_config
 from models.opening import attending, is_published, open_model
@@ -32,7 +32,7 @@ from train.length import held_out
 
 CONTEXTS = (1024, 4096, 16384, 65536)
 SHORT = 128
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("dense", "hsr", "auto")
+IMPLEMENTATIONS: tuple[Method, ...] = ("dense", "hsr", "auto")
 TURN = 25
 """Tokens in a row; the first of a turn is not timed."""
 _PUBLISHED_BYTES = 2**20

@@ -84,7 +84,7 @@ class Growing:
             self.reindex_ms = min(1e3 * seconds, self.reindex_ms or float("inf"))
         self.grown = 0
 
-    def step(self, implementation: str) -> Any:
+    def step(self, method: str) -> Any:
         """Appends and attends; returns (output, info)."""
         result, self.cache = _step(
             self.cache,
@@ -93,7 +93,7 @@ class Growing:
             self.new_value,
             self.relu,
             self.positions,
-            method=implementation,
+            method=method,
         )
         self.grown += 1
         return jax.block_until_ready(result)
@@ -105,13 +105,13 @@ class Growing:
         return jax.block_until_ready(self.cache)
 
 
-def contestant(growing: Growing, name: str, implementation: str) -> Contestant:
-    """One implementation of hsrjax on a cache that it may share with others."""
+def contestant(growing: Growing, name: str, method: str) -> Contestant:
+    """One method of hsrjax on a cache that it may share with others."""
 
     def prepare() -> Open:
         def open_() -> Call:
             growing.refresh()
-            return lambda: growing.step(implementation)
+            return lambda: growing.step(method)
 
         return open_
 
@@ -141,15 +141,15 @@ def output_and_counts(result: Any) -> Arrays:
     return np.asarray(out, np.float32), np.asarray(info.candidates)
 
 
-@functools.partial(jax.jit, static_argnames="implementation", donate_argnames="cache")
-def _step(cache, query, key, value, relu, positions, *, implementation):
+@functools.partial(jax.jit, static_argnames="method", donate_argnames="cache")
+def _step(cache, query, key, value, relu, positions, *, method):
     """As in generation: the cache is donated, so that it is extended in place."""
     cache = hsrjax.extend(cache, key, value)
     result = hsrjax.decode_attention(
         query,
         cache,
         activation=relu,
-        method=implementation,
+        method=method,
         scale=1.0,
         positions=positions,
     )

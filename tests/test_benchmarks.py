@@ -182,9 +182,9 @@ def test_bfloat16_is_what_everyone_gets(tmp_path, capsys, lenient_promotion):
 def test_wrong_attention_is_noticed(monkeypatch, tmp_path, capsys):
     real = growing.Growing.step
 
-    def off(self, implementation):
-        out, info = real(self, implementation)
-        return (out * 1.001 if implementation == "hsr" else out), info
+    def off(self, method):
+        out, info = real(self, method)
+        return (out * 1.001 if method == "hsr" else out), info
 
     monkeypatch.setattr(growing.Growing, "step", off)
     words = ["decode", "--quick", "--keys", "96", "--peers", "none"]
