@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from benchmarks.paper import printed
-from benchmarks.paper.verdicts import Finding, Found, exponents_in_words
+from benchmarks.paper.findings import Finding, Found, exponents_in_words
 
 MEASURED = "measured"
 WORKED_OUT = "worked out"

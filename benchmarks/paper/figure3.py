@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hsrjax
-from benchmarks import report
-from benchmarks.common import Results
+from benchmarks.harness import pictures
+from benchmarks.header import Results
 from benchmarks.paper import printed
-from benchmarks.paper.language import Reading, pieces, read
+from benchmarks.paper.reading import Reading, pieces, read
 from models.opening import attending
 from models.transformer import Caches, Transformer, with_attention, with_config
 
@@ -239,11 +239,11 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _draw(rows: list[dict[str, Any]], model: str) -> Figure:
     """Perplexity over dense: this model's at each context, and the paper's models."""
-    figure = report.figure(width=12, height=4.8)
+    figure = pictures.figure(width=12, height=4.8)
     left, right = figure.subplots(1, 2, sharey=True)
     curves = _curves(rows)
     contexts = sorted({key[1] for key in curves if key[0] == model})
-    shades = report.colours(f"context {context}" for context in contexts)
+    shades = pictures.colours(f"context {context}" for context in contexts)
     for (name, context, tail), curve in curves.items():
         x, y = [row["r"] for row in curve], [row["over_dense"] for row in curve]
         if name == model:

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hsrjax
-from benchmarks import report
-from benchmarks.common import Basics, Results
+from benchmarks.harness import pictures
+from benchmarks.header import Basics, Results
 from benchmarks.paper import printed, rules
 
 NORM_T = 1.0
@@ -115,7 +115,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _draw(rows: list[dict[str, Any]]) -> Figure:
     """The mean count and its range over the bound, by n, a picture for each d."""
     dims = sorted({row["head_dim"] for row in rows})
-    figure = report.figure(width=2.6 * len(dims) + 2, height=4)
+    figure = pictures.figure(width=2.6 * len(dims) + 2, height=4)
     grid = figure.subplots(1, len(dims), sharey=True, squeeze=False)[0]
     colours = dict(
         zip(rules.RULES, ("k", "tab:orange", "tab:blue", "tab:red"), strict=True)

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import hsrjax
+from benchmarks.harness.members import judge, truth
 from benchmarks.paper import printed
-from benchmarks.query import judge, truth
 
 Rule = Literal["printed", "printed-query", "global", "repaired"]
 RULES: tuple[Rule, ...] = get_args(Rule)

@@ -19,13 +19,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hsrjax
-from benchmarks import report
-from benchmarks.common import Results
-from benchmarks.paper.language import Reading, pieces, read
-from benchmarks.paper.softmax import EPSILONS, TOLERANCE, exact, in_words
-from benchmarks.paper.theorem43 import Layer, capture, heads_of
-from benchmarks.timing import Contestant, race
-from models.transformer import with_attention
+from benchmarks.harness import pictures
+from benchmarks.harness.timing import Contestant, race
+from benchmarks.header import Results
+from benchmarks.paper.limits import TOLERANCE, Limits, columns, exact, in_words
+from benchmarks.paper.reading import Layer, heads_of, operands, pieces, read
 
 CHECKED = 32
 """Rows of a prefill, the newest, that are held against float64."""
@@ -37,19 +35,11 @@ Way = Literal["hsr", "dense"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command(Reading):
+class Command(Limits):
     """Times Softmax(top_r) and Softmax(epsilon) on a layer of a model."""
 
-    tokens: int | None = None
-    """Tokens of the text to read: 8,192; with --quick, 96."""
     layer: int | None = None
     """Layer, from 0; the middle one unless given."""
-    r: tuple[int, ...] = (16, 64, 256)
-    """Keys kept per query."""
-    epsilon: tuple[float, ...] = EPSILONS
-    """Largest shares of the mass left out."""
-    tail: int = 1
-    """Group of the tail, measured beside what is left out without one."""
     repeats: int | None = None
     """Rounds in which everything takes a turn; medians count. 5; with --quick, 1."""
 
@@ -60,33 +50,16 @@ class Command(Reading):
             raise ValueError("tokens must be 2 or more, repeats 1 or more")
 
     @property
-    def length(self) -> int:
-        """Tokens, with the default resolved."""
-        return self.tokens or (96 if self.quick else 8192)
-
-    @property
     def rounds(self) -> int:
         """Rounds, with the default resolved."""
         return self.repeats or (1 if self.quick else 5)
-
-    @property
-    def activations(self) -> dict[str, hsrjax.Softmax]:
-        """All that is timed, by its name."""
-        chosen: list[dict[str, Any]] = [{"top_r": r} for r in self.r]
-        chosen += [{"epsilon": epsilon} for epsilon in self.epsilon]
-        found = [
-            hsrjax.Softmax(**one, tail=tail)
-            for tail in (None, self.tail)
-            for one in chosen
-        ]
-        return {in_words(one): one for one in found}
 
 
 def run(command: Command) -> Results:
     """Times prefill and decode."""
     opened, text, about = read(command)
     part = pieces(text, length=command.length, number=1, seed=command.seed)[0]
-    layers = capture(with_attention(opened.model, "dense"), part, command.length)
+    layers = operands(opened.model, part, command.length)
     number = len(layers) // 2 if command.layer is None else command.layer
     if not 0 <= number < len(layers):
         raise ValueError(f"layer must be 0 to {len(layers) - 1}, got {number}")
@@ -137,13 +110,14 @@ def _timed(task: str, layer: Layer, command: Command) -> list[dict[str, Any]]:
     return lines
 
 
-def _entries(task: str, layer: Layer, activations: dict[str, hsrjax.Softmax]):
+def _entries(task: str, layer: Layer, activations: list[hsrjax.Softmax]):
     """What makes each contestant ready, by its name."""
     call = functools.partial(_prefill if task == "prefill" else _decode, layer)
     found = {PLAIN: functools.partial(call, hsrjax.Softmax(), "dense")}
     if task == "prefill":
         found[FUSED] = functools.partial(_fused, layer)
-    for name, activation in activations.items():
+    for activation in activations:
+        name = in_words(**columns(activation))
         for way in WAYS:
             found[f"{name}, {way}"] = functools.partial(call, activation, way)
     return found
@@ -198,7 +172,7 @@ def _decode(layer: Layer, activation: hsrjax.Softmax, way: Way):
 def _expected(layer: Layer, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Full softmax of the newest rows: f64[rows, N, D], and max|V| f64[rows, N]."""
     newest = layer._replace(query=layer.query[:, -rows:])
-    truths = [exact(head.query, head.key, head.value) for head in heads_of(newest)]
+    truths = [exact(head) for head in heads_of(newest)]
     outputs = np.stack([truth.output for truth in truths], axis=1)
     return outputs, np.stack([truth.extreme for truth in truths], axis=1)
 
@@ -216,7 +190,7 @@ def _off(result: Any, *, expected: np.ndarray, largest: np.ndarray) -> tuple[Any
 
 def _draw(lines: list[dict[str, Any]]) -> Figure:
     """Time by setting, a panel for each task."""
-    figure = report.figure(width=12, height=6)
+    figure = pictures.figure(width=12, height=6)
     for axes, task in zip(figure.subplots(1, 2, sharey=True), TASKS, strict=True):
         mine = [line for line in lines if line["task"] == task]
         settings = list(dict.fromkeys(line["setting"] for line in mine))
@@ -231,7 +205,7 @@ def _draw(lines: list[dict[str, Any]]) -> Figure:
                 [i + shift for i in range(len(settings))],
                 [times[name] for name in settings],
                 height=0.38,
-                color=report.OURS[way],
+                color=pictures.OURS[way],
                 label=way,
             )
         axes.axvline(1, color="tab:gray", linestyle="--", label="plain softmax")

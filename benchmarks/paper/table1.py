@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hsrjax
-from benchmarks import report
-from benchmarks.common import Basics, Results
+from benchmarks.harness import pictures, tables
+from benchmarks.header import Basics, Results
 from benchmarks.paper import printed, rules
 from benchmarks.paper.rules import Rule
 
@@ -87,7 +87,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "n_to_4_5_over_repaired_mean": [
             row["n_to_4_5"] / row["mean"] for row in by_rule["repaired"]
         ],
-        "exponent_of_repaired_mean": report.slope(
+        "exponent_of_repaired_mean": tables.slope(
             *zip(*((r["keys"], r["mean"]) for r in by_rule["repaired"]), strict=True)
         ),
         "largest_n": last["keys"],
@@ -103,7 +103,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _draw(rows: list[dict[str, Any]]) -> Figure:
-    figure = report.figure(width=7.5, height=5)
+    figure = pictures.figure(width=7.5, height=5)
     axes = figure.subplots()
     mine = [row for row in rows if row["rule"] == "repaired"]
     keys = [row["keys"] for row in mine]

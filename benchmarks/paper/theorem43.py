@@ -10,23 +10,20 @@ holds: Laplace, and n^(1 - gamma) Gaussian clusters; beside them Gaussian keys.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hsrjax
-from benchmarks import report
-from benchmarks.common import Results
-from benchmarks.paper import massive, pictures, sources
-from benchmarks.paper.language import Reading, pieces, read
-from benchmarks.paper.massive import Found, Head
-from benchmarks.paper.verdicts import TOP_R_TOLERANCE
-from models.operands import attention_operands
-from models.transformer import Transformer, with_attention
+from benchmarks.files.results import as_csv
+from benchmarks.harness import pictures
+from benchmarks.header import Results
+from benchmarks.paper import massive, sources
+from benchmarks.paper.findings import TOP_R_TOLERANCE
+from benchmarks.paper.massive import Found
+from benchmarks.paper.reading import Layer, Reading, heads_of, operands, pieces, read
 
 GAMMAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -60,27 +57,13 @@ class Command(Reading):
         return tokens, self.rows or (8 if self.quick else 128)
 
 
-class Layer(NamedTuple):
-    """What one layer's attention gets.
-
-    Attributes:
-      query: f32[1, T, N, H] of the newest T positions, scaled.
-      key: f32[1, S, K, H].
-      value: f32[1, S, K, D].
-    """
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-
-
 def run(command: Command) -> Results:
     """Measures the model's heads, then random keys."""
     opened, text, about = read(command)
     tokens, rows = command.sizes
     kept = [max(1, round(tokens**gamma)) for gamma in command.gammas]
     part = pieces(text, length=tokens, number=1, seed=command.seed)[0]
-    layers = capture(with_attention(opened.model, "dense"), part, rows)
+    layers = operands(opened.model, part, rows)
     lines: list[dict[str, Any]] = []
     wrong: list[str] = []
     measured: dict[tuple[str, float], list[Found]] = {}
@@ -113,34 +96,12 @@ def run(command: Command) -> Results:
         for (layer, gamma), found in by_layer.items()
     ]
     values = _values(layers)
-    texts = {"layers.csv": report.as_csv(table), "values.csv": report.as_csv(values)}
+    texts = {"layers.csv": as_csv(table), "values.csv": as_csv(values)}
     summary = {"read": about, "tokens": tokens} | _summary(
         lines, joined, values, tokens
     )
-    figures = {"theorem43.png": pictures.massive_activation(joined, table)}
+    figures = {"theorem43.png": _draw(joined, table)}
     return Results(lines, summary, figures, wrong, texts)
-
-
-def capture(model: Transformer, tokens: np.ndarray, rows: int) -> list[Layer]:
-    """The operands of every layer, queries of the newest rows alone."""
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def run(state, tokens):
-        found = attention_operands(nnx.merge(graph, state), tokens)
-        return [(one.query[:, -rows:], one.key, one.value) for one in found]
-
-    return [Layer(*x) for x in run(state, jnp.asarray(tokens, jnp.int32)[None])]
-
-
-def heads_of(layer: Layer) -> list[Head]:
-    """The heads of a layer, each with the keys it shares."""
-    query, key, value = (np.asarray(x)[0] for x in layer)
-    group = query.shape[1] // key.shape[1]
-    return [
-        Head(query[:, head], key[:, head // group], value[:, head // group])
-        for head in range(query.shape[1])
-    ]
 
 
 def check_engine(
@@ -257,3 +218,74 @@ def _summary(
             "largest": float(np.max(ends[1])),
         },
     }
+
+
+def _draw(
+    found: dict[tuple[str, float], Found], layers: list[dict[str, Any]]
+) -> Figure:
+    """Errors and bounds by gamma; where Theorem 4.3 says something, by keys and layer.
+
+    Args:
+      found: all rows by source and gamma; the first source is the model.
+      layers: a line for each layer and gamma of the model.
+    """
+    sources = list(dict.fromkeys(source for source, _ in found))
+    gammas = sorted({gamma for _, gamma in found})
+    figure = pictures.figure(width=13, height=4.2)
+    left, middle, right = figure.subplots(1, 3)
+    model = [found[sources[0], gamma] for gamma in gammas]
+    for label, name, style in (
+        ("error", "error", "o-"),
+        ("Lemma 6.5", "lemma", "s-"),
+        ("Theorem 4.3", "theorem", "^-"),
+    ):
+        ratios = [getattr(one, name) / one.largest for one in model]
+        low, mid, high = (
+            [float(np.quantile(x, q)) for x in ratios] for q in (0.25, 0.5, 0.75)
+        )
+        (line,) = left.plot(gammas, mid, style, label=label)
+        left.fill_between(gammas, low, high, color=line.get_color(), alpha=0.2)
+    left.axhline(1, color="tab:gray", linestyle="--")
+    left.set(
+        yscale="log",
+        xlabel="gamma: $n^\\gamma$ keys are kept",
+        ylabel="over $2\\,\\Vert V\\Vert_\\infty$, above which a bound is empty",
+        title=f"{_short(sources[0])}: median and quartiles",
+    )
+    left.legend()
+    for source in sources:
+        share = [
+            100 * float(np.mean(one.theorem < one.largest))
+            for one in (found[source, gamma] for gamma in gammas)
+        ]
+        width = 6 - 1.5 * sources.index(source)  # those at zero lie on each other
+        middle.plot(gammas, share, "o-", label=_short(source), linewidth=width)
+    middle.set(
+        xlabel="gamma",
+        ylabel="rows in which Theorem 4.3 says something, %",
+        ylim=(-3, 103),
+        title="by keys",
+    )
+    middle.legend()
+    for axes in (left, middle):
+        axes.grid(alpha=0.3)
+    numbers = sorted({line["layer"] for line in layers})
+    by_place = {(x["gamma"], x["layer"]): x for x in layers}
+    grid = [
+        [by_place[gamma, n]["theorem_says_something_percent"] for n in numbers]
+        for gamma in gammas
+    ]
+    image = right.imshow(grid, aspect="auto", origin="lower", vmin=0, vmax=100)
+    right.set(
+        yticks=range(len(gammas)),
+        yticklabels=[str(gamma) for gamma in gammas],
+        xlabel="layer",
+        ylabel="gamma",
+        title=f"{_short(sources[0])}: the same by layer",
+    )
+    figure.colorbar(image, ax=right, label="rows, %")
+    return figure
+
+
+def _short(name: str) -> str:
+    return name.split("-Instruct")[0]

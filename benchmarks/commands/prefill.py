@@ -12,10 +12,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks import causal, inputs, memory, oracle, peers, report, tables
-from benchmarks.common import Results, Settings, chosen_peers
-from benchmarks.inputs import Source
-from benchmarks.timing import race, relative_error
+from benchmarks import memory
+from benchmarks.contestants import causal, peers
+from benchmarks.harness import inputs, oracle, pictures, tables
+from benchmarks.harness.timing import race
+from benchmarks.header import Attending, Results
 
 KEYS = (1024, 2048, 4096, 8192, 16384)
 QUICK_KEYS = (256, 512)
@@ -23,17 +24,13 @@ MEMORY_KEYS = (4096, 16384, 65536)
 
 
 @dataclasses.dataclass(frozen=True)
-class Command(Settings):
+class Command(Attending):
     """Times causal attention over sequences in which 1 % of the visible keys fire."""
 
     keys: tuple[int, ...] = ()
     """Lengths: 1024 to 16384; with --quick, 256 and 512."""
     memory_keys: tuple[int, ...] | None = None
     """Lengths at which memory is measured, Gaussian: 4096 to 65536; quick: none."""
-    inputs: inputs.Kind = "gaussian"
-    """What keys and queries are."""
-    captured: inputs.Captured = None
-    """File of python -m benchmarks.capture, for --inputs captured."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be measured."""
@@ -44,22 +41,22 @@ class Command(Settings):
 
 def run(command: Command) -> Results:
     """Measures time at every length, then memory."""
-    source = Source(command.inputs, command.captured, command.seed)
-    names = chosen_peers(command, peers.names("prefill"))
+    names = command.chosen_peers(peers.names("prefill"))
     lengths = _lengths(command)
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(lengths) * command.rounds, unit="round") as bar:
         for keys in lengths:
-            found = measure(command, source, keys, names, bar)
+            found = _measure(command, keys, names, bar)
             rows += found
             tqdm.write(f"{keys:,} keys: {tables.sentence(found)}")
-    used = _memory(command, source, names)
+    used = _memory(command, names)
+    ratios = tables.dense_over_hsr(rows)
     summary = {
         "not_measured": tables.not_measured(rows),
-        "dense_over_hsr": tables.dense_over_hsr(rows),
-        "break_even_keys": report.crossing(*_ratios(rows)),
+        "dense_over_hsr": ratios,
+        "break_even_keys": tables.crossing(list(ratios), list(ratios.values())),
         "log_log_slope": {
-            name: report.slope(*tables.series(rows, name)) for name in ("hsr", "dense")
+            name: tables.slope(*tables.series(rows, name)) for name in ("hsr", "dense")
         },
         "memory": used,
     }
@@ -77,39 +74,24 @@ def _lengths(command: Command) -> tuple[int, ...]:
     return lengths
 
 
-def measure(command, source, keys: int, names: list[str], bar) -> list[dict[str, Any]]:
+def _measure(command: Command, keys: int, names: list[str], bar) -> list[tables.Row]:
     """Rows of one length."""
-    given = causal.make_inputs(source, keys)
-    expected: dict[str, oracle.Expected] = {}
-
-    def score(contestant, arrays):
-        definition = contestant.definition
-        if definition not in ("relu", "softmax"):
-            return None
-        if definition not in expected:
-            expected[definition] = oracle.attend(given, definition)
-        rows, out, _ = expected[definition]
-        return relative_error(arrays[0][:, rows], out)
-
+    given = causal.make_inputs(command.source, keys)
+    score, expected = oracle.scoring(given)
     timings = race(
         causal.contestants(names, "prefill", given, quick=command.quick),
         rounds=command.rounds,
         score=score,
         tick=tables.ticker(bar),
     )
-    shared = tables.describe(given) | {"firing_keys": expected["relu"].firing}
+    shared = tables.describe(given) | {"firing_keys": expected("relu").firing}
     return tables.rows(timings, shared, dense=tables.DENSE)
 
 
-def _ratios(rows: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    ratios = tables.dense_over_hsr(rows)
-    return list(ratios), list(ratios.values())
-
-
-def _memory(command: Command, source: Source, names: list[str]):
+def _memory(command: Command, names: list[str]):
     lengths = command.memory_keys
     if lengths is None:
-        lengths = () if command.quick or source.captured else MEMORY_KEYS
+        lengths = () if command.quick or command.captured else MEMORY_KEYS
     wanted = ["hsr", "auto", "dense in tiles", "dense einsum", *names]
     pairs = [(name, keys) for keys in lengths for name in wanted]
     used = []
@@ -122,9 +104,9 @@ def _memory(command: Command, source: Source, names: list[str]):
 
 
 def _figure(rows: list[dict[str, Any]], command: Command) -> Figure:
-    figure = report.figure(width=9)
+    figure = pictures.figure(width=9)
     axes = figure.subplots()
-    report.plot_lines(axes, [r for r in rows if tables.drawn(r)], x="keys", y="ms")
+    pictures.plot_lines(axes, [r for r in rows if tables.drawn(r)], x="keys", y="ms")
     heads = "{heads} query / {kv_heads} key heads of {head_dim}".format(**rows[0])
     axes.set(
         xlabel="length of the sequence",
@@ -136,10 +118,10 @@ def _figure(rows: list[dict[str, Any]], command: Command) -> Figure:
 
 
 def _memory_figure(used: list[dict[str, Any]]) -> Figure:
-    figure = report.figure(width=9)
+    figure = pictures.figure(width=9)
     axes = figure.subplots()
     rows = [{"added_mib": None, **row} for row in used]
-    report.plot_lines(axes, rows, x="keys", y="added_mib")
+    pictures.plot_lines(axes, rows, x="keys", y="added_mib")
     axes.set(
         xlabel="length of the sequence",
         ylabel="MiB",

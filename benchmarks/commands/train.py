@@ -7,30 +7,27 @@ index is built inside it, and all four are compared with float64.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks import causal, inputs, oracle, peers, peers_jax, report, tables
-from benchmarks.common import Results, Settings, chosen_peers
-from benchmarks.inputs import Source
-from benchmarks.timing import race, relative_error
+from benchmarks.contestants import causal, peers, peers_jax
+from benchmarks.harness import oracle, pictures, tables
+from benchmarks.harness.timing import race, relative_error
+from benchmarks.header import Attending, Results
 
 KEYS = (8192,)
 QUICK_KEYS = (256,)
 
 
 @dataclasses.dataclass(frozen=True)
-class Command(Settings):
+class Command(Attending):
     """Times forward and backward over sequences in which 1 % of the keys fire."""
 
     keys: tuple[int, ...] = ()
     """Lengths: 8192; with --quick, 256."""
-    inputs: inputs.Kind = "gaussian"
-    """What keys and queries are."""
-    captured: inputs.Captured = None
-    """File of python -m benchmarks.capture, for --inputs captured."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be measured."""
@@ -41,13 +38,12 @@ class Command(Settings):
 
 def run(command: Command) -> Results:
     """Measures every length."""
-    source = Source(command.inputs, command.captured, command.seed)
-    names = chosen_peers(command, peers.names("train"))
+    names = command.chosen_peers(peers.names("train"))
     lengths = command.keys or (QUICK_KEYS if command.quick else KEYS)
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(lengths) * command.rounds, unit="round") as bar:
         for keys in lengths:
-            found = measure(command, source, keys, names, bar)
+            found = _measure(command, keys, names, bar)
             rows += found
             tqdm.write(f"{keys:,} keys: {tables.sentence(found)}")
     summary = {
@@ -58,19 +54,16 @@ def run(command: Command) -> Results:
     return Results(rows, summary, figures, tables.wrong(rows))
 
 
-def measure(command, source, keys: int, names: list[str], bar) -> list[dict[str, Any]]:
+def _measure(command: Command, keys: int, names: list[str], bar) -> list[tables.Row]:
     """Rows of one length."""
-    given = causal.make_inputs(source, keys)
+    given = causal.make_inputs(command.source, keys)
     upstream = peers_jax.cotangent(given)
-    expected: dict[str, Any] = {}
+    expected = functools.cache(lambda x: oracle.gradients(given, x, upstream))
 
     def score(contestant, arrays):
-        definition = contestant.definition
-        if definition not in ("relu", "softmax"):
+        if contestant.definition not in oracle.DEFINITIONS:
             return None
-        if definition not in expected:
-            expected[definition] = oracle.gradients(given, definition, upstream)
-        pairs = zip(arrays, expected[definition], strict=True)
+        pairs = zip(arrays, expected(contestant.definition), strict=True)
         return max(relative_error(got, want) for got, want in pairs)
 
     timings = race(
@@ -87,8 +80,8 @@ def _figure(rows: list[dict[str, Any]], command: Command) -> Figure:
     longest = max(row["keys"] for row in rows)
     shown = [r for r in rows if r["keys"] == longest and r["ms"] and tables.drawn(r)]
     shown.sort(key=lambda row: -row["ms"])
-    palette = report.colours(row["name"] for row in shown)
-    figure = report.figure(width=8, height=1.5 + 0.35 * len(shown))
+    palette = pictures.colours(row["name"] for row in shown)
+    figure = pictures.figure(width=8, height=1.5 + 0.35 * len(shown))
     axes = figure.subplots()
     names = [row["name"] for row in shown]
     bars = axes.barh(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.inputs import Inputs
+from benchmarks.harness.inputs import Inputs
 
 
 class Tiling(NamedTuple):

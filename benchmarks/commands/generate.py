@@ -19,8 +19,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks import report
-from benchmarks.common import Results, Settings
+from benchmarks.harness import pictures
+from benchmarks.header import Results, Settings
 from models.config import Method
 from models.decoding import Sampling, Session
 from models.load import read_run_config
@@ -232,7 +232,7 @@ class _Run:
 def _draw(rows: list[dict[str, Any]]) -> Figure:
     """Where a step's time goes, by context and implementation."""
     contexts = sorted({row["context"] for row in rows})
-    figure = report.figure(width=2 + 2.2 * len(contexts), height=4)
+    figure = pictures.figure(width=2 + 2.2 * len(contexts), height=4)
     grid = figure.subplots(1, len(contexts), squeeze=False)[0]
     for axes, context in zip(grid, contexts, strict=True):
         chosen = [row for row in rows if row["context"] == context]

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import Unavailable
-from benchmarks.dense import cached
-from benchmarks.inputs import Inputs
-from benchmarks.timing import Arrays, Open
+from benchmarks.contestants.dense import cached
+from benchmarks.harness.inputs import Inputs
+from benchmarks.harness.timing import Arrays, Open, Unavailable
 
 Causal = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Causal attention: [B, T, N, H], [B, S, K, H], [B, S, K, D] -> [B, T, N, D]."""

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.inputs import Inputs
-from benchmarks.timing import Arrays, Call, Contestant, Open
+from benchmarks.harness.inputs import Inputs
+from benchmarks.harness.timing import Arrays, Call, Contestant, Open
 
 _CHUNK = 1024
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import hsrjax
-from benchmarks.common import Unavailable
-from benchmarks.peers import load
+from benchmarks.contestants.peers import load
+from benchmarks.harness.timing import Unavailable
 
 Search = Callable[[np.ndarray, np.ndarray], Any]
 """Answers (normals f32[T, H], offsets f32[T])."""

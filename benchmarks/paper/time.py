@@ -22,11 +22,12 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks import report, tables
-from benchmarks.common import TOLERANCE, Results, Settings
+from benchmarks.files.results import as_csv
+from benchmarks.harness import pictures, tables
+from benchmarks.harness.timing import Timing, race
+from benchmarks.header import Results, Settings
 from benchmarks.paper import contests, printed
 from benchmarks.paper.contests import Cell
-from benchmarks.timing import Timing, race
 
 TASKS = ("query", "work", "decode", "prefill")
 NAMES = {"query": ("balls", "sketch", "scan"), "work": ("balls",)}
@@ -82,7 +83,7 @@ def run(command: Command) -> Results:
                     rows += found
                     wrong += faults
     fits = fit(rows)
-    texts = {"exponents.csv": report.as_csv(fits)}
+    texts = {"exponents.csv": as_csv(fits)}
     summary = {"exponents": fits, "repeats": command.rounds}
     return Results(rows, summary, {"time.png": _draw(rows, fits)}, wrong, texts)
 
@@ -107,7 +108,7 @@ def _measure(
         f"{cell.task}, d {cell.head_dim}, {cell.keys:,} keys, {name}: off by "
         f"{one.error:.1e}"
         for name, one in timings.items()
-        if one.error is None or not one.error <= TOLERANCE
+        if one.error is None or not one.error <= tables.TOLERANCE
     ]
     return rows, wrong
 
@@ -164,10 +165,10 @@ def _fit(task: str, name: str, dim: int, rows: list[dict[str, Any]]) -> dict[str
         "head_dim": dim,
         "fitted_from": fitted[0],
         "fitted_to": fitted[-1],
-        "exponent": report.slope(fitted, amount[-FITTED:]) if all(amount) else None,
+        "exponent": tables.slope(fitted, amount[-FITTED:]) if all(amount) else None,
         "exponent_of_medians": None
         if task == "work"
-        else report.slope(fitted, [row["ms"] for row in rows[-FITTED:]]),
+        else tables.slope(fitted, [row["ms"] for row in rows[-FITTED:]]),
         "last_step": steps[-1] if steps else None,
         "theorem": promised,
         "begins_at": keys[first] if first < len(steps) else None,
@@ -177,7 +178,7 @@ def _fit(task: str, name: str, dim: int, rows: list[dict[str, Any]]) -> dict[str
 
 def _draw(rows: list[dict[str, Any]], fits: list[dict[str, Any]]) -> Figure:
     """Times by n of query, decode and prefill, and the exponents by d."""
-    figure = report.figure(width=13, height=8)
+    figure = pictures.figure(width=13, height=8)
     grid = figure.subplots(2, 3)
     panels = [("query", "balls"), ("query", "sketch"), ("decode", "hsr")]
     panels += [("prefill", "hsr")]

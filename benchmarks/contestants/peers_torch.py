@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.inputs import Inputs
-from benchmarks.peers_jax import NSA_BLOCK, NSA_BLOCKS, cotangent
-from benchmarks.timing import Arrays, Call, Open
+from benchmarks.contestants.peers_jax import NSA_BLOCK, NSA_BLOCKS, cotangent
+from benchmarks.harness.inputs import Inputs
+from benchmarks.harness.timing import Arrays, Call, Open
 
 Torch = Any
 

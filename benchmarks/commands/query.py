@@ -17,18 +17,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import hsrjax
-from benchmarks import inputs, report, tables
-from benchmarks.common import Results, Settings, Unavailable, chosen_peers
-from benchmarks.inputs import Source
-from benchmarks.range_peers import OURS, PEERS, RangePeer, Search, answers
-from benchmarks.timing import Contestant, one_line, race
+from benchmarks.contestants.search import OURS, PEERS, RangePeer, Search, answers
+from benchmarks.harness import inputs, pictures, tables
+from benchmarks.harness.members import judge, truth
+from benchmarks.harness.timing import Contestant, Unavailable, one_line, race
+from benchmarks.header import Attending, Results
 
 HEAD_DIM = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Command(Settings):
+class Command(Attending):
     """Times the search for all keys with <normal, key> >= offset."""
 
     keys: int | None = None
@@ -37,10 +36,6 @@ class Command(Settings):
     """Of the keys that are members for every query; at least 8 keys are."""
     batches: tuple[int, ...] = ()
     """Queries per batch: 1, 16 and 256; with --quick, 1 and 16."""
-    inputs: inputs.Kind = "gaussian"
-    """What keys and queries are."""
-    captured: inputs.Captured = None
-    """File of python -m benchmarks.capture, for --inputs captured."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be measured."""
@@ -53,28 +48,14 @@ class Command(Settings):
             raise ValueError("batches must be 1 or more")
 
 
-@dataclasses.dataclass(frozen=True)
-class Truth:
-    """The members of one query, in float64.
-
-    Attributes:
-      members: ids that must be reported: beyond rounding above the offset.
-      either: ids within rounding of the offset, which may fall on either side.
-    """
-
-    members: np.ndarray
-    either: np.ndarray
-
-
 def run(command: Command) -> Results:
     """Builds every implementation once, then lets them answer in turns."""
-    source = Source(command.inputs, command.captured, command.seed)
-    names = chosen_peers(command, PEERS)
+    names = command.chosen_peers(PEERS)
     contenders = OURS | {name: PEERS[name] for name in names}
     count = command.keys or (4_000 if command.quick else 1_000_000)
     batches = command.batches or ((1, 16) if command.quick else (1, 16, 256))
     keys, normals = inputs.range_keys(
-        source, keys=count, head_dim=HEAD_DIM, queries=max(batches)
+        command.source, keys=count, head_dim=HEAD_DIM, queries=max(batches)
     )
     members = max(8, round(command.share * len(keys)))
     offsets = _offsets(keys, normals, members)
@@ -105,17 +86,6 @@ def _offsets(keys: np.ndarray, normals: np.ndarray, members: int) -> np.ndarray:
         normals.reshape(shape), keys[None, :, None], lambda _: members, causal=False
     )
     return bias.reshape(-1)
-
-
-def truth(keys: np.ndarray, normal: np.ndarray, offset: float) -> Truth:
-    """Exact for the keys near the offset; the rest is far beyond any rounding."""
-    rough = keys @ normal
-    slack = float(np.abs(rough).max()) * 1e-4
-    near = np.flatnonzero(rough >= offset - slack)
-    exact = keys[near].astype(np.float64) @ normal.astype(np.float64)
-    margin = hsrjax.reference.rounding(keys[near], normal)
-    gap = exact - np.float64(offset)
-    return Truth(near[gap > margin], near[np.abs(gap) <= margin])
 
 
 def _build(peer: RangePeer, keys: np.ndarray) -> tuple[Search | None, float, str]:
@@ -185,29 +155,6 @@ def _race(contenders, built, asked, truths, rounds, bar) -> list[dict[str, Any]]
     return rows
 
 
-def judge(found: Any, truths: list[Truth]) -> tuple[float, str]:
-    """Recall over all members, and in words what an exact answer may not have.
-
-    Args:
-      found: ids per query, or counts.
-      truths: of the same queries.
-    """
-    if isinstance(found, np.ndarray):
-        least = np.array([t.members.size for t in truths])
-        most = least + [t.either.size for t in truths]
-        off = int(np.sum((found < least) | (found > most)))
-        recall = float(np.minimum(found, least).sum() / max(1, least.sum()))
-        return recall, f"{off} wrong counts" if off else ""
-    missed = extra = 0
-    for ids, truth in zip(found, truths, strict=True):
-        missed += np.setdiff1d(truth.members, ids).size
-        extra += np.setdiff1d(ids, np.union1d(truth.members, truth.either)).size
-        extra += len(ids) - np.unique(ids).size
-    total = sum(truth.members.size for truth in truths)
-    fault = f"{missed} members missed, {extra} others reported"
-    return 1 - missed / max(1, total), fault if missed or extra else ""
-
-
 def _sentence(rows: list[dict[str, Any]]) -> str:
     parts = []
     for row in rows:
@@ -243,9 +190,9 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _figure(rows: list[dict[str, Any]]) -> Figure:
     names = {"hsrjax.query": "hsr", "hsrjax.count": "auto"}  # their colours
     shown = [row | {"name": names.get(row["name"], row["name"])} for row in rows]
-    figure = report.figure(width=9)
+    figure = pictures.figure(width=9)
     axes = figure.subplots()
-    report.plot_lines(axes, shown, x="batch", y="ms_per_query")
+    pictures.plot_lines(axes, shown, x="batch", y="ms_per_query")
     keys, members = rows[0]["keys"], rows[0]["members"]
     axes.set(
         xlabel="queries in a batch",

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.inputs import Inputs
+from benchmarks.harness.inputs import Inputs
+from benchmarks.harness.timing import Score, relative_error
 
 _CELLS = 1 << 22
 """Scores held at a time: 32 MB in float64."""
 _ALL_ROWS = 1 << 31
 """Scores up to which every row is computed; beyond, rows spread over the sequence."""
 _SOME_ROWS = 256
+
+
+DEFINITIONS = ("relu", "softmax")
+"""What can be scored."""
 
 
 class Expected(NamedTuple):
@@ -27,6 +34,23 @@ class Expected(NamedTuple):
     rows: np.ndarray
     out: np.ndarray
     firing: float
+
+
+def scoring(inputs: Inputs) -> tuple[Score, Callable[[str], Expected]]:
+    """What scores the outputs of a race, each by its own definition, worked out once.
+
+    Returns:
+      `score` of `race`, and what is expected by a definition.
+    """
+    expected = functools.cache(functools.partial(attend, inputs))
+
+    def score(contestant, arrays):
+        if contestant.definition not in DEFINITIONS:
+            return None
+        rows, out, _ = expected(contestant.definition)
+        return relative_error(arrays[0][:, rows], out)
+
+    return score, expected
 
 
 def attend(inputs: Inputs, definition: str) -> Expected:

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 import hsrjax
-from benchmarks import chunked, dense, inputs, peers, peers_jax
-from benchmarks.inputs import Inputs, Shape, Source
-from benchmarks.peers import Task
-from benchmarks.timing import Contestant, Open
+from benchmarks.contestants import chunked, dense, peers, peers_jax
+from benchmarks.contestants.peers import Task
+from benchmarks.harness import inputs
+from benchmarks.harness.inputs import Inputs, Shape, Source
+from benchmarks.harness.timing import Contestant, Open
 
 SHARE = 0.01
 """Of the visible keys that fire in each row."""
@@ -65,7 +66,7 @@ def _relu(given: Inputs) -> hsrjax.ReLU:
     return hsrjax.ReLU(power=given.power, bias=bias, normalize=given.normalize)
 
 
-def _hsrjax(implementation: Any, task: Task, given: Inputs) -> Open:
+def _hsrjax(method: Any, task: Task, given: Inputs) -> Open:
     """Building the index is part of the call."""
 
     def attend(query, key, value, relu) -> Any:
@@ -74,7 +75,7 @@ def _hsrjax(implementation: Any, task: Task, given: Inputs) -> Open:
             key,
             value,
             activation=relu,
-            method=implementation,
+            method=method,
             is_causal=True,
             scale=1.0,
         )

@@ -7,7 +7,6 @@ the number of firing keys is exact. They are part of the input and outside any t
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
+
+from benchmarks.files import captured
 
 Kind = Literal["gaussian", "clustered", "captured"]
 Captured = Path | None
@@ -145,8 +146,8 @@ def causal(source: Source, shape: Shape, share: float, *, exact: bool = True) ->
 def range_keys(source: Source, *, keys: int, head_dim: int, queries: int):
     """Stored keys f32[S, H] and normals f32[T, H] for range search."""
     if source.captured is not None:
-        loaded = _load(source.captured)
-        key, query = loaded["key"][0, :, 0], loaded["query"][0, :, 0]
+        loaded = captured.load(source.captured)
+        key, query = loaded.key[0, :, 0], loaded.query[0, :, 0]
         rows = np.linspace(0, len(query) - 1, queries).astype(int)
         return key[:keys], query[rows]
     rng = np.random.default_rng([source.seed, keys, head_dim])
@@ -217,56 +218,30 @@ def _vectors(rng, kind: Kind, shape: tuple[int, ...]) -> np.ndarray:
 
 def _captured(path: Path, keys: int, fires, *, last: bool) -> Inputs:
     """The first `keys` tokens of a captured file."""
-    loaded = _load(path)
-    tokens = loaded["key"].shape[1]
+    loaded = captured.load(path)
+    tokens = loaded.key.shape[1]
     if tokens < keys:
         raise ValueError(
             f"{path.name} holds {tokens} tokens, fewer than the {keys} asked for: "
             "capture more or give smaller --keys"
         )
     rows = slice(keys - 1, keys) if last else slice(0, keys)
-    query, key = loaded["query"][:, rows], loaded["key"][:, :keys]
-    if loaded["bias"] is None:
+    query, key = loaded.query[:, rows], loaded.key[:, :keys]
+    if loaded.bias is None:
         bias = thresholds(query, key, fires, causal=not last)
     else:
-        bias = loaded["bias"][:, rows]
+        bias = loaded.bias[:, rows]
     return Inputs(
         query=query,
         key=key,
-        value=loaded["value"][:, :keys],
+        value=loaded.value[:, :keys],
         bias=bias,
-        power=loaded["power"],
-        normalize=loaded["normalize"],
+        power=loaded.about["power"],
+        normalize=loaded.about["normalize"],
         causal=not last,
     )
 
 
 def captured_tokens(path: Path) -> int:
     """Tokens that a captured file holds."""
-    return _load(path)["key"].shape[1]
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """A file of `benchmarks.capture`, checked; ValueError names what is wrong."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        about = json.loads(str(arrays["about"]))
-        q, k, v = (arrays[x].astype(np.float32) for x in ("query", "key", "value"))
-        power, normalize = int(about["power"]), str(about["normalize"])
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path.name} is not a captured file ({type(error).__name__}): make one "
-            "with python -m benchmarks.capture"
-        ) from error
-    bias = arrays["bias"].astype(np.float32) if "bias" in arrays else None
-    fits = q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3]
-    if not fits or q.shape[:2] != k.shape[:2] or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"{path.name}: query, key and value must be [1, T, N, H], [1, T, K, H] and "
-            f"[1, T, K, D], got {q.shape}, {k.shape} and {v.shape}"
-        )
-    if bias is not None and bias.shape != q.shape[:3]:
-        raise ValueError(f"{path.name}: bias must be {q.shape[:3]}, got {bias.shape}")
-    found = {"query": q, "key": k, "value": v, "bias": bias}
-    return found | {"power": power, "normalize": normalize}
+    return captured.load(path).key.shape[1]

@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from typing import Any, Literal
 
-from benchmarks import peers_jax, peers_torch
-from benchmarks.common import Unavailable
-from benchmarks.inputs import Inputs
-from benchmarks.peers_jax import NSA_BLOCK, NSA_BLOCKS
-from benchmarks.timing import Arrays, Contestant, Open, one_line
+from benchmarks.contestants import peers_jax, peers_torch
+from benchmarks.contestants.peers_jax import NSA_BLOCK, NSA_BLOCKS
+from benchmarks.harness.inputs import Inputs
+from benchmarks.harness.timing import Arrays, Contestant, Open, Unavailable, one_line
 
 Task = Literal["decode", "prefill", "train"]
 
@@ -52,8 +50,10 @@ class Peer:
     finish: Callable[[Any], Arrays] = peers_jax.finish
 
 
-def _whole(task: Task, inputs: Inputs) -> float:
-    return score_gib(task, inputs)
+def score_gib(task: Task, inputs: Inputs) -> float:
+    """Of the score matrices of all heads, in as many copies as eager code makes."""
+    b, t, n, _ = inputs.query.shape
+    return 4 * _COPIES[task] * b * t * n * inputs.key.shape[1] / 2**30
 
 
 def _one_head(task: Task, inputs: Inputs) -> float:
@@ -74,7 +74,7 @@ PEERS: dict[str, Peer] = {
         "jax",
         "softmax",
         peers_jax.DOT_PRODUCT,
-        gib=_whole,
+        gib=score_gib,
         detail="jax.nn.dot_product_attention",
     ),
     "jax-cudnn": Peer(
@@ -215,24 +215,7 @@ def _tokamax_tamed():
     importlib.import_module("absl.flags").FLAGS.mark_as_parsed()
 
 
-def score_gib(task: Task, inputs: Inputs) -> float:
-    """Of the score matrices of all heads, in as many copies as eager code makes."""
-    b, t, n, _ = inputs.query.shape
-    return 4 * _COPIES[task] * b * t * n * inputs.key.shape[1] / 2**30
-
-
 def check_memory(gib: float) -> None:
     """Raises `Unavailable` where so much would not fit."""
     if gib > MEMORY_GIB:
         raise Unavailable(f"not run: needs about {gib:.0f} GiB")
-
-
-def versions(packages: list[str]) -> dict[str, str]:
-    """Versions of distributions, "not installed" where there is none."""
-    found = {}
-    for package in sorted(set(packages)):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found

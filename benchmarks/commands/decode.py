@@ -13,10 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks import dense, growing, inputs, oracle, peers, report, tables
-from benchmarks.common import Results, Settings, chosen_peers
-from benchmarks.inputs import Shape, Source
-from benchmarks.timing import race, relative_error
+from benchmarks.contestants import dense, growing, peers
+from benchmarks.harness import inputs, oracle, pictures, tables
+from benchmarks.harness.inputs import Shape
+from benchmarks.harness.timing import race
+from benchmarks.header import Attending, Results
 
 ARRIVED = "hsr (arrival order)"
 LEAST_FIRING = 5
@@ -75,17 +76,13 @@ QUICK_KEYS = (512, 1024)
 
 
 @dataclasses.dataclass(frozen=True)
-class Command(Settings):
+class Command(Attending):
     """Times one decode step of thresholded ReLU^2 attention over growing caches."""
 
     cases: tuple[str, ...] = ()
     """Some of gqa, heads-16, heads-128, heads-8: else all, with --quick gqa alone."""
     keys: tuple[int, ...] = ()
     """Lengths of the cache, instead of each case's own."""
-    inputs: inputs.Kind = "gaussian"
-    """What keys and queries are."""
-    captured: inputs.Captured = None
-    """File of python -m benchmarks.capture, for --inputs captured."""
     dtype: inputs.DType = "float32"
     """Of queries, keys and values: bfloat16 for random inputs alone."""
 
@@ -101,8 +98,8 @@ class Command(Settings):
 
 def run(command: Command) -> Results:
     """Measures every case."""
-    source = Source(command.inputs, command.captured, command.seed, command.dtype)
-    names = chosen_peers(command, peers.names("decode"))
+    source = dataclasses.replace(command.source, dtype=command.dtype)
+    names = command.chosen_peers(peers.names("decode"))
     plan = [
         (name, keys) for name, case in _cases(command).items() for keys in case.keys
     ]
@@ -146,21 +143,16 @@ def _measure(case, source, keys, names, rounds, bar) -> list[dict[str, Any]]:
         *dense.decode_contestants(given),
         *peers.contestants(names, "decode", given),
     ]
-    expected: dict[str, oracle.Expected] = {}
+    against, expected = oracle.scoring(given)
     looked_at = {}
 
     def score(contestant, arrays):
         if contestant.name == "hsr":
             looked_at["hsr"] = float(np.mean(arrays[1]))
-        definition = contestant.definition
-        if definition not in ("relu", "softmax"):
-            return None
-        if definition not in expected:
-            expected[definition] = oracle.attend(given, definition)
-        return relative_error(arrays[0], expected[definition].out)
+        return against(contestant, arrays)
 
     timings = race(contestants, rounds=rounds, score=score, tick=tables.ticker(bar))
-    shared = tables.describe(given) | {"firing_keys": expected["relu"].firing}
+    shared = tables.describe(given) | {"firing_keys": expected("relu").firing}
     rows = tables.rows(timings, shared, dense=tables.DENSE)
     append = timings["append alone"].ms
     for row in rows:
@@ -180,9 +172,9 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         ratios = tables.dense_over_hsr(mine)
         summary[case] = {
             "dense_over_hsr": ratios,
-            "break_even_keys": report.crossing(list(ratios), list(ratios.values())),
+            "break_even_keys": tables.crossing(list(ratios), list(ratios.values())),
             "log_log_slope": {
-                name: report.slope(*tables.series(mine, name))
+                name: tables.slope(*tables.series(mine, name))
                 for name in ("hsr", "dense", ARRIVED)
                 if any(row["name"] == name for row in mine)
             },
@@ -196,12 +188,12 @@ def _figures(rows: list[dict[str, Any]], command: Command) -> dict[str, Figure]:
         mine = [row for row in rows if row["case"] == case]
         if len({row["keys"] for row in mine}) < 2:
             continue
-        figure = report.figure(width=11)
+        figure = pictures.figure(width=11)
         times, ratios = figure.subplots(1, 2)
         mine = [row for row in mine if tables.drawn(row)]
-        report.plot_lines(times, mine, x="keys", y="ms")
+        pictures.plot_lines(times, mine, x="keys", y="ms")
         times.set(xlabel="keys in the cache", ylabel="milliseconds per step")
-        report.plot_lines(ratios, mine, x="keys", y="this_over_hsr")
+        pictures.plot_lines(ratios, mine, x="keys", y="this_over_hsr")
         ratios.set(xlabel="keys in the cache", ylabel="time / time of hsr")
         ratios.axhline(1.0, color="tab:red", linewidth=1)
         figure.legend(*times.get_legend_handles_labels(), loc="outside right upper")

@@ -17,14 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Unavailable
-
 CALLS = 3
 """Timed calls in a row, after one that is not timed."""
 SLOW = 1.0
 """Seconds from which one call a turn is enough."""
 BUDGET = 20.0
 """Seconds after which an implementation takes no further turns."""
+
+
+class Unavailable(Exception):
+    """This implementation cannot be measured here; the message says why."""
+
 
 Call = Callable[[], Any]
 """Runs once, waits for the result and returns it."""

@@ -1,6 +1,6 @@
 """`python -m benchmarks grid`: is auto never much slower than the better choice?
 
-Decode steps of hsrjax's own three implementations, over lengths, batches and shares of
+Decode steps of hsrjax's own three methods, over lengths, batches and shares of
 keys that fire. auto is measured like the others, so its ratio holds noise as well.
 """
 
@@ -14,15 +14,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks import growing, inputs, oracle, report, tables
-from benchmarks.common import Results, Settings
-from benchmarks.inputs import Shape, Source
-from benchmarks.timing import race, relative_error
+from benchmarks.contestants import growing
+from benchmarks.harness import inputs, oracle, pictures, tables
+from benchmarks.harness.inputs import Shape, Source
+from benchmarks.harness.timing import race
+from benchmarks.header import Results, Settings
 
 KEYS = (512, 2048, 8192, 32768, 131072, 524288)
 BATCHES = (1, 4)
 PERCENTS = (0.01, 0.1, 1.0, 10.0, 50.0, 100.0)
-IMPLEMENTATIONS = ("auto", "dense", "hsr")
+METHODS = ("auto", "dense", "hsr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +103,12 @@ def _measure(source: Source, shape: Shape, percents, rounds: int, bar):
             given.query, given.key, lambda _, n=fires: n, causal=False
         )
         asked = dataclasses.replace(given, bias=bias)
-        expected = oracle.attend(asked, "relu")
+        score, expected = oracle.scoring(asked)
         cache.set_bias(bias)
         timings = race(
-            [growing.contestant(cache, name, name) for name in IMPLEMENTATIONS],
+            [growing.contestant(cache, name, name) for name in METHODS],
             rounds=rounds,
-            score=lambda _, arrays, want=expected.out: relative_error(arrays[0], want),
+            score=score,
             tick=tables.ticker(bar),
         )
         found = {name: timing.ms or math.nan for name, timing in timings.items()}
@@ -116,7 +117,7 @@ def _measure(source: Source, shape: Shape, percents, rounds: int, bar):
             "batch": shape.batch,
             "keys": shape.keys,
             "percent": percent,
-            "firing_keys": expected.firing,
+            "firing_keys": expected("relu").firing,
             "auto_ms": found["auto"],
             "dense_ms": found["dense"],
             "hsr_ms": found["hsr"],
@@ -148,7 +149,7 @@ def _heat_map(
     keys = sorted({row["keys"] for row in rows})
     percents = sorted({row["percent"] for row in rows})
     width = 2 + len(batches) * (1.5 + 0.75 * len(percents))
-    figure = report.figure(width=width, height=1.8 + 0.5 * len(keys))
+    figure = pictures.figure(width=width, height=1.8 + 0.5 * len(keys))
     grid = figure.subplots(1, len(batches), squeeze=False)[0]
     for axes, batch in zip(grid, batches, strict=True):
         cells = np.full((len(keys), len(percents)), np.nan)

@@ -10,10 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +20,13 @@ import numpy as np
 from tqdm import tqdm
 
 import hsrjax
-from benchmarks import growing, inputs, tables
-from benchmarks.common import Results, Settings
-from benchmarks.inputs import Shape, Source
-from benchmarks.timing import Contestant, race
-from hsrjax import adaptive, costs, planner
-from hsrjax import shape as shapes
-from hsrjax.costs import Costs, Curve
-from hsrjax.layout import query_tiles
-from hsrjax.visible import of_decode
+from benchmarks.contestants import growing
+from benchmarks.files.results import as_json, clean, staged
+from benchmarks.harness import inputs, internals, tables
+from benchmarks.harness.inputs import Shape, Source
+from benchmarks.harness.internals import Costs, Curve, Work
+from benchmarks.harness.timing import Contestant, race
+from benchmarks.header import Results, Settings
 
 OUT = Path("runs/costs.json")
 KEYS = (512, 2048, 8192, 32768, 131072, 524288)
@@ -74,54 +69,50 @@ def run(command: Command) -> Results:
         select = _select(timed, middle, command.seed)
         found = _prefill(timed, sequence, command.seed)
     dense, scan = curves
-    solved = solve(dense, scan, wide, narrow, probe, select, found)
-    machine = costs.this_machine()
+    work = internals.work(keys=sequence, heads=8, kv_heads=4, head_dim=64)
+    solved = solve(
+        dense,
+        scan,
+        wide=wide,
+        narrow=narrow,
+        probe=probe,
+        select=select,
+        prefill=found,
+        work=work,
+    )
+    machine = internals.this_machine()
     table = Costs(machine=machine, origin="measured", dense=dense, scan=scan, **solved)
     rows = [{"cost": name, "ns": ns} for name, ns in solved.items()]
     for name, curve in (("dense", dense), ("scan", scan)):
         rows += [{"cost": name, "amount": amount, "ns": ns} for amount, ns in curve]
     summary = {"machine": machine._asdict(), **summarize(table)}
-    return Results(rows, {"table": costs.to_json(table), **summary})
+    return Results(rows, {"table": internals.to_json(table), **summary})
 
 
-def finish(words: Sequence[str], command: Command, results: Results) -> int:
+def finish(words: list[str], command: Command, found: Results) -> int:
     """Prints, and writes the table whole or not at all."""
     del words
-    summary = dict(results.summary)
+    summary, file = dict(found.summary), command.file
     table = summary.pop("table")
-    for row in results.rows:
+    for row in found.rows:
         amount = f" {row['amount']:>12,.0f}" if "amount" in row else " " * 13
         print(f"{row['cost']:<15}{amount} {row['ns']:>14,.4g} ns")
     print(in_words(summary))
-    file = command.file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".new-") as stage:
-        new = Path(stage) / file.name
-        new.write_text(json.dumps(table, indent=2) + "\n")
-        os.replace(new, file)
-    print(f"written: {file}. To use it: export {costs.VARIABLE}={file}")
+    with staged(file.parent) as stage:
+        (stage / file.name).write_text(as_json(table))
+    print(f"written: {file}. To use it: export {internals.VARIABLE}={file}")
     if command.json:
-        found = {"rows": results.rows, "summary": summary, "wrong": results.wrong}
-        print(json.dumps(found | {"file": str(file)}))
+        rows = {"rows": found.rows, "summary": summary, "wrong": found.wrong}
+        print(json.dumps(clean(rows | {"file": str(file)})))
     return 0
 
 
 def summarize(table: Costs) -> dict[str, Any]:
     """From how many keys on reporting may pay, and which share of them is too many."""
-    relu = hsrjax.ReLU()
-
-    def plan(keys):
-        step = shapes.Shape(1, 1, keys, 8, 4, 64, 64, cached=True)
-        return step, planner.plan(relu, "auto", step, table=table)
-
-    lengths = [2**i for i in range(8, 21)]
-    reported = [n for n in lengths if plan(n)[1].method != "dense"]
-    shares = {}
-    for keys in reported:
-        step, chosen = plan(keys)
-        expected = planner.expect(relu, step, chosen, table=table)
-        shares[str(keys)] = min(1.0, planner.break_even(step, chosen, expected))
-    return {"break_even_keys": min(reported, default=None), "break_even_share": shares}
+    shares = {2**i: internals.break_even(2**i, table) for i in range(8, 21)}
+    shares = {keys: share for keys, share in shares.items() if share is not None}
+    least = min(shares, default=None)
+    return {"break_even_keys": least, "break_even_share": shares}
 
 
 def in_words(summary: dict[str, Any]) -> str:
@@ -131,8 +122,7 @@ def in_words(summary: dict[str, Any]) -> str:
         return "one decode step: dense is expected to be faster up to 1,048,576 keys"
     shares = summary["break_even_share"]
     some = ", ".join(
-        f"{100 * share:.2g} % at {int(keys):,}"
-        for keys, share in list(shares.items())[::2]
+        f"{100 * share:.2g} % at {keys:,}" for keys, share in list(shares.items())[::2]
     )
     return (
         f"one decode step, 8 query / 4 key heads of 64: dense below {least:,} keys; "
@@ -165,7 +155,7 @@ def _curves(timed, lengths: tuple[int, ...], seed: int) -> tuple[Curve, Curve]:
     for keys in lengths:
         cache = _Cache(Shape(keys=keys), seed)
         ns = timed({"dense": cache.call("dense", NONE), "hsr": cache.call("hsr", NONE)})
-        numbers = 4 * cache.room * 64
+        numbers = 4 * internals.room(cache.cache) * 64
         dense.append((2 * numbers, ns["dense"]))
         scan.append((numbers, ns["hsr"]))
     return tuple(dense), tuple(scan)
@@ -178,7 +168,7 @@ def _slot(timed, keys: int, head_dim: int, seed: int) -> float:
     ns = timed({"none": cache.call("hsr", NONE), "some": cache.call("hsr", some)})
     _, info = cache.call("hsr", some)()
     reported = np.asarray(info.candidates)[0, 0, ::DECODE_ROWS]
-    capacity = cache.plan().capacity
+    capacity = cache.plan(hsrjax.ReLU()).capacity
     slots = capacity * int(np.sum(-(-reported // capacity)))
     return max(0.0, ns["some"] - ns["none"]) / slots
 
@@ -206,7 +196,7 @@ def _select(timed, keys: int, seed: int) -> dict[str, float]:
             for kind, way in ways
         }
     )
-    scores = 8 * cache.room
+    scores = 8 * internals.room(cache.cache)
     found = {
         f"{kind}_{way}": max(0.0, ns[f"{kind}_{way}"] - ns[f"relu_{way}"]) / scores
         for kind, way in ways
@@ -214,22 +204,20 @@ def _select(timed, keys: int, seed: int) -> dict[str, float]:
     return {name: cost for name, cost in found.items() if "relu" not in name}
 
 
-def _prefill(timed, sequence: int, seed: int) -> dict[str, Any]:
+def _prefill(timed, sequence: int, seed: int) -> dict[str, float]:
     """A prefill in which no key fires, or all do, dense and reported."""
     given = inputs.causal(Source(seed=seed), Shape(keys=sequence), 0.01, exact=False)
     arrays = tuple(map(jnp.asarray, (given.query, given.key, given.value)))
 
     def call(way, bias):
         relu = hsrjax.ReLU(power=2, bias=bias, normalize="none")
-        attend = functools.partial(
-            hsrjax.attention, activation=relu, method=way
-        )
+        attend = functools.partial(hsrjax.attention, activation=relu, method=way)
         attend = jax.jit(attend)
         return lambda: jax.block_until_ready(attend(*arrays))
 
     build = jax.jit(functools.partial(hsrjax.build, reorder=False))
     keys = jnp.moveaxis(arrays[1], 2, 1)
-    ns = timed(
+    return timed(
         {
             "dense": call("dense", NONE),
             "none": call("hsr", NONE),
@@ -237,18 +225,18 @@ def _prefill(timed, sequence: int, seed: int) -> dict[str, Any]:
             "build": lambda: jax.block_until_ready(build(keys)),
         }
     )
-    step = shapes.of_prefill(*arrays, is_causal=False, window=None, devices=1)
-    return ns | {"shape": step, "plan": planner.plan(hsrjax.ReLU(), "hsr", step)}
 
 
 def solve(
     dense_curve: Curve,
     scan_curve: Curve,
+    *,
     wide: float,
     narrow: float,
     probe: float,
     select: dict[str, float],
-    prefill: dict[str, Any],
+    prefill: dict[str, float],
+    work: Work,
 ) -> dict[str, float]:
     """The numbers of `Costs` from what was timed; noise makes none of them negative.
 
@@ -259,22 +247,19 @@ def solve(
       narrow: of `_slot`, heads of 16.
       probe: of `Costs`.
       select: costs for softmax to choose.
-      prefill: of `_prefill`.
+      prefill: nanoseconds of `_prefill`.
+      work: that it did.
     """
-    step, plan = prefill["shape"], prefill["plan"]
-    codes = step.sets * step.keys * step.head_dim
-    further = step.rows - DECODE_ROWS
-    dense = prefill["dense"] - costs.interpolate(dense_curve, 2 * codes)
+    codes, further = work.codes, work.rows - DECODE_ROWS
+    dense = prefill["dense"] - internals.interpolate(dense_curve, 2 * codes)
     scan = prefill["none"] - prefill["build"]
-    scan -= costs.interpolate(scan_curve, codes)
+    scan -= internals.interpolate(scan_curve, codes)
     # A slot costs row + 2 H (number + rows product).
     number = max(0.0, wide - narrow) / (2 * (64 - 16))
     row = max(0.0, narrow - 2 * 16 * number)
-    part_rows = plan.tile * step.group / plan.parts
-    runs = -(-step.keys // plan.capacity) * planner.sets(step, plan)
-    slot = (prefill["all"] - prefill["none"]) / (runs * plan.capacity)
-    product = (slot - row) / (2 * step.head_dim) - number
-    product = max(0.0, product) / (part_rows - DECODE_ROWS)
+    slot = (prefill["all"] - prefill["none"]) / work.slots
+    product = (slot - row) / (2 * work.head_dim) - number
+    product = max(0.0, product) / (work.part_rows - DECODE_ROWS)
     number = max(0.0, number - DECODE_ROWS * product)
     return {
         "dense_product": max(0.0, dense) / (2 * codes * further),
@@ -293,54 +278,28 @@ class _Cache:
 
     def __init__(self, shape: Shape, seed: int):
         given = inputs.decode(Source(seed=seed), shape, 1)
-        self.inner = growing.Growing(dataclasses.replace(given, normalize="none"))
-        self.inner.refresh()
-        assert self.inner.cache is not None
-        self.cache: hsrjax.KVCache = self.inner.cache
-        self.room, self.kv_heads = self.cache.index.keys.shape[-2], shape.kv_heads
+        inner = growing.Growing(dataclasses.replace(given, normalize="none"))
+        inner.refresh()
+        assert inner.cache is not None
+        self.inputs, self.query = given, inner.query
+        self.cache: hsrjax.KVCache = inner.cache
 
-    def plan(self, activation: Any = None) -> planner.Plan:
+    def plan(self, activation: Any) -> internals.Plan:
         """Of a step by hsr."""
-        keys, values = self.cache.index.keys, self.cache.values.rows
-        step = shapes.of_decode(self.inner.query, keys, values, devices=1)
-        return planner.plan(activation or hsrjax.ReLU(), "hsr", step)
+        return internals.plan_of(activation, self.query, self.cache)
 
     def threshold(self, share: float) -> np.ndarray:
         """Biases over which such a share of the keys fires."""
-        query, key = self.inner.inputs.query, self.inner.inputs.key
+        query, key = self.inputs.query, self.inputs.key
         fires = max(1, round(share * key.shape[1]))
         return inputs.thresholds(query, key, lambda _: fires, causal=False)
 
     def call(self, way: str, bias: Any, *, softmax: Any = None, scale: float = 1.0):
         """A step in which the keys above the bias fire; "auto" never turns to dense."""
-        query, cache = self.inner.query, self.cache
         relu = hsrjax.ReLU(power=2, bias=jnp.asarray(bias), normalize="none")
         activation = relu if softmax is None else softmax
         plan = self.plan(activation)._replace(method=way)
         if way == "auto":
-            far = planner.Expected(math.inf, 0.0, 0.0, 0.0, 0.0)
-            plan = plan._replace(expected=far)
-
-        @jax.jit
-        def step(query, cache):
-            length = cache.length[:, None]
-            seen = of_decode(length - 1, length)
-            cut = functools.partial(
-                query_tiles,
-                activation,
-                query,
-                seen,
-                scale=scale,
-                kv_heads=self.kv_heads,
-            )
-            return adaptive.attend(
-                activation,
-                cache.index,
-                cache.values,
-                lambda tile: cut(tile=tile),
-                length=1,
-                heads=query.shape[2],
-                plan=plan,
-            )
-
-        return lambda: jax.block_until_ready(step(query, cache))
+            plan = internals.never_dense(plan)
+        step = internals.step_by(plan, activation, scale=scale)
+        return lambda: jax.block_until_ready(step(self.query, self.cache))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import hsrjax
-from benchmarks.inputs import Inputs
-from benchmarks.timing import Arrays, Call, Contestant, Open
+from benchmarks.harness.inputs import Inputs
+from benchmarks.harness.timing import Arrays, Call, Contestant, Open
 
 ROOM = 32
 """Tokens a cache may grow by beyond the S keys, before it is made anew."""
@@ -23,7 +23,7 @@ _DRIFT = 0.01
 
 
 class Growing:
-    """One cache that all implementations of hsrjax append to in turns.
+    """One cache that all methods of hsrjax append to in turns.
 
     Each call appends the newest token once more. It is made anew before it has grown
     noticeably; queries stand at position S - 1 whatever is behind it, so that all calls

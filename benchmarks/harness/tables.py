@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common import PEER_TOLERANCE, TOLERANCE, TOLERANCE_BFLOAT16
-from benchmarks.inputs import Inputs
-from benchmarks.timing import Timing
+from benchmarks.harness.inputs import Inputs
+from benchmarks.harness.oracle import DEFINITIONS
+from benchmarks.harness.timing import Timing
 
+TOLERANCE = 1e-5
+"""Largest relative error of hsrjax and of the dense baselines, in float32."""
+PEER_TOLERANCE = 1e-4
+"""Of peers, whose algorithms sum in another order (running maxima and the like)."""
+TOLERANCE_BFLOAT16 = 2**-7
+"""Of all, in bfloat16: half an ulp from the weights and half from the output."""
 DENSE = "dense"
 """Row that repeats the fastest of the dense baselines."""
 DIFFERS = "differs from float64"
@@ -80,7 +88,7 @@ def drawn(row: Row) -> bool:
 
 def _row(timing: Timing, shared: Row) -> Row:
     one = timing.contestant
-    scored = one.definition in ("relu", "softmax")
+    scored = one.definition in DEFINITIONS
     error = timing.error if scored else None
     row = shared | {
         "name": one.name,
@@ -162,3 +170,26 @@ def sentence(rows: list[Row]) -> str:
         words = row["status"] if ratio is None else f"{ratio:.2f}x hsr"
         parts.append(f"{row['name']} {words}")
     return "; ".join(parts)
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Of log y over log x by least squares; None below two points."""
+    if len(x) < 2:
+        return None
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def crossing(x: Sequence[float], ratio: Sequence[float]) -> float | None:
+    """Where a ratio over ascending x rises above 1 for good, log-log interpolated.
+
+    None where it never does; the first x where it always is above.
+    """
+    above = [r >= 1 for r in ratio]
+    if not above or not above[-1]:
+        return None
+    last_below = max((i for i, yes in enumerate(above) if not yes), default=None)
+    if last_below is None:
+        return float(x[0])
+    (x0, x1), (r0, r1) = (v[last_below : last_below + 2] for v in (x, ratio))
+    share = math.log(1 / r0) / math.log(r1 / r0)
+    return float(x0 * (x1 / x0) ** share)

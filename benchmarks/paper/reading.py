@@ -1,4 +1,4 @@
-"""The text and the model of the experiments on real attention."""
+"""The text and the model of the experiments, and what its layers attend to."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import dataclasses
 import hashlib
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from benchmarks.common import Basics
+from benchmarks.header import Basics
+from benchmarks.paper.massive import Head
 from models.opening import Opened, open_model
+from models.operands import attention_operands
+from models.transformer import Transformer, with_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +28,20 @@ class Reading(Basics):
     """A .gguf file, Hugging Face folder, run folder or released model; softmax."""
     text: Path | None = None
     """Text file (UTF-8); None is the documentation that Python carries (pydoc)."""
+
+
+class Layer(NamedTuple):
+    """What one layer's attention gets.
+
+    Attributes:
+      query: f32[1, T, N, H] of the newest T positions, scaled.
+      key: f32[1, S, K, H].
+      value: f32[1, S, K, D].
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
 
 
 def read(command: Reading) -> tuple[Opened, np.ndarray, dict[str, str]]:
@@ -65,3 +86,25 @@ def pieces(
     first = int(np.random.default_rng(seed).integers(room // number + 1))
     starts = [first + i * room // number for i in range(number)]
     return [tokens[start : start + length] for start in starts]
+
+
+def operands(model: Transformer, tokens: np.ndarray, rows: int) -> list[Layer]:
+    """What every layer's attention gets, queries of the newest rows alone."""
+    graph, state = nnx.split(with_attention(model, "dense"))
+
+    @jax.jit
+    def run(state, tokens):
+        found = attention_operands(nnx.merge(graph, state), tokens)
+        return [(one.query[:, -rows:], one.key, one.value) for one in found]
+
+    return [Layer(*x) for x in run(state, jnp.asarray(tokens, jnp.int32)[None])]
+
+
+def heads_of(layer: Layer) -> list[Head]:
+    """The heads of a layer, each with the keys it shares."""
+    query, key, value = (np.asarray(x)[0] for x in layer)
+    group = query.shape[1] // key.shape[1]
+    return [
+        Head(query[:, head], key[:, head // group], value[:, head // group])
+        for head in range(query.shape[1])
+    ]
