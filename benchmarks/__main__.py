@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from types import ModuleType
 
 from benchmarks.header import PROG, carry_through
 
@@ -24,7 +25,6 @@ COMMANDS = {
     "paper-time": "running time by n and d beside the exponents of the theorems",
     "paper-claims": "every claim of the paper and what came of it, from the above",
 }
-"""NAME is the module commands.NAME, paper-NAME is paper.NAME."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,9 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    folder, _, name = words[0].rpartition("-")
-    module = importlib.import_module(f"benchmarks.{folder or 'commands'}.{name}")
-    return carry_through(module, words)
+    return carry_through(module_of(words[0]), words)
+
+
+def module_of(command: str) -> ModuleType:
+    """NAME is the module commands.NAME, paper-NAME is paper.NAME."""
+    folder, _, name = command.rpartition("-")
+    return importlib.import_module(f"benchmarks.{folder or 'commands'}.{name}")
 
 
 def _usage() -> str:

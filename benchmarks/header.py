@@ -1,8 +1,9 @@
 """What all commands share: their options, and how one begins and ends.
 
 A command is a module with a dataclass `Command`, made of `Basics`, and a function
-`run(command) -> Results`. One that writes something else than a folder of results has
-a function `finish` as well.
+`run(command) -> Results`. Most have `summarize(rows)` and `draw(rows)`, which the rows
+of a committed results.csv can be given to as well. One that writes something else than
+a folder of results has a function `finish`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from models.command import carry_out
 PROG = "python -m benchmarks"
 RESULTS = Path("benchmarks/results")
 QUICK_RESULTS = Path("runs/benchmarks")
+LEAST = {"keys": 2, "memory_keys": 2, "prefill_keys": 2, "tokens": 2, "contexts": 1}
+LEAST |= dict.fromkeys(("batches", "rows", "head_dim", "head_dims", "repeats"), 1)
+LEAST |= dict.fromkeys(("r", "continuation", "starts"), 1)
+"""Smallest values of what options count, in whichever command has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,12 @@ class Basics:
         """Refuses values that cannot work, in one sentence."""
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie between 0 and 2**32 - 1, got {self.seed}")
+        for name, least in LEAST.items():
+            value = getattr(self, name, None)
+            given = value if isinstance(value, tuple) else (value,)
+            if any(number is not None and number < least for number in given):
+                words = name.replace("_", "-")
+                raise ValueError(f"{words} must be {least} or more, got {value}")
 
     @property
     def folder(self) -> Path:
@@ -63,8 +74,6 @@ class Settings(Basics):
     def __post_init__(self) -> None:
         """Refuses values that cannot work, in one sentence."""
         super().__post_init__()
-        if self.repeats is not None and self.repeats < 1:
-            raise ValueError(f"repeats must be 1 or more, got {self.repeats}")
         if len(self.peers) > 1 and {"all", "none"} & set(self.peers):
             raise ValueError("peers are names, or all alone, or none alone")
 

@@ -24,7 +24,7 @@ from benchmarks.contestants import growing
 from benchmarks.files.results import as_json, clean, staged
 from benchmarks.harness import inputs, internals, tables
 from benchmarks.harness.inputs import Shape, Source
-from benchmarks.harness.internals import Costs, Curve, Work
+from benchmarks.harness.internals import Work, costs
 from benchmarks.harness.timing import Contestant, race
 from benchmarks.header import Results, Settings
 
@@ -80,13 +80,15 @@ def run(command: Command) -> Results:
         prefill=found,
         work=work,
     )
-    machine = internals.this_machine()
-    table = Costs(machine=machine, origin="measured", dense=dense, scan=scan, **solved)
+    machine = costs.this_machine()
+    table = costs.Costs(
+        machine=machine, origin="measured", dense=dense, scan=scan, **solved
+    )
     rows = [{"cost": name, "ns": ns} for name, ns in solved.items()]
     for name, curve in (("dense", dense), ("scan", scan)):
         rows += [{"cost": name, "amount": amount, "ns": ns} for amount, ns in curve]
     summary = {"machine": machine._asdict(), **summarize(table)}
-    return Results(rows, {"table": internals.to_json(table), **summary})
+    return Results(rows, {"table": costs.to_json(table), **summary})
 
 
 def finish(words: list[str], command: Command, found: Results) -> int:
@@ -100,14 +102,14 @@ def finish(words: list[str], command: Command, found: Results) -> int:
     print(in_words(summary))
     with staged(file.parent) as stage:
         (stage / file.name).write_text(as_json(table))
-    print(f"written: {file}. To use it: export {internals.VARIABLE}={file}")
+    print(f"written: {file}. To use it: export {costs.VARIABLE}={file}")
     if command.json:
         rows = {"rows": found.rows, "summary": summary, "wrong": found.wrong}
         print(json.dumps(clean(rows | {"file": str(file)})))
     return 0
 
 
-def summarize(table: Costs) -> dict[str, Any]:
+def summarize(table: costs.Costs) -> dict[str, Any]:
     """From how many keys on reporting may pay, and which share of them is too many."""
     shares = {2**i: internals.break_even(2**i, table) for i in range(8, 21)}
     shares = {keys: share for keys, share in shares.items() if share is not None}
@@ -135,12 +137,7 @@ def _timed(
 ) -> dict[str, float]:
     """Nanoseconds of each call, in turns; the best round, as noise only adds."""
     contestants = [
-        Contestant(
-            name,
-            "part",
-            prepare=lambda call=call: lambda: call,
-            finish=lambda _: (),
-        )
+        Contestant(name, "part", lambda call=call: lambda: call, lambda _: ())
         for name, call in calls.items()
     ]
     timings = race(
@@ -149,13 +146,13 @@ def _timed(
     return {name: 1e9 * min(timing.rounds) for name, timing in timings.items()}
 
 
-def _curves(timed, lengths: tuple[int, ...], seed: int) -> tuple[Curve, Curve]:
+def _curves(timed, lengths: tuple[int, ...], seed: int):
     """Dense steps and steps in which no key survives, over lengths."""
     dense, scan = [], []
     for keys in lengths:
         cache = _Cache(Shape(keys=keys), seed)
         ns = timed({"dense": cache.call("dense", NONE), "hsr": cache.call("hsr", NONE)})
-        numbers = 4 * internals.room(cache.cache) * 64
+        numbers = 4 * cache.step.room * 64
         dense.append((2 * numbers, ns["dense"]))
         scan.append((numbers, ns["hsr"]))
     return tuple(dense), tuple(scan)
@@ -168,7 +165,7 @@ def _slot(timed, keys: int, head_dim: int, seed: int) -> float:
     ns = timed({"none": cache.call("hsr", NONE), "some": cache.call("hsr", some)})
     _, info = cache.call("hsr", some)()
     reported = np.asarray(info.candidates)[0, 0, ::DECODE_ROWS]
-    capacity = cache.plan(hsrjax.ReLU()).capacity
+    capacity = cache.step.plan(hsrjax.ReLU()).capacity
     slots = capacity * int(np.sum(-(-reported // capacity)))
     return max(0.0, ns["some"] - ns["none"]) / slots
 
@@ -183,25 +180,24 @@ def _probe(timed, keys: int, seed: int) -> float:
 def _select(timed, keys: int, seed: int) -> dict[str, float]:
     """Nanoseconds per score for softmax to choose its keys."""
     cache = _Cache(Shape(keys=keys), seed)
-    kinds = {
+    softmax = {
         "top_r": hsrjax.Softmax(top_r=FEW),
         "epsilon": hsrjax.Softmax(epsilon=0.1),
     }
-    ways = [(kind, way) for kind in (*kinds, "relu") for way in ("dense", "hsr")]
+    ways = ("dense", "hsr")
     ns = timed(
         {
-            f"{kind}_{way}": cache.call(
-                way, NONE, softmax=kinds.get(kind), scale=_SHARP
-            )
-            for kind, way in ways
+            f"{kind}_{way}": cache.call(way, NONE, softmax=one, scale=_SHARP)
+            for kind, one in {**softmax, "relu": None}.items()
+            for way in ways
         }
     )
-    scores = 8 * internals.room(cache.cache)
-    found = {
+    scores = 8 * cache.step.room
+    return {
         f"{kind}_{way}": max(0.0, ns[f"{kind}_{way}"] - ns[f"relu_{way}"]) / scores
-        for kind, way in ways
+        for kind in softmax
+        for way in ways
     }
-    return {name: cost for name, cost in found.items() if "relu" not in name}
 
 
 def _prefill(timed, sequence: int, seed: int) -> dict[str, float]:
@@ -209,11 +205,13 @@ def _prefill(timed, sequence: int, seed: int) -> dict[str, float]:
     given = inputs.causal(Source(seed=seed), Shape(keys=sequence), 0.01, exact=False)
     arrays = tuple(map(jnp.asarray, (given.query, given.key, given.value)))
 
+    @functools.partial(jax.jit, static_argnames="method")
+    def attend(relu, *, method):
+        return hsrjax.attention(*arrays, activation=relu, method=method)
+
     def call(way, bias):
-        relu = hsrjax.ReLU(power=2, bias=bias, normalize="none")
-        attend = functools.partial(hsrjax.attention, activation=relu, method=way)
-        attend = jax.jit(attend)
-        return lambda: jax.block_until_ready(attend(*arrays))
+        relu = hsrjax.ReLU(power=2, bias=jnp.float32(bias), normalize="none")
+        return lambda: jax.block_until_ready(attend(relu, method=way))
 
     build = jax.jit(functools.partial(hsrjax.build, reorder=False))
     keys = jnp.moveaxis(arrays[1], 2, 1)
@@ -228,8 +226,8 @@ def _prefill(timed, sequence: int, seed: int) -> dict[str, float]:
 
 
 def solve(
-    dense_curve: Curve,
-    scan_curve: Curve,
+    dense_curve: costs.Curve,
+    scan_curve: costs.Curve,
     *,
     wide: float,
     narrow: float,
@@ -251,9 +249,9 @@ def solve(
       work: that it did.
     """
     codes, further = work.codes, work.rows - DECODE_ROWS
-    dense = prefill["dense"] - internals.interpolate(dense_curve, 2 * codes)
+    dense = prefill["dense"] - costs.interpolate(dense_curve, 2 * codes)
     scan = prefill["none"] - prefill["build"]
-    scan -= internals.interpolate(scan_curve, codes)
+    scan -= costs.interpolate(scan_curve, codes)
     # A slot costs row + 2 H (number + rows product).
     number = max(0.0, wide - narrow) / (2 * (64 - 16))
     row = max(0.0, narrow - 2 * 16 * number)
@@ -277,16 +275,11 @@ class _Cache:
     """Calls on one cache."""
 
     def __init__(self, shape: Shape, seed: int):
-        given = inputs.decode(Source(seed=seed), shape, 1)
-        inner = growing.Growing(dataclasses.replace(given, normalize="none"))
+        self.inputs = inputs.decode(Source(seed=seed), shape, 1)
+        inner = growing.Growing(self.inputs)
         inner.refresh()
         assert inner.cache is not None
-        self.inputs, self.query = given, inner.query
-        self.cache: hsrjax.KVCache = inner.cache
-
-    def plan(self, activation: Any) -> internals.Plan:
-        """Of a step by hsr."""
-        return internals.plan_of(activation, self.query, self.cache)
+        self.step = internals.Step(inner.query, inner.cache)
 
     def threshold(self, share: float) -> np.ndarray:
         """Biases over which such a share of the keys fires."""
@@ -295,11 +288,7 @@ class _Cache:
         return inputs.thresholds(query, key, lambda _: fires, causal=False)
 
     def call(self, way: str, bias: Any, *, softmax: Any = None, scale: float = 1.0):
-        """A step in which the keys above the bias fire; "auto" never turns to dense."""
-        relu = hsrjax.ReLU(power=2, bias=jnp.asarray(bias), normalize="none")
-        activation = relu if softmax is None else softmax
-        plan = self.plan(activation)._replace(method=way)
-        if way == "auto":
-            plan = internals.never_dense(plan)
-        step = internals.step_by(plan, activation, scale=scale)
-        return lambda: jax.block_until_ready(step(self.query, self.cache))
+        """A step in which the keys above the bias fire."""
+        bias = jnp.broadcast_to(jnp.float32(bias), self.inputs.bias.shape)
+        relu = hsrjax.ReLU(power=2, bias=bias, normalize="none")
+        return self.step.call(softmax or relu, way, scale=scale)

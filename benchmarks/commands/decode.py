@@ -92,8 +92,6 @@ class Command(Attending):
         unknown = [name for name in self.cases if name not in CASES]
         if unknown:
             raise ValueError(f"unknown cases {unknown}: choose from {list(CASES)}")
-        if self.keys and min(self.keys) < 2:
-            raise ValueError("keys must be 2 or more")
 
 
 def run(command: Command) -> Results:
@@ -110,8 +108,8 @@ def run(command: Command) -> Results:
             found = _measure(case, source, keys, names, command.rounds, bar)
             rows += [{"case": name, **row} for row in found]
             tqdm.write(f"{name}, {keys:,} keys: {tables.sentence(found)}")
-    summary = summarize(rows)
-    return Results(rows, summary, _figures(rows, command), tables.wrong(rows))
+    figures = draw(rows, command.inputs)
+    return Results(rows, summarize(rows), figures, tables.wrong(rows))
 
 
 def _cases(command: Command) -> dict[str, Case]:
@@ -153,7 +151,7 @@ def _measure(case, source, keys, names, rounds, bar) -> list[dict[str, Any]]:
 
     timings = race(contestants, rounds=rounds, score=score, tick=tables.ticker(bar))
     shared = tables.describe(given) | {"firing_keys": expected("relu").firing}
-    rows = tables.rows(timings, shared, dense=tables.DENSE)
+    rows = tables.rows(timings, shared)
     append = timings["append alone"].ms
     for row in rows:
         if row["name"] == "hsr" and append is not None:
@@ -168,7 +166,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Ratios, break-even and slopes by case."""
     summary: dict[str, Any] = {"not_measured": tables.not_measured(rows)}
     for case in dict.fromkeys(row["case"] for row in rows):
-        mine = [row for row in rows if row["case"] == case]
+        mine = tables.where(rows, case=case)
         ratios = tables.dense_over_hsr(mine)
         summary[case] = {
             "dense_over_hsr": ratios,
@@ -182,10 +180,11 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def _figures(rows: list[dict[str, Any]], command: Command) -> dict[str, Figure]:
+def draw(rows: list[tables.Row], kind: str = "gaussian") -> dict[str, Figure]:
+    """Times by length, and beside them those over hsr's, by case."""
     figures = {}
     for case in dict.fromkeys(row["case"] for row in rows):
-        mine = [row for row in rows if row["case"] == case]
+        mine = tables.where(rows, case=case)
         if len({row["keys"] for row in mine}) < 2:
             continue
         figure = pictures.figure(width=11)
@@ -198,6 +197,6 @@ def _figures(rows: list[dict[str, Any]], command: Command) -> dict[str, Figure]:
         ratios.axhline(1.0, color="tab:red", linewidth=1)
         figure.legend(*times.get_legend_handles_labels(), loc="outside right upper")
         about = CASES[case].about if case in CASES else "captured heads"
-        figure.suptitle(f"One decode step, {about}, {command.inputs} keys")
+        figure.suptitle(f"One decode step, {about}, {kind} keys")
         figures["times.png" if case in ("gqa", "captured") else f"{case}.png"] = figure
     return figures

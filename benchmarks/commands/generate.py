@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.harness import pictures
+from benchmarks.harness import pictures, tables
 from benchmarks.header import Results, Settings
 from models.config import Method
 from models.decoding import Sampling, Session
@@ -60,8 +60,6 @@ class Command(Settings):
     def __post_init__(self) -> None:
         """Refuses what cannot be measured."""
         super().__post_init__()
-        if min((*self.contexts, 1)) < 1:
-            raise ValueError("contexts must be 1 or more")
         if self.tokens is not None and self.tokens < 2 * TURN:
             raise ValueError(f"tokens must be {2 * TURN} or more, got {self.tokens}")
         if self.tail is not None and not (self.r or self.epsilon):
@@ -72,7 +70,7 @@ def run(command: Command) -> Results:
     """Measures every context."""
     model, tokenizer = open_model(command.model)
     text = _text(command, tokenizer)
-    models = _entrants(command, model)
+    models = entrants(command, model)
     contexts = command.contexts or ((256,) if command.quick else CONTEXTS)
     tokens = command.tokens or (2 * TURN if command.quick else 1000)
     if text.size < max(contexts):
@@ -112,13 +110,17 @@ def run(command: Command) -> Results:
                 f"{dense['ms'] / one['ms']:.2f} times dense, {same} of {tokens} tokens "
                 f"equal, {100 * one['looked_at']:.2f} % of the keys looked at"
             )
-    summary = {
+    return Results(rows, summarize(rows), draw(rows), wrong)
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Speed over that of dense."""
+    return {
         f"{row['implementation']}_{row['context']}": row["over_dense"] for row in rows
     }
-    return Results(rows, summary, {"generation.png": _draw(rows)}, wrong)
 
 
-def _entrants(command: Command, model: Transformer) -> dict[str, Transformer]:
+def entrants(command: Command, model: Transformer) -> dict[str, Transformer]:
     """The model under every attention that is raced; they share its parameters."""
     # Full softmax leaves no key out.
     full = model.config.attention_kind == "softmax"
@@ -229,14 +231,14 @@ class _Run:
         }
 
 
-def _draw(rows: list[dict[str, Any]]) -> Figure:
+def draw(rows: list[dict[str, Any]]) -> dict[str, Figure]:
     """Where a step's time goes, by context and implementation."""
     contexts = sorted({row["context"] for row in rows})
     figure = pictures.figure(width=2 + 2.2 * len(contexts), height=4)
     grid = figure.subplots(1, len(contexts), squeeze=False)[0]
     for axes, context in zip(grid, contexts, strict=True):
-        chosen = [row for row in rows if row["context"] == context]
-        names = [row["implementation"] for row in chosen]
+        chosen = tables.where(rows, context=context)
+        names = tables.column(chosen, "implementation")
         rest = [min(row["ms"], row["without_context_ms"]) for row in chosen]
         more = [row["ms"] - least for row, least in zip(chosen, rest, strict=True)]
         axes.bar(names, rest, color="tab:gray", label="step without a context")
@@ -244,4 +246,4 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
         axes.set_title(f"{context:,} keys")
     grid[0].set_ylabel("ms a token")
     grid[0].legend(fontsize=8)
-    return figure
+    return {"generation.png": figure}

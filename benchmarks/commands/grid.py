@@ -42,8 +42,6 @@ class Command(Settings):
     def __post_init__(self) -> None:
         """Refuses what cannot be measured."""
         super().__post_init__()
-        if min((*self.keys, 2)) < 2 or min((*self.batches, 1)) < 1:
-            raise ValueError("keys must be 2 or more and batches 1 or more")
         if any(not 0 < percent <= 100 for percent in self.percents):
             raise ValueError("percents must lie above 0 and at most at 100")
         if self.inputs == "captured":
@@ -70,7 +68,8 @@ def run(command: Command) -> Results:
                     f"auto/best {row['auto_over_best']:.2f}, "
                     f"dense/hsr {row['dense_over_hsr']:.2f}"
                 )
-    worst = max(rows, key=lambda row: row["auto_over_best"])
+    summary = summarize(rows)
+    worst = summary["worst"]
     tqdm.write(
         f"worst cell: batch {worst['batch']}, {worst['keys']:,} keys, "
         f"{worst['percent']:g} %: auto takes {worst['auto_over_best']:.2f} times the "
@@ -82,13 +81,7 @@ def run(command: Command) -> Results:
         for row in rows
         if row["status"] != "measured"
     ]
-    figures = {
-        "auto.png": _heat_map(rows, "auto_over_best", "auto / min(dense, hsr)"),
-        "dense_over_hsr.png": _heat_map(
-            rows, "dense_over_hsr", "dense / hsr", colours="RdYlGn", powers=3
-        ),
-    }
-    return Results(rows, {"worst": worst}, figures, wrong)
+    return Results(rows, summary, draw(rows), wrong)
 
 
 def _measure(source: Source, shape: Shape, percents, rounds: int, bar):
@@ -128,6 +121,21 @@ def _measure(source: Source, shape: Shape, percents, rounds: int, bar):
         }
 
 
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The cell in which auto loses most."""
+    return {"worst": max(rows, key=lambda row: row["auto_over_best"])}
+
+
+def draw(rows: list[dict[str, Any]]) -> dict[str, Figure]:
+    """auto beside the better of both, and dense beside hsr."""
+    return {
+        "auto.png": _heat_map(rows, "auto_over_best", "auto / min(dense, hsr)"),
+        "dense_over_hsr.png": _heat_map(
+            rows, "dense_over_hsr", "dense / hsr", colours="RdYlGn", powers=3
+        ),
+    }
+
+
 def _heat_map(
     rows: list[dict[str, Any]],
     column: str,
@@ -136,14 +144,9 @@ def _heat_map(
     colours: str = "RdYlGn_r",
     powers: int = 1,
 ) -> Figure:
-    """A picture per batch: lengths against shares, the number in each cell.
+    """A picture per batch: lengths against shares, a ratio in each cell.
 
-    Args:
-      rows: of results.csv.
-      column: the ratio that is drawn.
-      title: of the picture.
-      colours: name of matplotlib's; red is bad.
-      powers: of 2, up and down, that the colours span.
+    Its colours, of which red is bad, span so many powers of 2 up and down.
     """
     batches = sorted({row["batch"] for row in rows})
     keys = sorted({row["keys"] for row in rows})
@@ -153,10 +156,9 @@ def _heat_map(
     grid = figure.subplots(1, len(batches), squeeze=False)[0]
     for axes, batch in zip(grid, batches, strict=True):
         cells = np.full((len(keys), len(percents)), np.nan)
-        for row in rows:
-            if row["batch"] == batch:
-                place = keys.index(row["keys"]), percents.index(row["percent"])
-                cells[place] = row[column]
+        for row in tables.where(rows, batch=batch):
+            place = keys.index(row["keys"]), percents.index(row["percent"])
+            cells[place] = row[column]
         image = axes.imshow(
             np.log2(cells), cmap=colours, vmin=-powers, vmax=powers, aspect="auto"
         )

@@ -7,6 +7,7 @@ fresh processes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -32,12 +33,6 @@ class Command(Attending):
     memory_keys: tuple[int, ...] | None = None
     """Lengths at which memory is measured, Gaussian: 4096 to 65536; quick: none."""
 
-    def __post_init__(self) -> None:
-        """Refuses what cannot be measured."""
-        super().__post_init__()
-        if min((*self.keys, *(self.memory_keys or ()), 2)) < 2:
-            raise ValueError("keys must be 2 or more")
-
 
 def run(command: Command) -> Results:
     """Measures time at every length, then memory."""
@@ -50,20 +45,22 @@ def run(command: Command) -> Results:
             rows += found
             tqdm.write(f"{keys:,} keys: {tables.sentence(found)}")
     used = _memory(command, names)
+    summary = summarize(rows) | {"memory": used}
+    figures = draw(rows, command.inputs, used)
+    return Results(rows, summary, figures, tables.wrong(rows))
+
+
+def summarize(rows: list[tables.Row]) -> dict[str, Any]:
+    """Ratios, break-even and slopes."""
     ratios = tables.dense_over_hsr(rows)
-    summary = {
+    return {
         "not_measured": tables.not_measured(rows),
         "dense_over_hsr": ratios,
         "break_even_keys": tables.crossing(list(ratios), list(ratios.values())),
         "log_log_slope": {
             name: tables.slope(*tables.series(rows, name)) for name in ("hsr", "dense")
         },
-        "memory": used,
     }
-    figures = {"times.png": _figure(rows, command)}
-    if used:
-        figures["memory.png"] = _memory_figure(used)
-    return Results(rows, summary, figures, tables.wrong(rows))
 
 
 def _lengths(command: Command) -> tuple[int, ...]:
@@ -85,7 +82,7 @@ def _measure(command: Command, keys: int, names: list[str], bar) -> list[tables.
         tick=tables.ticker(bar),
     )
     shared = tables.describe(given) | {"firing_keys": expected("relu").firing}
-    return tables.rows(timings, shared, dense=tables.DENSE)
+    return tables.rows(timings, shared)
 
 
 def _memory(command: Command, names: list[str]):
@@ -103,29 +100,33 @@ def _memory(command: Command, names: list[str]):
     return used
 
 
-def _figure(rows: list[dict[str, Any]], command: Command) -> Figure:
-    figure = pictures.figure(width=9)
-    axes = figure.subplots()
-    pictures.plot_lines(axes, [r for r in rows if tables.drawn(r)], x="keys", y="ms")
+def draw(
+    rows: list[tables.Row], kind: str = "gaussian", used: Sequence[tables.Row] = ()
+) -> dict[str, Figure]:
+    """Times, and memory where it was measured, by length."""
     heads = "{heads} query / {kv_heads} key heads of {head_dim}".format(**rows[0])
-    axes.set(
-        xlabel="length of the sequence",
-        ylabel="milliseconds",
-        title=f"Causal attention, {heads}, {command.inputs} keys",
-    )
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
-    return figure
+    figures = {
+        "times.png": _figure(
+            [row for row in rows if tables.drawn(row)],
+            y="ms",
+            ylabel="milliseconds",
+            title=f"Causal attention, {heads}, {kind} keys",
+        )
+    }
+    if used:
+        figures["memory.png"] = _figure(
+            [{"added_mib": None, **row} for row in used],
+            y="added_mib",
+            ylabel="MiB",
+            title="Peak memory of one call beside its operands",
+        )
+    return figures
 
 
-def _memory_figure(used: list[dict[str, Any]]) -> Figure:
+def _figure(rows: list[dict[str, Any]], *, y: str, ylabel: str, title: str) -> Figure:
     figure = pictures.figure(width=9)
     axes = figure.subplots()
-    rows = [{"added_mib": None, **row} for row in used]
-    pictures.plot_lines(axes, rows, x="keys", y="added_mib")
-    axes.set(
-        xlabel="length of the sequence",
-        ylabel="MiB",
-        title="Peak memory of one call beside its operands",
-    )
+    pictures.plot_lines(axes, rows, x="keys", y=y)
+    axes.set(xlabel="length of the sequence", ylabel=ylabel, title=title)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     return figure

@@ -40,12 +40,8 @@ class Command(Attending):
     def __post_init__(self) -> None:
         """Refuses what cannot be measured."""
         super().__post_init__()
-        if self.keys is not None and self.keys < 2:
-            raise ValueError(f"keys must be 2 or more, got {self.keys}")
         if not 0 < self.share < 1:
             raise ValueError(f"share must lie between 0 and 1, got {self.share}")
-        if self.batches and min(self.batches) < 1:
-            raise ValueError("batches must be 1 or more")
 
 
 def run(command: Command) -> Results:
@@ -77,7 +73,7 @@ def run(command: Command) -> Results:
     wrong = [f"{r['name']}: {r['status']}" for r in rows if r["wrong"]]
     for row in rows:
         del row["wrong"]
-    return Results(rows, _summary(rows), {"times.png": _figure(rows)}, wrong)
+    return Results(rows, summarize(rows), draw(rows), wrong)
 
 
 def _offsets(keys: np.ndarray, normals: np.ndarray, members: int) -> np.ndarray:
@@ -168,26 +164,20 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
     return "; ".join(parts)
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    measured = [row for row in rows if row["ms"] is not None]
-    return {
-        "not_measured": tables.not_measured(rows),
-        "time_over_hsr": {
-            row["name"]: {
-                r["batch"]: r["this_over_hsr"]
-                for r in measured
-                if r["name"] == row["name"]
-            }
-            for row in measured
-        },
-        "least_recall": {
-            row["name"]: min(r["recall"] for r in measured if r["name"] == row["name"])
-            for row in measured
-        },
-    }
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"not_measured": tables.not_measured(rows)}
+    found |= {"time_over_hsr": {}, "least_recall": {}}
+    for row in rows:
+        if row["ms"] is not None:
+            name, recall = row["name"], row["recall"]
+            times = found["time_over_hsr"].setdefault(name, {})
+            times[row["batch"]] = row["this_over_hsr"]
+            least = found["least_recall"].get(name, recall)
+            found["least_recall"][name] = min(least, recall)
+    return found
 
 
-def _figure(rows: list[dict[str, Any]]) -> Figure:
+def draw(rows: list[dict[str, Any]]) -> dict[str, Figure]:
     names = {"hsrjax.query": "hsr", "hsrjax.count": "auto"}  # their colours
     shown = [row | {"name": names.get(row["name"], row["name"])} for row in rows]
     figure = pictures.figure(width=9)
@@ -204,4 +194,4 @@ def _figure(rows: list[dict[str, Any]]) -> Figure:
     figure.legend(
         handles, [back.get(str(x), str(x)) for x in labels], loc="outside right upper"
     )
-    return figure
+    return {"times.png": figure}

@@ -29,12 +29,6 @@ class Command(Attending):
     keys: tuple[int, ...] = ()
     """Lengths: 8192; with --quick, 256."""
 
-    def __post_init__(self) -> None:
-        """Refuses what cannot be measured."""
-        super().__post_init__()
-        if self.keys and min(self.keys) < 2:
-            raise ValueError("keys must be 2 or more")
-
 
 def run(command: Command) -> Results:
     """Measures every length."""
@@ -46,12 +40,16 @@ def run(command: Command) -> Results:
             found = _measure(command, keys, names, bar)
             rows += found
             tqdm.write(f"{keys:,} keys: {tables.sentence(found)}")
-    summary = {
+    figures = draw(rows, command.inputs)
+    return Results(rows, summarize(rows), figures, tables.wrong(rows))
+
+
+def summarize(rows: list[tables.Row]) -> dict[str, Any]:
+    """What was not measured, and ratios."""
+    return {
         "not_measured": tables.not_measured(rows),
         "dense_over_hsr": tables.dense_over_hsr(rows),
     }
-    figures = {"times.png": _figure(rows, command)}
-    return Results(rows, summary, figures, tables.wrong(rows))
 
 
 def _measure(command: Command, keys: int, names: list[str], bar) -> list[tables.Row]:
@@ -72,10 +70,10 @@ def _measure(command: Command, keys: int, names: list[str], bar) -> list[tables.
         score=score,
         tick=tables.ticker(bar),
     )
-    return tables.rows(timings, tables.describe(given), dense=tables.DENSE)
+    return tables.rows(timings, tables.describe(given))
 
 
-def _figure(rows: list[dict[str, Any]], command: Command) -> Figure:
+def draw(rows: list[tables.Row], kind: str = "gaussian") -> dict[str, Figure]:
     """Bars of the longest sequence, the fastest on top."""
     longest = max(row["keys"] for row in rows)
     shown = [r for r in rows if r["keys"] == longest and r["ms"] and tables.drawn(r)]
@@ -90,7 +88,7 @@ def _figure(rows: list[dict[str, Any]], command: Command) -> Figure:
     axes.bar_label(bars, [f"{row['ms']:.0f}" for row in shown], padding=3)
     axes.set(
         xlabel="milliseconds",
-        title=f"Forward and backward, {longest:,} {command.inputs} keys",
+        title=f"Forward and backward, {longest:,} {kind} keys",
     )
     axes.margins(x=0.1)
-    return figure
+    return {"times.png": figure}

@@ -57,14 +57,9 @@ class RangePeer:
 # --- hsrjax ---------------------------------------------------------------------------
 
 
-def _hsr(keys: np.ndarray) -> Search:
+def _hsr(ask: Callable[..., Any], keys: np.ndarray) -> Search:
     index = jax.block_until_ready(hsrjax.build(jnp.asarray(keys)))
-
-    def search(normals, offsets):
-        report = hsrjax.query(index, normals, offsets, capacity=CAPACITY)
-        return jax.block_until_ready(report)
-
-    return search
+    return lambda normals, offsets: jax.block_until_ready(ask(index, normals, offsets))
 
 
 def _hsr_ids(report: Any) -> Ids:
@@ -73,15 +68,6 @@ def _hsr_ids(report: Any) -> Ids:
     counts = np.asarray(report.count)
     rows = np.asarray(report.indices)
     return [row[:n] for row, n in zip(rows, counts, strict=True)]
-
-
-def _hsr_count(keys: np.ndarray) -> Search:
-    index = jax.block_until_ready(hsrjax.build(jnp.asarray(keys)))
-
-    def search(normals, offsets):
-        return jax.block_until_ready(hsrjax.count(index, normals, offsets))
-
-    return search
 
 
 # --- brute force ----------------------------------------------------------------------
@@ -238,9 +224,16 @@ def answers(peer: RangePeer, answer: Any) -> Ids | np.ndarray:
 
 OURS = {
     "hsrjax.query": RangePeer(
-        "hsrjax", _hsr, _hsr_ids, exact=True, ours=True, detail=f"capacity {CAPACITY}"
+        "hsrjax",
+        functools.partial(_hsr, functools.partial(hsrjax.query, capacity=CAPACITY)),
+        _hsr_ids,
+        exact=True,
+        ours=True,
+        detail=f"capacity {CAPACITY}",
     ),
-    "hsrjax.count": RangePeer("hsrjax", _hsr_count, None, exact=True, ours=True),
+    "hsrjax.count": RangePeer(
+        "hsrjax", functools.partial(_hsr, hsrjax.count), None, exact=True, ours=True
+    ),
     "numpy": RangePeer(
         "numpy", _numpy, list, exact=True, ours=True, detail="matmul in chunks"
     ),

@@ -122,10 +122,9 @@ def _cell(value: Any) -> Any:
 
 
 def _value(cell: str) -> Any:
-    """A number where the cell is one; None where it is empty."""
-    if cell == "":
-        return None
-    try:
-        return float(cell)
-    except ValueError:
-        return cell
+    """What `_cell` was given, floats to five digits."""
+    known = {"": None, "True": True, "False": False}
+    for kind in (known.__getitem__, int, float):
+        with contextlib.suppress(KeyError, ValueError):
+            return kind(cell)
+    return cell

@@ -20,7 +20,6 @@ from scipy import stats
 from benchmarks.files import captured
 
 Kind = Literal["gaussian", "clustered", "captured"]
-Captured = Path | None
 DType = Literal["float32", "bfloat16"]
 
 LEAST_FIRING = 16
@@ -81,7 +80,7 @@ class Source:
     """Where inputs come from."""
 
     kind: Kind = "gaussian"
-    captured: Captured = None
+    captured: Path | None = None
     seed: int = 0
     dtype: DType = "float32"
 

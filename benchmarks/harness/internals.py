@@ -13,17 +13,10 @@ import numpy as np
 
 import hsrjax
 from hsrjax import adaptive, planner
+from hsrjax import costs as costs
 from hsrjax import shape as shapes
 from hsrjax.bounds import ball_upper
-from hsrjax.costs import VARIABLE as VARIABLE
-from hsrjax.costs import Costs as Costs
-from hsrjax.costs import Curve as Curve
-from hsrjax.costs import current as current
-from hsrjax.costs import interpolate as interpolate
-from hsrjax.costs import this_machine as this_machine
-from hsrjax.costs import to_json as to_json
 from hsrjax.layout import query_tiles
-from hsrjax.planner import Plan as Plan
 from hsrjax.visible import of_decode
 
 
@@ -59,7 +52,7 @@ def work(*, keys: int, heads: int, kv_heads: int, head_dim: int) -> Work:
     )
 
 
-def break_even(keys: int, table: Costs) -> float | None:
+def break_even(keys: int, table: costs.Costs) -> float | None:
     """Share of the keys over which dense wins a decode step; None where it always does.
 
     Args:
@@ -75,51 +68,48 @@ def break_even(keys: int, table: Costs) -> float | None:
     return min(1.0, planner.break_even(step, chosen, expected))
 
 
-def room(cache: hsrjax.KVCache) -> int:
-    """Tokens that a cache can hold."""
-    return cache.index.keys.shape[-2]
+class Step:
+    """Decode steps on one cache by plans of our choice.
+
+    Args:
+      query: f32[B, 1, N, H].
+      cache: that it attends to; does not grow.
+    """
+
+    def __init__(self, query: jax.Array, cache: hsrjax.KVCache):
+        self._query, self._cache = query, cache
+        self.room = cache.index.keys.shape[-2]
+
+    def plan(self, activation: Any) -> planner.Plan:
+        """Of "hsr"."""
+        keys, values = self._cache.index.keys, self._cache.values.rows
+        step = shapes.of_decode(self._query, keys, values, devices=1)
+        return planner.plan(activation, "hsr", step)
+
+    def call(self, activation: Any, method: str, *, scale: float) -> Callable[[], Any]:
+        """One step, (output, info); "auto" only looks and never turns to dense."""
+        plan = self.plan(activation)._replace(method=method)
+        if method == "auto":
+            far = planner.Expected(math.inf, 0.0, 0.0, 0.0, 0.0)
+            plan = plan._replace(expected=far)
+        operands = (self._query, self._cache, activation, scale)
+        return lambda: jax.block_until_ready(_step(*operands, plan=plan))
 
 
-def plan_of(activation: Any, query: jax.Array, cache: hsrjax.KVCache) -> Plan:
-    """Of a decode step by hsr."""
-    keys, values = cache.index.keys, cache.values.rows
-    step = shapes.of_decode(query, keys, values, devices=1)
-    return planner.plan(activation, "hsr", step)
-
-
-def never_dense(plan: Plan) -> Plan:
-    """The same by "auto" that looks at a sample and goes on with hsr in any case."""
-    far = planner.Expected(math.inf, 0.0, 0.0, 0.0, 0.0)
-    return plan._replace(method="auto", expected=far)
-
-
-def step_by(
-    plan: Plan, activation: Any, *, scale: float
-) -> Callable[[jax.Array, hsrjax.KVCache], Any]:
-    """A jitted decode step (query, cache) -> (output, info) that follows a plan."""
-
-    @jax.jit
-    def step(query, cache):
-        length = cache.length[:, None]
-        cut = functools.partial(
-            query_tiles,
-            activation,
-            query,
-            of_decode(length - 1, length),
-            scale=scale,
-            kv_heads=cache.index.keys.shape[1],
-        )
-        return adaptive.attend(
-            activation,
-            cache.index,
-            cache.values,
-            lambda tile: cut(tile=tile),
-            length=1,
-            heads=query.shape[2],
-            plan=plan,
-        )
-
-    return step
+@functools.partial(jax.jit, static_argnames="plan")
+def _step(query, cache, activation, scale, *, plan):
+    length, kv_heads = cache.length[:, None], cache.index.keys.shape[1]
+    seen = of_decode(length - 1, length)
+    cut = functools.partial(query_tiles, activation, query, seen, scale=scale)
+    return adaptive.attend(
+        activation,
+        cache.index,
+        cache.values,
+        lambda tile: cut(kv_heads=kv_heads, tile=tile),
+        length=1,
+        heads=query.shape[2],
+        plan=plan,
+    )
 
 
 def keys_in_reach(index: hsrjax.Index, normal: np.ndarray, offset: float) -> int:

@@ -61,21 +61,14 @@ def attend(inputs: Inputs, definition: str) -> Expected:
       definition: "relu" or "softmax".
     """
     b, t, n, _ = inputs.query.shape
-    s = inputs.key.shape[1]
     rows = np.arange(t)
-    if b * n * t * s > _ALL_ROWS:
+    if b * n * t * inputs.key.shape[1] > _ALL_ROWS:
         rows = np.unique(np.linspace(0, t - 1, min(t, _SOME_ROWS)).astype(int))
     out = np.empty((b, rows.size, n, inputs.value.shape[-1]))
     firing = 0
-    for i, head, keys, values in _heads(inputs):
-        for part in _tiles(rows.size, s):
-            at = rows[part]
-            visible = _visible(inputs, at, s)
-            weights, _ = _weights(inputs, definition, i, at, head, keys, visible)
-            firing += np.count_nonzero(weights)
-            top = weights.shape[1]
-            total = _total(inputs, definition, weights, visible)
-            out[i, part, head] = (weights @ values[:top]) / total[:, None]
+    for i, head, part, tile in _tiles(inputs, definition, rows):
+        firing += np.count_nonzero(tile.weights)
+        out[i, part, head] = tile.weights @ tile.values / tile.total
     return Expected(rows, out, firing / (b * rows.size * n))
 
 
@@ -92,73 +85,80 @@ def gradients(
     Returns:
       out, dquery, dkey, dvalue.
     """
-    (b, t, n, _), s = inputs.query.shape, inputs.key.shape[1]
-    out = np.zeros((b, t, n, inputs.value.shape[-1]))
+    out = np.zeros(cotangent.shape)
     dq, dk, dv = (np.zeros(x.shape) for x in (inputs.query, inputs.key, inputs.value))
-    for i, head, keys, values in _heads(inputs):
-        shared = head // inputs.group
-        for part in _tiles(t, s):
-            at = np.arange(t)[part]
-            visible = _visible(inputs, at, s)
-            weights, slope = _weights(inputs, definition, i, at, head, keys, visible)
-            top = weights.shape[1]
-            total = _total(inputs, definition, weights, visible)[:, None]
-            result = (weights @ values[:top]) / total
-            upstream = cotangent[i, part, head].astype(np.float64)
-            dweights = upstream @ values[:top].T
-            if inputs.normalize == "row_sum" or definition == "softmax":
-                dweights -= (upstream * result).sum(-1, keepdims=True)
-            dscores = dweights * slope / total
-            out[i, part, head] = result
-            dq[i, part, head] = dscores @ keys[:top]
-            dk[i, :top, shared] += dscores.T @ inputs.query[i, part, head]
-            dv[i, :top, shared] += (weights / total).T @ upstream
+    rows = np.arange(inputs.query.shape[1])
+    for i, head, part, (keys, values, weights, slope, total) in _tiles(
+        inputs, definition, rows
+    ):
+        shared, top = head // inputs.group, len(keys)
+        upstream = cotangent[i, part, head].astype(np.float64)
+        result = weights @ values / total
+        dweights = upstream @ values.T
+        if inputs.normalize == "row_sum" or definition == "softmax":
+            dweights -= (upstream * result).sum(-1, keepdims=True)
+        dscores = dweights * slope / total
+        out[i, part, head] = result
+        dq[i, part, head] = dscores @ keys
+        dk[i, :top, shared] += dscores.T @ inputs.query[i, part, head]
+        dv[i, :top, shared] += (weights / total).T @ upstream
     return out, dq, dk, dv
 
 
-def _heads(inputs: Inputs):
-    """Batch row, query head, and the keys and values of its key head in float64."""
-    for i, shared in np.ndindex(inputs.key.shape[0], inputs.key.shape[2]):
-        keys = inputs.key[i, :, shared].astype(np.float64)
-        values = inputs.value[i, :, shared].astype(np.float64)
-        for member in range(inputs.group):
-            yield i, shared * inputs.group + member, keys, values
+class _Tile(NamedTuple):
+    """Some queries of a head against the keys that any of them sees.
 
-
-def _tiles(rows: int, keys: int):
-    step = max(1, _CELLS // keys)
-    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
-
-
-def _visible(inputs: Inputs, at: np.ndarray, keys: int) -> np.ndarray:
-    """Number of keys that the queries at these positions see."""
-    return at + 1 if inputs.causal else np.full(at.size, keys)
-
-
-def _weights(inputs, definition, i, at, head, keys, visible):
-    """Weights before normalisation and their derivatives by the score.
-
-    Keys that no query of the tile sees are left out.
+    Attributes:
+      keys: f64[S', H].
+      values: f64[S', D].
+      weights: f64[R, S'], before they are divided.
+      slope: f64[R, S'], their derivatives by the score.
+      total: f64[R, 1], what they are divided by; 1 for empty rows, which stay zero.
     """
-    keys = keys[: visible.max()]
+
+    keys: np.ndarray
+    values: np.ndarray
+    weights: np.ndarray
+    slope: np.ndarray
+    total: np.ndarray
+
+
+def _tiles(inputs: Inputs, definition: str, rows: np.ndarray):
+    """Batch row, query head, slice of `rows` and `_Tile`, over all there are."""
+    step = max(1, _CELLS // inputs.key.shape[1])
+    for i, head in np.ndindex(inputs.query.shape[0], inputs.query.shape[2]):
+        shared = head // inputs.group
+        keys, values = (
+            x[i, :, shared].astype(np.float64) for x in (inputs.key, inputs.value)
+        )
+        for first in range(0, rows.size, step):
+            part = slice(first, min(first + step, rows.size))
+            yield (
+                i,
+                head,
+                part,
+                _tile(inputs, definition, i, head, rows[part], keys, values),
+            )
+
+
+def _tile(inputs: Inputs, definition: str, i, head, at, keys, values) -> _Tile:
+    visible = at + 1 if inputs.causal else np.full(at.size, len(keys))
+    keys, values = keys[: visible.max()], values[: visible.max()]
     scores = inputs.query[i, at, head].astype(np.float64) @ keys.T
     hidden = np.arange(len(keys)) >= visible[:, None]
     if definition == "softmax":
         scores[hidden] = -np.inf
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        return weights, weights
-    scores -= inputs.bias[i, at, head, None].astype(np.float64)
-    scores[hidden] = 0.0
-    np.maximum(scores, 0.0, out=scores)
-    slope = inputs.power * scores ** (inputs.power - 1) * (scores > 0)
-    return scores**inputs.power, slope
-
-
-def _total(inputs, definition, weights, visible) -> np.ndarray:
-    """What the weights are divided by; 1 for empty rows, which stay zero."""
+        weights = slope = np.exp(scores - scores.max(-1, keepdims=True))
+    else:
+        scores -= inputs.bias[i, at, head, None].astype(np.float64)
+        scores[hidden] = 0.0
+        np.maximum(scores, 0.0, out=scores)
+        slope = inputs.power * scores ** (inputs.power - 1) * (scores > 0)
+        weights = scores**inputs.power
+    total = np.ones(at.size)
     if definition == "softmax" or inputs.normalize == "row_sum":
         total = weights.sum(-1)
-        return np.where(total == 0, 1.0, total)
-    if inputs.normalize == "length":
-        return visible.astype(np.float64)
-    return np.ones(len(weights))
+        total[total == 0] = 1.0
+    elif inputs.normalize == "length":
+        total = visible.astype(np.float64)
+    return _Tile(keys, values, weights, slope, total[:, None])

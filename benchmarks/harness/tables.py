@@ -26,6 +26,16 @@ DIFFERS = "differs from float64"
 Row = dict[str, Any]
 
 
+def where(rows: list[Row], **columns: Any) -> list[Row]:
+    """The rows in which columns have these values."""
+    return [row for row in rows if all(row[k] == v for k, v in columns.items())]
+
+
+def column(rows: list[Row], name: str) -> list[Any]:
+    """One column of all rows."""
+    return [row[name] for row in rows]
+
+
 def ticker(bar: tqdm) -> Callable[[str], None]:
     """For `race`: shows whose turn it is, and advances after each round."""
 
@@ -53,20 +63,18 @@ def describe(inputs: Inputs) -> Row:
     }
 
 
-def rows(timings: dict[str, Timing], shared: Row, *, dense: str) -> list[Row]:
-    """A row for each contestant, and one for the fastest dense.
+def rows(timings: dict[str, Timing], shared: Row) -> list[Row]:
+    """A row for each contestant, and one for the fastest of the dense baselines.
 
     Args:
       timings: of `race`.
       shared: columns that all rows have.
-      dense: name of the row for the fastest; those whose names begin with "dense" or
-        "hsrjax dense" compete.
     """
     found = [_row(timing, shared) for timing in timings.values()]
     measured = [r for r in found if r["ms"] is not None and is_dense(r["name"])]
     if measured:
         best = min(measured, key=lambda row: row["ms"])
-        found.insert(0, best | {"name": dense, "detail": best["name"]})
+        found.insert(0, best | {"name": DENSE, "detail": best["name"]})
         for row in found:
             if row["ms"] is not None:
                 row["dense_over_this"] = best["ms"] / row["ms"]
@@ -136,8 +144,8 @@ def wrong(rows: list[Row]) -> list[str]:
 
 def series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
     """Keys and milliseconds of one name."""
-    mine = [row for row in rows if row["name"] == name and row["ms"] is not None]
-    return [row["keys"] for row in mine], [row["ms"] for row in mine]
+    mine = [row for row in where(rows, name=name) if row["ms"] is not None]
+    return column(mine, "keys"), column(mine, "ms")
 
 
 def dense_over_hsr(rows: list[Row]) -> dict[int, float]:

@@ -36,10 +36,6 @@ Open = Callable[[], Call]
 Arrays = tuple[np.ndarray, ...]
 
 
-def _as_arrays(result: Any) -> Arrays:
-    return tuple(np.asarray(x) for x in result)
-
-
 @dataclasses.dataclass
 class Contestant:
     """One implementation on one input.
@@ -56,7 +52,7 @@ class Contestant:
     name: str
     definition: str
     prepare: Callable[[], Open]
-    finish: Callable[[Any], Arrays] = _as_arrays
+    finish: Callable[[Any], Arrays] = lambda result: tuple(map(np.asarray, result))
     ours: bool = True
     detail: str = ""
 
@@ -151,18 +147,14 @@ def _turn(timing: Timing, score: Score) -> None:
 @contextlib.contextmanager
 def _own_failures_only(timing: Timing):
     """Keeps a peer's failure as words; what peers print does not reach stdout."""
-    if timing.contestant.ours:
-        try:
-            yield
-        except Unavailable as reason:
-            timing.failure = str(reason)
-        return
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except Unavailable as reason:
         timing.failure = str(reason)
     except Exception as error:  # peers raise what they like
+        if timing.contestant.ours:
+            raise
         timing.failure = one_line(error)
 
 

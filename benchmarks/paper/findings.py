@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from benchmarks.harness.tables import where
+
 HOLDS = "holds"
 REPAIRED = "holds repaired"
 EMPTY = "holds, says nothing"
@@ -58,20 +60,14 @@ class Found:
 
     def exponents(self, task: str, name: str) -> list[dict[str, Any]]:
         """Fitted exponents of one task and name, by d."""
-        return [
-            line
-            for line in self.summaries["time"]["exponents"]
-            if (line["task"], line["name"]) == (task, name)
-        ]
+        return where(self.summaries["time"]["exponents"], task=task, name=name)
 
     def curve(self, r: int, *, model: str, tail: bool = False) -> dict[int, float]:
         """Perplexity over dense with the top r keys, by context."""
         return {
             int(line["context"]): line["over_dense"]
-            for line in self.tables["figure3"]
+            for line in where(self.tables["figure3"], r=r, tail=tail)
             if line["model"].startswith(model)
-            and line["r"] == r
-            and line["tail"] == str(tail)
         }
 
 

@@ -1,14 +1,11 @@
-"""Softmax with a guarantee: what is asked for, and full softmax in float64."""
+"""What the experiments on softmax with a guarantee ask for."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 import hsrjax
-from benchmarks.paper.massive import Head
 from benchmarks.paper.reading import Reading
 
 TOLERANCE = 1e-4
@@ -41,35 +38,6 @@ class Limits(Reading):
             found += [hsrjax.Softmax(top_r=r, tail=tail) for r in self.r]
             found += [hsrjax.Softmax(epsilon=e, tail=tail) for e in self.epsilon]
         return found
-
-
-class Truth(NamedTuple):
-    """Full softmax of one head in float64.
-
-    Attributes:
-      output: f64[T, D].
-      held: f64[T, S], mass of the best 1, 2, ... keys.
-      extreme: f64[T], max|V| of the visible keys.
-    """
-
-    output: np.ndarray
-    held: np.ndarray
-    extreme: np.ndarray
-
-
-def exact(head: Head) -> Truth:
-    """Full softmax of the newest rows of one head, causal."""
-    query, key, value = (
-        np.asarray(x, np.float64) for x in (head.query, head.key, head.value)
-    )
-    rows, keys = len(query), len(key)
-    visible = keys - rows + 1 + np.arange(rows)
-    scores = np.where(np.arange(keys) < visible[:, None], query @ key.T, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    held = np.cumsum(-np.sort(-weights, axis=-1), axis=-1)
-    extreme = np.maximum.accumulate(np.abs(value).max(-1))[visible - 1]
-    return Truth(weights @ value, held, extreme)
 
 
 def columns(activation: hsrjax.Softmax) -> dict[str, Any]:

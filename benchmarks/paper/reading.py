@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.header import Basics
-from benchmarks.paper.massive import Head
+from benchmarks.paper.heads import Head
 from models.opening import Opened, open_model
 from models.operands import attention_operands
 from models.transformer import Transformer, with_attention

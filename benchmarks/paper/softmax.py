@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 import hsrjax
 from benchmarks.harness import pictures
+from benchmarks.harness.tables import column
 from benchmarks.header import Results
-from benchmarks.paper.limits import TOLERANCE, Limits, Truth, columns, exact, in_words
+from benchmarks.paper.heads import Truth, exact
+from benchmarks.paper.limits import TOLERANCE, Limits, columns, in_words
 from benchmarks.paper.reading import Layer, heads_of, operands, pieces, read
 
 
@@ -35,8 +37,8 @@ class Command(Limits):
     def __post_init__(self) -> None:
         """Refuses what cannot be measured."""
         super().__post_init__()
-        if not 0 < self.newest <= self.length // 2:
-            raise ValueError("rows must be 1 or more, and tokens twice as many")
+        if self.newest > self.length // 2:
+            raise ValueError("tokens must be twice as many as rows, or more")
 
     @property
     def newest(self) -> int:
@@ -58,11 +60,11 @@ def run(command: Command) -> Results:
             found = jax.device_get(attend(layer, activation))
             for head, truth in enumerate(truths):
                 line = {"layer": number, "head": head, **columns(activation)}
-                lines.append(line | _describe(found, head, truth, tokens))
+                lines.append(line | _describe(found, head, truth))
                 if lines[-1]["exceeded_rows"]:
                     wrong.append(f"{line}: error above the certificate")
-    summary = {"read": about, "tokens": tokens, "settings": _summary(lines)}
-    return Results(lines, summary, {"softmax.png": _draw(lines)}, wrong)
+    summary = {"read": about, "tokens": tokens} | summarize(lines)
+    return Results(lines, summary, draw(lines), wrong)
 
 
 def attend(layer: Layer, activation: hsrjax.Softmax) -> tuple[jax.Array, hsrjax.Info]:
@@ -94,17 +96,16 @@ def _one_by_one(queries, positions, cache, activation):
     return jax.lax.map(one, (queries, positions))
 
 
-def _describe(found, head: int, truth: Truth, keys: int) -> dict[str, Any]:
+def _describe(found, head: int, truth: Truth) -> dict[str, Any]:
     """Columns on one head; what is left out is all but the best keys that fired."""
     out, info = found
     rows = len(truth.output)
-    visible = keys - rows + 1 + np.arange(rows)
     error = np.abs(np.asarray(out[:, head], np.float64) - truth.output).max(-1)
     count = np.asarray(info.count)[:, head]
     missed = 1.0 - truth.held[np.arange(rows), np.maximum(count, 1) - 1]
     bound = np.asarray(info.error_bound, np.float64)[:, head]
     exceeded = error > bound + TOLERANCE * truth.extreme
-    share = lambda x: 100 * float(np.mean(np.asarray(x)[:, head] / visible))
+    share = lambda x: 100 * float(np.mean(np.asarray(x)[:, head] / truth.visible))
     return {
         "rows": rows,
         "keys_looked_at_percent": share(info.candidates),
@@ -126,32 +127,29 @@ def _settings(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over all heads, and the largest share of keys outside layer 0."""
-    columns = ("keys_looked_at_percent", "keys_fired_percent", "missed_mean")
-    columns += ("missed_bound_mean", "error_over_v_median", "bound_over_v_median")
+    averaged = ("keys_looked_at_percent", "keys_fired_percent", "missed_mean")
+    averaged += ("missed_bound_mean", "error_over_v_median", "bound_over_v_median")
     found = {}
     for name, mine in _settings(lines).items():
         later = [line["keys_looked_at_percent"] for line in mine if line["layer"]]
         found[name] = {
-            column: float(np.mean([line[column] for line in mine]))
-            for column in columns
+            name: float(np.mean(column(mine, name))) for name in averaged
         } | {
-            "exceeded_rows": sum(line["exceeded_rows"] for line in mine),
+            "exceeded_rows": sum(column(mine, "exceeded_rows")),
             "keys_looked_at_percent_outside_layer_0": sum(later) / max(1, len(later)),
             "most_keys_looked_at_percent_outside_layer_0": max(later, default=0.0),
-            "most_keys_looked_at_percent": max(
-                line["keys_looked_at_percent"] for line in mine
-            ),
+            "most_keys_looked_at_percent": max(column(mine, averaged[0])),
         }
-    return found
+    return {"settings": found}
 
 
-def _draw(lines: list[dict[str, Any]]) -> Figure:
+def draw(lines: list[dict[str, Any]]) -> dict[str, Figure]:
     """Error by keys looked at, and keys looked at by layer."""
     figure = pictures.figure(width=12, height=4.5)
     left, right = figure.subplots(1, 2)
-    means = _summary(lines)
+    means = summarize(lines)["settings"]
     for kind, marker in (("r", "o"), ("epsilon", "s")):
         for tail in (False, True):
             mine = [
@@ -191,4 +189,4 @@ def _draw(lines: list[dict[str, Any]]) -> Figure:
         title="By layer, mean over heads",
     )
     right.legend(fontsize="small", bbox_to_anchor=(1.01, 1.0), loc="upper left")
-    return figure
+    return {"softmax.png": figure}

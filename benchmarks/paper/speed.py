@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 import hsrjax
 from benchmarks.harness import pictures
+from benchmarks.harness.tables import column, where
 from benchmarks.harness.timing import Contestant, race
 from benchmarks.header import Results
-from benchmarks.paper.limits import TOLERANCE, Limits, columns, exact, in_words
+from benchmarks.paper.heads import exact
+from benchmarks.paper.limits import TOLERANCE, Limits, columns, in_words
 from benchmarks.paper.reading import Layer, heads_of, operands, pieces, read
 
 CHECKED = 32
@@ -42,12 +44,6 @@ class Command(Limits):
     """Layer, from 0; the middle one unless given."""
     repeats: int | None = None
     """Rounds in which everything takes a turn; medians count. 5; with --quick, 1."""
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot be timed."""
-        super().__post_init__()
-        if self.length < 2 or self.rounds < 1:
-            raise ValueError("tokens must be 2 or more, repeats 1 or more")
 
     @property
     def rounds(self) -> int:
@@ -72,7 +68,7 @@ def run(command: Command) -> Results:
         if not line["error_over_allowed"] <= 1
     ]
     summary = {"read": about, "tokens": command.length, "layer": number}
-    return Results(lines, summary, {"speed.png": _draw(lines)}, wrong)
+    return Results(lines, summary, draw(lines), wrong)
 
 
 def _timed(task: str, layer: Layer, command: Command) -> list[dict[str, Any]]:
@@ -188,18 +184,17 @@ def _off(result: Any, *, expected: np.ndarray, largest: np.ndarray) -> tuple[Any
     return (np.max(error / allowed),)
 
 
-def _draw(lines: list[dict[str, Any]]) -> Figure:
+def draw(lines: list[dict[str, Any]]) -> dict[str, Figure]:
     """Time by setting, a panel for each task."""
     figure = pictures.figure(width=12, height=6)
     for axes, task in zip(figure.subplots(1, 2, sharey=True), TASKS, strict=True):
-        mine = [line for line in lines if line["task"] == task]
-        settings = list(dict.fromkeys(line["setting"] for line in mine))
+        mine = where(lines, task=task)
+        settings = list(dict.fromkeys(column(mine, "setting")))
         settings = [name for name in settings if name not in (PLAIN, FUSED)][::-1]
         for way, shift in zip(WAYS, (0.2, -0.2), strict=True):
             times = {
                 line["setting"]: line["times_plain"]
-                for line in mine
-                if line["implementation"] == way
+                for line in where(mine, implementation=way)
             }
             axes.barh(
                 [i + shift for i in range(len(settings))],
@@ -212,4 +207,4 @@ def _draw(lines: list[dict[str, Any]]) -> Figure:
         axes.set_yticks(range(len(settings)), settings)
         axes.set(xlabel="time / plain softmax", title=task)
     axes.legend(loc="upper right")
-    return figure
+    return {"speed.png": figure}

@@ -19,10 +19,11 @@ from tqdm import tqdm
 import hsrjax
 from benchmarks.files.results import as_csv
 from benchmarks.harness import pictures
+from benchmarks.harness.tables import column, where
 from benchmarks.header import Results
-from benchmarks.paper import massive, sources
+from benchmarks.paper import sources
 from benchmarks.paper.findings import TOP_R_TOLERANCE
-from benchmarks.paper.massive import Found
+from benchmarks.paper.heads import Found, describe, join, measure
 from benchmarks.paper.reading import Layer, Reading, heads_of, operands, pieces, read
 
 GAMMAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -47,8 +48,8 @@ class Command(Reading):
         if not self.gammas or not all(0 < gamma < 1 for gamma in self.gammas):
             raise ValueError("gammas must lie between 0 and 1")
         tokens, rows = self.sizes
-        if not 0 < rows <= tokens // 2:
-            raise ValueError("rows must be 1 or more, and tokens twice as many")
+        if rows > tokens // 2:
+            raise ValueError("tokens must be twice as many as rows, or more")
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -71,7 +72,7 @@ def run(command: Command) -> Results:
     name = about["model"]
     for number, layer in enumerate(tqdm(layers, unit="layer")):
         heads = heads_of(layer)
-        found = [massive.measure(head, kept) for head in heads]
+        found = [measure(head, kept) for head in heads]
         for place, gamma in enumerate(command.gammas):
             these = [one[place] for one in found]
             faults, engine = [], [{} for _ in heads]
@@ -81,26 +82,26 @@ def run(command: Command) -> Results:
             for head, one in enumerate(these):
                 first = {"source": name, "layer": number, "head": head}
                 first |= {"gamma": gamma, "kept": kept[place], "keys": tokens}
-                line = first | massive.describe(one)
+                line = first | describe(one)
                 lines.append(line | engine[head])
             measured.setdefault((name, gamma), []).extend(these)
             by_layer[number, gamma] = these
     for first, one in _random(command, tokens, rows):
-        lines.append(first | massive.describe(one))
+        lines.append(first | describe(one))
         if first["keys"] == tokens:
             measured[first["source"], first["gamma"]] = [one]
-    joined = {key: massive.join(found) for key, found in measured.items()}
+    joined = {key: join(found) for key, found in measured.items()}
     wrong += _impossible(lines)
     table = [
-        {"layer": layer, "gamma": gamma} | massive.describe(massive.join(found))
+        {"layer": layer, "gamma": gamma} | describe(join(found))
         for (layer, gamma), found in by_layer.items()
     ]
     values = _values(layers)
     texts = {"layers.csv": as_csv(table), "values.csv": as_csv(values)}
-    summary = {"read": about, "tokens": tokens} | _summary(
+    summary = {"read": about, "tokens": tokens} | summarize(
         lines, joined, values, tokens
     )
-    figures = {"theorem43.png": _draw(joined, table)}
+    figures = {"theorem43.png": draw(joined, table)}
     return Results(lines, summary, figures, wrong, texts)
 
 
@@ -151,7 +152,7 @@ def _random(command: Command, tokens: int, rows: int):
                 rng = np.random.default_rng([command.seed, keys, number])
                 head = draw(rng, keys=keys, rows=rows, kept=r)
                 first = {"source": source, "gamma": gamma, "kept": r, "keys": keys}
-                yield first, massive.measure(head, [r])[0]
+                yield first, measure(head, [r])[0]
 
 
 def _impossible(lines: list[dict[str, Any]]) -> list[str]:
@@ -187,7 +188,7 @@ def _values(layers: list[Layer]) -> list[dict[str, Any]]:
     return found
 
 
-def _summary(
+def summarize(
     lines: list[dict[str, Any]],
     joined: dict[tuple[str, float], Found],
     values: list[dict[str, Any]],
@@ -195,20 +196,19 @@ def _summary(
 ) -> dict[str, Any]:
     by_source: dict[str, Any] = {}
     for (source, gamma), found in joined.items():
-        key = source, gamma, tokens
-        mine = [x for x in lines if (x["source"], x["gamma"], x["keys"]) == key]
+        mine = where(lines, source=source, gamma=gamma, keys=tokens)
         says = np.array([x["theorem_says_something_percent"] for x in mine])
-        about = massive.describe(found) | {"heads": len(mine)}
+        about = describe(found) | {"heads": len(mine)}
         about |= {"heads_mostly_covered_percent": 100 * float(np.mean(says >= 50))}
         engine = [x.get("engine_bound_tightness_50") for x in mine]
         checked = [x for x in engine if x is not None]
         if checked:
             about |= {"engine_bound_tightness_50": float(np.median(checked))}
         by_source.setdefault(source, {})[str(gamma)] = about
-    most = max(x["keys"] for x in values)
+    sizes = column(values, "keys")
     ends = [
-        [x["max_over_rms_log_n"] for x in values if x["keys"] == size]
-        for size in (min(x["keys"] for x in values), most)
+        column(where(values, keys=size), "max_over_rms_log_n")
+        for size in (min(sizes), max(sizes))
     ]
     return {
         "sources": by_source,
@@ -220,9 +220,7 @@ def _summary(
     }
 
 
-def _draw(
-    found: dict[tuple[str, float], Found], layers: list[dict[str, Any]]
-) -> Figure:
+def draw(found: dict[tuple[str, float], Found], layers: list[dict[str, Any]]) -> Figure:
     """Errors and bounds by gamma; where Theorem 4.3 says something, by keys and layer.
 
     Args:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.files.results import as_csv
 from benchmarks.harness import pictures, tables
+from benchmarks.harness.tables import column, where
 from benchmarks.harness.timing import Timing, race
 from benchmarks.header import Results, Settings
 from benchmarks.paper import contests, printed
@@ -50,8 +51,6 @@ class Command(Settings):
     def __post_init__(self) -> None:
         """Refuses what cannot be measured."""
         super().__post_init__()
-        if min((*self.keys, *self.prefill_keys, 2)) < 2:
-            raise ValueError("keys must be 2 or more")
         if min((*self.head_dims, 2)) < 2:
             raise ValueError("head-dims must be 2 or more")
 
@@ -82,10 +81,10 @@ def run(command: Command) -> Results:
                     found, faults = _measure(cell, command, bar)
                     rows += found
                     wrong += faults
-    fits = fit(rows)
-    texts = {"exponents.csv": as_csv(fits)}
-    summary = {"exponents": fits, "repeats": command.rounds}
-    return Results(rows, summary, {"time.png": _draw(rows, fits)}, wrong, texts)
+    found = summarize(rows)
+    texts = {"exponents.csv": as_csv(found["exponents"])}
+    summary = found | {"repeats": command.rounds}
+    return Results(rows, summary, draw(rows), wrong, texts)
 
 
 def _measure(
@@ -124,7 +123,7 @@ def _row(first: dict[str, Any], timing: Timing) -> dict[str, Any]:
     }
 
 
-def fit(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Exponents of n by least squares over log-log, for each task, name and d.
 
     Over the largest n, where calling takes little of the time. `exponent` is that of
@@ -136,19 +135,14 @@ def fit(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for task in TASKS:
         for name in NAMES[task]:
             for dim in sorted({row["head_dim"] for row in rows}):
-                mine = [
-                    row
-                    for row in rows
-                    if (row["task"], row["name"], row["head_dim"]) == (task, name, dim)
-                ]
-                if mine:
+                if mine := where(rows, task=task, name=name, head_dim=dim):
                     found.append(_fit(task, name, dim, mine))
-    return found
+    return {"exponents": found}
 
 
 def _fit(task: str, name: str, dim: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     measure = "keys_in_reach" if task == "work" else "fastest_round_ms"
-    keys, amount = [row["keys"] for row in rows], [row[measure] for row in rows]
+    keys, amount = column(rows, "keys"), column(rows, measure)
     promised = 0.8 if task == "decode" else printed.exponent(dim)
     promised += task == "prefill"
     points = list(zip(keys, amount, strict=True))
@@ -168,7 +162,7 @@ def _fit(task: str, name: str, dim: int, rows: list[dict[str, Any]]) -> dict[str
         "exponent": tables.slope(fitted, amount[-FITTED:]) if all(amount) else None,
         "exponent_of_medians": None
         if task == "work"
-        else tables.slope(fitted, [row["ms"] for row in rows[-FITTED:]]),
+        else tables.slope(fitted, column(rows[-FITTED:], "ms")),
         "last_step": steps[-1] if steps else None,
         "theorem": promised,
         "begins_at": keys[first] if first < len(steps) else None,
@@ -176,8 +170,9 @@ def _fit(task: str, name: str, dim: int, rows: list[dict[str, Any]]) -> dict[str
     }
 
 
-def _draw(rows: list[dict[str, Any]], fits: list[dict[str, Any]]) -> Figure:
+def draw(rows: list[dict[str, Any]]) -> dict[str, Figure]:
     """Times by n of query, decode and prefill, and the exponents by d."""
+    fits = summarize(rows)["exponents"]
     figure = pictures.figure(width=13, height=8)
     grid = figure.subplots(2, 3)
     panels = [("query", "balls"), ("query", "sketch"), ("decode", "hsr")]
@@ -185,14 +180,10 @@ def _draw(rows: list[dict[str, Any]], fits: list[dict[str, Any]]) -> Figure:
     dims = sorted({row["head_dim"] for row in rows})
     for axes, (task, name) in zip(grid.flat, panels, strict=False):
         for place, dim in enumerate(dims):
-            mine = [
-                row
-                for row in rows
-                if (row["task"], row["name"], row["head_dim"]) == (task, name, dim)
-            ]
+            mine = where(rows, task=task, name=name, head_dim=dim)
             axes.plot(
-                [row["keys"] for row in mine],
-                [row["fastest_round_ms"] for row in mine],
+                column(mine, "keys"),
+                column(mine, "fastest_round_ms"),
                 "o-",
                 label=f"d = {dim}",
                 color=f"C{place}",
@@ -205,26 +196,21 @@ def _draw(rows: list[dict[str, Any]], fits: list[dict[str, Any]]) -> Figure:
     grid[0, 0].legend(fontsize=8)
     _exponents(grid[1, 1], fits, ("query", "work"))
     _exponents(grid[1, 2], fits, ("decode", "prefill"))
-    return figure
+    return {"time.png": figure}
 
 
 def _exponents(axes: Any, fits: list[dict[str, Any]], tasks: tuple[str, ...]) -> None:
     """Fitted exponents by d, and the theorem's."""
     for task in tasks:
         for name in NAMES[task]:
-            mine = [x for x in fits if (x["task"], x["name"]) == (task, name)]
+            mine = where(fits, task=task, name=name)
             style = "s:" if task == "work" else "o-"
-            dims = [one["head_dim"] for one in mine]
+            dims = column(mine, "head_dim")
             label = "keys in reach of balls" if task == "work" else f"{task}: {name}"
-            axes.plot(dims, [one["exponent"] for one in mine], style, label=label)
+            axes.plot(dims, column(mine, "exponent"), style, label=label)
         if task != "work":
-            theorem = [x for x in fits if x["task"] == task and x["name"] == name]
-            axes.plot(
-                [one["head_dim"] for one in theorem],
-                [one["theorem"] for one in theorem],
-                "k--" if task != "prefill" else "k:",
-                label=f"theorem, {task}",
-            )
+            style = "k--" if task != "prefill" else "k:"
+            axes.plot(dims, column(mine, "theorem"), style, label=f"theorem, {task}")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="d", ylabel="exponent of n", title=" and ".join(tasks))
     axes.grid(alpha=0.3)

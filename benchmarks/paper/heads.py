@@ -1,13 +1,13 @@
-"""What top-r softmax leaves out of a row, and what the paper's bounds say of it.
+"""One head of attention in float64: full softmax, and what the top r keys leave out.
 
-All in float64, from the scores of one head: Lemma 6.5, Definition B.3 and Theorem 4.3.
+What they leave out is held against Lemma 6.5, Definition B.3 and Theorem 4.3.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,28 @@ class Head:
     key: np.ndarray
     value: np.ndarray
     causal: bool = True
+
+
+class Truth(NamedTuple):
+    """Full softmax of one head.
+
+    Attributes:
+      visible: i[T], number of keys that a query sees.
+      scores: f64[T, S], -inf where a key is not seen.
+      ordered: f64[T, S], the same from the largest down.
+      weights: f64[T, S].
+      held: f64[T, S], mass of the best 1, 2, ... keys.
+      output: f64[T, D].
+      extreme: f64[T], max|V| of the visible keys.
+    """
+
+    visible: np.ndarray
+    scores: np.ndarray
+    ordered: np.ndarray
+    weights: np.ndarray
+    held: np.ndarray
+    output: np.ndarray
+    extreme: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +89,25 @@ class Found:
     output: np.ndarray
 
 
+def exact(head: Head) -> Truth:
+    """Full softmax of a head."""
+    query, key, value = (
+        np.asarray(x, np.float64) for x in (head.query, head.key, head.value)
+    )
+    rows, keys = len(query), len(key)
+    visible = np.full(rows, keys)
+    if head.causal:
+        visible = keys - rows + 1 + np.arange(rows)
+    scores = np.where(np.arange(keys) < visible[:, None], query @ key.T, -np.inf)
+    ordered = -np.sort(-scores, axis=-1)
+    weights = np.exp(scores - ordered[:, :1])
+    mass = weights.sum(-1, keepdims=True)
+    weights /= mass
+    held = np.cumsum(np.exp(ordered - ordered[:, :1]), axis=-1) / mass
+    extreme = np.maximum.accumulate(np.abs(value).max(-1))[visible - 1]
+    return Truth(visible, scores, ordered, weights, held, weights @ value, extreme)
+
+
 def measure(head: Head, kept: list[int]) -> list[Found]:
     """Measures a head for several r.
 
@@ -74,20 +115,9 @@ def measure(head: Head, kept: list[int]) -> list[Found]:
       head: with more than max(kept) keys visible to every query.
       kept: the r.
     """
-    query, key, value = (
-        np.asarray(x, np.float64) for x in (head.query, head.key, head.value)
-    )
-    (rows, d), keys = query.shape, key.shape[0]
-    visible = np.full(rows, keys)
-    if head.causal:
-        visible = keys - rows + 1 + np.arange(rows)
-    scores = np.where(np.arange(keys) < visible[:, None], query @ key.T, -np.inf)
-    ordered = -np.sort(-scores, axis=-1)
-    weights = np.exp(scores - ordered[:, :1])
-    mass = weights.sum(-1)
-    full = weights @ value / mass[:, None]
-    extreme = np.maximum.accumulate(np.abs(value).max(-1))[visible - 1]
-    norms = np.linalg.norm(query, axis=-1) * math.sqrt(d)
+    visible, scores, ordered, weights, _, full, extreme = exact(head)
+    value, d = np.asarray(head.value, np.float64), head.query.shape[1]
+    norms = np.linalg.norm(np.asarray(head.query, np.float64), axis=-1) * math.sqrt(d)
     log_n = np.log(visible)
     found = []
     for r in kept:
@@ -95,7 +125,7 @@ def measure(head: Head, kept: list[int]) -> list[Found]:
         held = top.sum(-1)
         output = top @ value / held[:, None]
         mean, rest = ordered[:, :r].mean(-1), ordered[:, r]
-        missed = np.maximum(1.0 - held / mass, 0.0)
+        missed = np.maximum(1.0 - held, 0.0)
         gamma = math.log(r) / log_n
         unit = norms / math.sqrt(d) * log_n  # nats of beta = 1
         betas = mean / unit, rest / unit
