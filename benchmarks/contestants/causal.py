@@ -82,14 +82,14 @@ def _hsrjax(method: Any, task: Task, given: Inputs) -> Open:
 
     if task == "train":
         return peers_jax.train(attend, given, _relu(given))
-    return peers_jax.prefill(attend, *peers_jax.arrays(given), _relu(given))
+    return peers_jax.jitted(attend, *peers_jax.arrays(given), _relu(given))
 
 
 def _einsum(task: Task, given: Inputs) -> Open:
     attend, bias = dense.natural_einsum(given), jnp.asarray(given.bias)
     if task == "train":
         return peers_jax.train(attend, given, bias)
-    return peers_jax.prefill(attend, *peers_jax.arrays(given), bias)
+    return peers_jax.jitted(attend, *peers_jax.arrays(given), bias)
 
 
 def _chunked(task: Task, given: Inputs, quick: bool) -> Contestant:

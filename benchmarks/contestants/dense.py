@@ -7,6 +7,7 @@ dense decode step costs at least.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,25 +26,19 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 def decode_contestants(inputs: Inputs) -> list[Contestant]:
     """Three einsums over two layouts of the cache."""
-    forms: dict[str, tuple[str, Attend]] = {
-        "dense einsum": ("bksh", _one_position(inputs, "bkgh,bksh->bkgs", _product)),
-        "dense einsum (keys transposed)": (
-            "bkhs",
-            _one_position(inputs, "bkgh,bkhs->bkgs", _product),
-        ),
-        "dense einsum (values in chunks)": (
-            "bkhs",
-            _one_position(inputs, "bkgh,bkhs->bkgs", _product_in_chunks),
-        ),
+    forms = {
+        "dense einsum": ("bksh", _product),
+        "dense einsum (keys transposed)": ("bkhs", _product),
+        "dense einsum (values in chunks)": ("bkhs", _product_in_chunks),
     }
+
+    def prepare(keys: str, product) -> Open:
+        attend = _one_position(inputs, f"bkgh,{keys}->bkgs", product)
+        return cached(inputs, keys, "bksh", attend)
+
     return [
-        Contestant(
-            name=name,
-            definition="relu",
-            prepare=lambda k=keys, f=attend: cached(inputs, k, "bksh", f),
-            finish=only_output,
-        )
-        for name, (keys, attend) in forms.items()
+        Contestant(name, "relu", functools.partial(prepare, *form), only_output)
+        for name, form in forms.items()
     ]
 
 

@@ -37,7 +37,7 @@ def arrays(inputs: Inputs) -> tuple[jax.Array, ...]:
     return tuple(map(inputs.on_device, (inputs.query, inputs.key, inputs.value)))
 
 
-def prefill(attend: Callable[..., Any], *operands: Any) -> Open:
+def jitted(attend: Callable[..., Any], *operands: Any) -> Open:
     """One call of a jitted function on arrays that do not change."""
     compiled = jax.jit(attend)
     return lambda: lambda: jax.block_until_ready(compiled(*operands))
@@ -57,13 +57,13 @@ def train(attend: Callable[..., jax.Array], inputs: Inputs, *more: Any) -> Open:
         out, pull = jax.vjp(lambda *x: attend(*x, *more), query, key, value)
         return out, *pull(upstream)
 
-    return prefill(forward_backward, *arrays(inputs), *more)
+    return jitted(forward_backward, *arrays(inputs), *more)
 
 
 def _causal(make: Callable[[Any, Inputs], Causal]) -> dict[str, Any]:
     """Prefill and training of one causal function."""
     return {
-        "prefill": lambda module, x: prefill(make(module, x), *arrays(x)),
+        "prefill": lambda module, x: jitted(make(module, x), *arrays(x)),
         "train": lambda module, x: train(make(module, x), x),
     }
 

@@ -125,21 +125,8 @@ def _decode(keys, queries, values, relu, score) -> list[Contestant]:
     if d <= 8:
         cache = hsrjax.reindex(cache)
     cache, query = jax.block_until_ready(cache), jnp.asarray(queries)[None, :, None]
-    return [
-        _contestant(
-            name,
-            functools.partial(
-                hsrjax.decode_attention,
-                query,
-                cache,
-                activation=relu,
-                method=name,  # type: ignore[arg-type]
-                scale=1.0,
-            ),
-            score,
-        )
-        for name in ("hsr", "dense")
-    ]
+    decode = functools.partial(hsrjax.decode_attention, query, cache)
+    return _by_both(decode, score, activation=relu)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -149,18 +136,15 @@ def _extend(cache, keys, values):
 
 def _prefill(keys, queries, values, relu, score) -> list[Contestant]:
     operands = [jnp.asarray(x)[None, :, None] for x in (queries, keys, values)]
+    attend = functools.partial(hsrjax.attention, *operands, return_info=True)
+    return _by_both(attend, score, activation=relu)
+
+
+def _by_both(attend: Callable[..., Any], score: Any, **options: Any):
+    """hsr and dense."""
     return [
         _contestant(
-            name,
-            functools.partial(
-                hsrjax.attention,
-                *operands,
-                activation=relu,
-                method=name,  # type: ignore[arg-type]
-                scale=1.0,
-                return_info=True,
-            ),
-            score,
+            name, functools.partial(attend, method=name, scale=1.0, **options), score
         )
         for name in ("hsr", "dense")
     ]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import hsrjax
 from benchmarks.header import Basics
 from benchmarks.paper.heads import Head
 from models.opening import Opened, open_model
@@ -98,6 +99,15 @@ def operands(model: Transformer, tokens: np.ndarray, rows: int) -> list[Layer]:
         return [(one.query[:, -rows:], one.key, one.value) for one in found]
 
     return [Layer(*x) for x in run(state, jnp.asarray(tokens, jnp.int32)[None])]
+
+
+def cache_of(
+    key: jax.Array, value: jax.Array, *, tail: int | None = None
+) -> hsrjax.KVCache:
+    """A cache that is exactly full with f32[1, S, K, H] and f32[1, S, K, D]."""
+    (_, keys, heads, dim), width = key.shape, value.shape[-1]
+    cache = hsrjax.init_cache(1, keys, heads, dim, value_dim=width, tail=tail)
+    return hsrjax.extend(cache, key, value)
 
 
 def heads_of(layer: Layer) -> list[Head]:

@@ -24,7 +24,7 @@ from benchmarks.harness.tables import column
 from benchmarks.header import Results
 from benchmarks.paper.heads import Truth, exact
 from benchmarks.paper.limits import TOLERANCE, Limits, columns, in_words
-from benchmarks.paper.reading import Layer, heads_of, operands, pieces, read
+from benchmarks.paper.reading import Layer, cache_of, heads_of, operands, pieces, read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,15 +69,9 @@ def run(command: Command) -> Results:
 
 def attend(layer: Layer, activation: hsrjax.Softmax) -> tuple[jax.Array, hsrjax.Info]:
     """Outputs f32[T, N, D] and Info [T, N] of each query alone, each with its keys."""
-    _, rows, heads, _ = layer.query.shape
-    _, keys, kv_heads, dim = layer.key.shape
-    key, value = (
-        jnp.repeat(x, heads // kv_heads, axis=2) for x in (layer.key, layer.value)
-    )
-    cache = hsrjax.init_cache(
-        1, keys, heads, dim, value_dim=value.shape[-1], tail=activation.tail
-    )
-    cache = hsrjax.extend(cache, key, value)
+    (_, rows, heads, _), (_, keys, kv_heads, _) = layer.query.shape, layer.key.shape
+    own = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (layer.key, layer.value))
+    cache = cache_of(*own, tail=activation.tail)
     positions = keys - rows + jnp.arange(rows, dtype=jnp.int32)
     return _one_by_one(layer.query[0], positions, cache, activation)
 

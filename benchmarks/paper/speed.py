@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hsrjax
+from benchmarks.contestants.peers_jax import jitted
 from benchmarks.harness import pictures
 from benchmarks.harness.tables import column, where
-from benchmarks.harness.timing import Contestant, race
+from benchmarks.harness.timing import Contestant, Open, race
 from benchmarks.header import Results
 from benchmarks.paper.heads import exact
 from benchmarks.paper.limits import TOLERANCE, Limits, columns, in_words
-from benchmarks.paper.reading import Layer, heads_of, operands, pieces, read
+from benchmarks.paper.reading import Layer, cache_of, heads_of, operands, pieces, read
 
 CHECKED = 32
 """Rows of a prefill, the newest, that are held against float64."""
@@ -119,50 +120,24 @@ def _entries(task: str, layer: Layer, activations: list[hsrjax.Softmax]):
     return found
 
 
-def _ready(attend, *operands):
-    """What `Contestant.prepare` returns."""
-    attend = jax.jit(attend)
-    return lambda: lambda: jax.block_until_ready(attend(*operands))
-
-
-def _fused(layer: Layer):
+def _fused(layer: Layer) -> Open:
     """JAX's own attention, which has no certificate to return."""
-    return _ready(
-        functools.partial(jax.nn.dot_product_attention, is_causal=True, scale=1.0),
-        *layer,
-    )
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, scale=1.0)
+    return jitted(attend, *layer)
 
 
-def _prefill(layer: Layer, activation: hsrjax.Softmax, way: Way):
-    return _ready(
-        functools.partial(
-            hsrjax.attention,
-            activation=activation,
-            method=way,
-            is_causal=True,
-            scale=1.0,
-            return_info=True,
-        ),
-        *layer,
-    )
+def _prefill(layer: Layer, activation: hsrjax.Softmax, way: Way) -> Open:
+    options = {"method": way, "is_causal": True, "scale": 1.0, "return_info": True}
+    attend = functools.partial(hsrjax.attention, activation=activation, **options)
+    return jitted(attend, *layer)
 
 
-def _decode(layer: Layer, activation: hsrjax.Softmax, way: Way):
-    (_, keys, kv_heads, dim), width = layer.key.shape, layer.value.shape[-1]
-    cache = hsrjax.init_cache(
-        1, keys, kv_heads, dim, value_dim=width, tail=activation.tail
+def _decode(layer: Layer, activation: hsrjax.Softmax, way: Way) -> Open:
+    decode = functools.partial(
+        hsrjax.decode_attention, activation=activation, method=way, scale=1.0
     )
-    cache = hsrjax.extend(cache, layer.key, layer.value)
-    return _ready(
-        functools.partial(
-            hsrjax.decode_attention,
-            activation=activation,
-            method=way,
-            scale=1.0,
-        ),
-        layer.query[:, -1:],
-        cache,
-    )
+    cache = cache_of(layer.key, layer.value, tail=activation.tail)
+    return jitted(decode, layer.query[:, -1:], cache)
 
 
 def _expected(layer: Layer, rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,15 @@ from benchmarks.header import Results
 from benchmarks.paper import sources
 from benchmarks.paper.findings import TOP_R_TOLERANCE
 from benchmarks.paper.heads import Found, describe, join, measure
-from benchmarks.paper.reading import Layer, Reading, heads_of, operands, pieces, read
+from benchmarks.paper.reading import (
+    Layer,
+    Reading,
+    cache_of,
+    heads_of,
+    operands,
+    pieces,
+    read,
+)
 
 GAMMAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -114,12 +122,9 @@ def check_engine(
       What is wrong, in words; and for each head columns that say how far the output is
       off, and the median of error / certificate.
     """
-    (_, keys, kv_heads, dim), width = layer.key.shape, layer.value.shape[-1]
-    cache = hsrjax.init_cache(1, keys, kv_heads, dim, value_dim=width)
-    cache = hsrjax.extend(cache, layer.key, layer.value)
     out, info = hsrjax.decode_attention(
         layer.query,
-        cache,
+        cache_of(layer.key, layer.value),
         activation=hsrjax.Softmax(top_r=r),
         method="hsr",
         scale=1.0,
