@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 import shutil
 
 import jax
@@ -16,7 +15,6 @@ import hsrjax
 from models.files import runs
 from models.files.atomic import write_atomic
 from models.network.config import ModelConfig
-from models.network.flax_attention import hsr_attention_fn
 from models.network.layers import RMSNorm, unit_norm
 from models.network.operands import Operands, as_relu
 from models.network.rope import rotate
@@ -633,93 +631,3 @@ def test_restore_model_names_what_differs():
         runs.restore_model(other, item)
     with pytest.raises(ValueError, match="use the config it was saved with"):
         runs.restore_model(make_config(mlp_dim=52), item)
-
-
-# --- the adapter for flax's own attention ---
-
-
-def flax_layer(**options):
-    options = {"decode": False, "rngs": nnx.Rngs(0)} | options
-    return nnx.MultiHeadAttention(4, 32, num_kv_heads=2, **options)
-
-
-@pytest.mark.parametrize("lead", [(2, 3), *slow(((),))])
-def test_adapter_equals_flax_softmax(lead, lenient_promotion):
-    attention_fn = hsr_attention_fn(activation=hsrjax.Softmax())
-    inputs = jax.random.normal(jax.random.key(0), (*lead, 9, 32))
-    ours, theirs = flax_layer(attention_fn=attention_fn), flax_layer()
-
-    @functools.partial(jax.jit, static_argnames="is_causal")
-    def both(inputs, is_causal):
-        return ours(inputs, is_causal=is_causal), theirs(inputs, is_causal=is_causal)
-
-    for is_causal in (False, True):
-        close(*both(inputs, is_causal=is_causal))
-
-
-def test_adapter_passes_its_options_on(monkeypatch):
-    options = {
-        "activation": hsrjax.ReLU(power=2, bias=0.1),
-        "method": "hsr",
-        "scale": 0.2,
-        "capacity": 4,
-    }
-    seen = {}
-    attention = hsrjax.attention
-    monkeypatch.setattr(
-        hsrjax,
-        "attention",
-        lambda *args, **given: seen.update(given) or attention(*args, **given),
-    )
-    rows = jnp.ones((1, 9, 4, 8))
-    attention_fn = hsr_attention_fn(**options)
-    jax.eval_shape(lambda x: attention_fn(x, x, x, is_causal=True), rows)
-    assert seen == options | {"is_causal": True}
-
-
-def test_adapter_keeps_the_layers_dtype(lenient_promotion):
-    layer = flax_layer(
-        attention_fn=hsr_attention_fn(activation=hsrjax.ReLU(power=2)),
-        dtype=jnp.bfloat16,
-    )
-    assert jax.eval_shape(layer, jnp.ones((1, 4, 32))).dtype == jnp.bfloat16
-
-
-def test_adapter_refuses_what_it_cannot_honour(lenient_promotion):
-    attention_fn = hsr_attention_fn(activation=hsrjax.Softmax())
-
-    def call(*, of=None, **options):
-        layer = lambda: flax_layer(attention_fn=attention_fn, **(of or {}))
-        return jax.eval_shape(lambda x: layer()(x, **options), jnp.ones((1, 9, 32)))
-
-    with pytest.raises(ValueError, match=r"mask must be None.*is_causal=True"):
-        call(mask=nnx.make_causal_mask(jnp.ones((1, 9))))
-    with pytest.raises(ValueError, match="sow_weights=False"):
-        call(sow_weights=True)
-    with pytest.raises(ValueError, match="bias must be None"):
-        attention_fn(*[jnp.ones((1, 9, 4, 8))] * 3, bias=jnp.ones((1, 4, 9, 9)))
-    dropping = {"dropout_rate": 0.5, "deterministic": False}
-    with pytest.raises(ValueError, match="dropout_rate=0"):
-        call(of=dropping)
-    call(of=dropping, deterministic=True)
-
-
-# --- the package ---
-
-
-def test_layers_import_only_those_below(repo_root):
-    below = {
-        "network": set(),
-        "text": set(),
-        "decoding": {"network"},
-        "files": {"network", "text"},
-        "evaluation": {"decoding", "network", "text"},
-    }
-    folders = {path.parent.name for path in (repo_root / "models").glob("*/*.py")}
-    assert folders == below.keys()
-    for layer, allowed in below.items():
-        for path in (repo_root / "models" / layer).glob("*.py"):
-            imported = re.findall(
-                r"^ *(?:from|import) models\.(\w+)", path.read_text(), re.MULTILINE
-            )
-            assert set(imported) <= allowed | {layer}, path
