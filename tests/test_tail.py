@@ -169,7 +169,10 @@ def test_a_cache_that_grew_is_as_good(tail):
     cache = grown(key, value, tail)
     whole = tail_module.sketch_values(cache.values.rows, tail)
     for one, other in zip(cache.values.sketch, whole, strict=True):
-        np.testing.assert_array_equal(one, other)
+        # Means of the same numbers: on GPUs not summed in the same order.
+        np.testing.assert_allclose(
+            np.float64(one), np.float64(other), rtol=1e-5, atol=1e-8
+        )
     activation = softmax({"top_r": 4}, tail)
     out, info = hsrjax.decode_attention(
         query, cache, activation=activation, method="hsr"
