@@ -108,7 +108,7 @@ class PReLU(_Closed):
         a = scale_query(query, scale).reshape(*grouped, query.shape[-1])
         bias = per_row("bias", self.bias, (b, t, n)).reshape(grouped)
         line = _lines(jnp.moveaxis(a, 1, 2), key, value, seen)
-        one_per_key_head = sums(value, seen)[:, :, :, None]
+        one_per_key_head = sum_ranges(value, seen)[:, :, :, None]
         line = line - jnp.moveaxis(bias, 1, 2)[..., None] * one_per_key_head
         slope = per_row("slope", self.slope, (b, t, n))[..., None]
         return (1.0 - slope) * out + slope * _by_query(line, out.shape)
@@ -156,7 +156,7 @@ class _Saturates(_Closed):
 
     def _add(self, out, query, key, value, seen, scale):
         del key, scale
-        constant = sums(value, seen)[:, :, :, None]
+        constant = sum_ranges(value, seen)[:, :, :, None]
         group = query.shape[2] // value.shape[1]
         constant = jnp.broadcast_to(
             constant, (*constant.shape[:3], group, constant.shape[-1])
@@ -240,7 +240,7 @@ class SELU(_Saturates):
         return Saturating(1.6732632423543772, 1.0, self.bias)
 
 
-def sums(x: jax.Array, seen: Visible) -> jax.Array:
+def sum_ranges(x: jax.Array, seen: Visible) -> jax.Array:
     """Sums f32[B, K, T, F] of x f32[B, K, S, F] over the keys that each query sees."""
     mean = jnp.mean(x, axis=-2, keepdims=True)
     running = _running_sum(x - mean)
@@ -271,13 +271,13 @@ def _lines(a, key, value, seen):
     @jax.checkpoint
     def coordinate(total, pair):
         of_queries, of_keys = pair
-        found = sums(of_keys[..., None] * value, seen)
+        found = sum_ranges(of_keys[..., None] * value, seen)
         return total + of_queries[..., None] * found[:, :, :, None], None
 
     pairs = jnp.moveaxis(a, -1, 0), jnp.moveaxis(key, -1, 0)
     start = jnp.zeros((*a.shape[:-1], value.shape[-1]), jnp.float32)
     total, _ = jax.lax.scan(coordinate, start, pairs)
-    spoiled = sums(wrong.astype(jnp.float32), seen)[:, :, :, None] > 0.5
+    spoiled = sum_ranges(wrong.astype(jnp.float32), seen)[:, :, :, None] > 0.5
     return jnp.where(spoiled, jnp.nan, total)
 
 

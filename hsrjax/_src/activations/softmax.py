@@ -132,7 +132,7 @@ class Softmax(Activation):
         shift, rounding = finite_or_zero(peak), sight.rounding()
         if self.tail is not None:
             out = sight.left_out(words)
-            tail = tails.sums(sight.values, lower, upper, out, shift, rounding)
+            tail = tails.sum_left_out(sight.values, lower, upper, out, shift, rounding)
             return words, Kept(jnp.full_like(shift, -jnp.inf), shift), tail
         if best is not None:
             offset = certificates.between(best)

@@ -138,7 +138,7 @@ def whole(visible: jax.Array, group: int) -> jax.Array:
     ).reshape(visible.shape)
 
 
-def sums(
+def sum_left_out(
     sketch: ValueSketch,
     lower: jax.Array,
     upper: jax.Array,
