@@ -1,16 +1,16 @@
 """The sizes of a call, and the plan: which method, how many slots, how large a tile.
 
 Decided from shapes and the costs of this machine; where it depends on how many keys
-fire, the plan says "auto" and the call itself decides (`hsrjax._src.run`).
+fire, the plan says "auto" and the call itself decides (`hsrjax._src.run`). Of an
+activation only what `Activation` says for the planner is asked.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
-from hsrjax._src.activations.base import Activation
 from hsrjax._src.core import checks
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.planning import costs, memory
@@ -172,7 +172,7 @@ class Choice(NamedTuple):
 
 
 def plan(
-    activation: Activation,
+    activation: Any,
     method: Method,
     shape: Shape,
     *,
@@ -217,7 +217,7 @@ def plan(
 
 
 def lay_out(
-    activation: Activation,
+    activation: Any,
     shape: Shape,
     capacity: int | None = None,
     implementations: tuple[str, ...] = ("xla",),
@@ -242,7 +242,7 @@ def lay_out(
 
 
 def _choose(
-    activation: Activation, shape: Shape, hsr: Plan, dense: Plan, expected: Expected
+    activation: Any, shape: Shape, hsr: Plan, dense: Plan, expected: Expected
 ) -> Choice:
     """The static part of "auto"."""
     if activation.whole_rows:
@@ -316,7 +316,7 @@ def sets(shape: Shape, plan: Plan) -> int:
 
 
 def expect(
-    activation: Activation, shape: Shape, plan: Plan, *, table: Costs | None = None
+    activation: Any, shape: Shape, plan: Plan, *, table: Costs | None = None
 ) -> Expected:
     """What a call costs, dense and reported.
 
@@ -355,7 +355,7 @@ def expect(
 
 
 def dense_tiling(
-    activation: Activation, *, queries: int, keys: int, heads: int
+    activation: Any, *, queries: int, keys: int, heads: int
 ) -> tuple[int, int | None]:
     """How dense attention cuts its scores: not where they or the queries are few.
 
