@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 from train import data, processes, step
+from train.__main__ import Command, main
 from train.config import PRESETS
-from train.files import checkpoints
+from train.files import checkpoints, metrics
 from train.files.folder import check_folder
 from train.files.metrics import read_csv
 from train.loop import DeviceError, TrainingInterrupted, train
@@ -47,16 +49,17 @@ def finished(config, tmp_path_factory):
     return out, train(config, out, progress=False)
 
 
-def first_batch(config):
+def batches_of(config):
     rows, _ = data.split(data.load_corpus(config.data), row_length=config.row_length)
-    return jnp.asarray(next(data.Batches(rows, batch=config.batch, seed=0)))
+    return data.Batches(rows, batch=config.batch, seed=0)
 
 
 @functools.cache
 def one_step(config):
     """Parameters and metrics after a step."""
     graphdef, state = step.init_state(config)
-    state, measured = step.make_train_step(graphdef, config)(state, first_batch(config))
+    train_step = step.make_train_step(graphdef, config)
+    state, measured = train_step(state, jnp.asarray(next(batches_of(config))))
     return jax.device_get((state.params, measured))
 
 
@@ -74,7 +77,12 @@ def losses(run):
 
 
 @pytest.mark.parametrize(
-    "options", [{"accumulate": 4}, {"accumulate": 2, "remat": True}]
+    "options",
+    [
+        {"accumulate": 2, "remat": True},
+        pytest.param({"accumulate": 4}, marks=pytest.mark.slow),
+        pytest.param({"remat": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_parts_and_remat_change_rounding_alone(config, options):
     params, measured = one_step(config)
@@ -134,11 +142,12 @@ def test_sparsity_weight_raises_the_learned_scales(config):
 # --- many devices ---
 
 
+@pytest.mark.slow
 def test_pmap_and_shardings_take_the_same_step(config):
     """What `--data-parallel` does by shardings, by hand with pmap on 8 devices."""
     split = dataclasses.replace(config, data_parallel=True)
     graphdef, state = step.init_state(config)
-    batch, optimizer = first_batch(config), step.make_optimizer(config)
+    batch, optimizer = next(batches_of(config)), step.make_optimizer(config)
     assert (jax.local_device_count(), batch.shape[0]) == (8, 8)
 
     def grads(params, rest, rows):
@@ -148,7 +157,7 @@ def test_pmap_and_shardings_take_the_same_step(config):
 
     mapped = jax.pmap(grads, axis_name="device", in_axes=(None, None, 0))
     found, loss = mapped(state.params, state.rest, batch[:, None])
-    found = jax.tree.map(lambda x: x[0], found)
+    found = jax.tree.map(lambda x: x[0], jax.device_get(found))
 
     @jax.jit
     def updated(state, found):
@@ -165,16 +174,39 @@ def test_pmap_and_shardings_take_the_same_step(config):
     assert distance(after.params, expected) < 1e-6
 
 
+@pytest.fixture
+def shapes_on(monkeypatch):
+    """Where the batches of a run lay: numbers of devices, and their parts' shapes."""
+    original, used = step.make_train_step, set()
+
+    def recording(*arguments, **options):
+        real = original(*arguments, **options)
+
+        def train_step(state, batch):
+            lies = batch.sharding
+            used.add((len(lies.device_set), lies.shard_shape(batch.shape)))
+            return real(state, batch)
+
+        return train_step
+
+    monkeypatch.setattr(step, "make_train_step", recording)
+    return used
+
+
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
 def test_a_checkpoint_goes_on_with_another_number_of_devices(
-    config, finished, tmp_path, ctrl_c_before_batch, before, after
+    config, finished, tmp_path, ctrl_c_before_batch, shapes_on, before, after
 ):
+    lies = {True: (8, (1, 33)), False: (1, (8, 33))}
     first = dataclasses.replace(config, data_parallel=before)
     ctrl_c_before_batch(9)
     with pytest.raises(TrainingInterrupted):
         train(first, tmp_path / "run", progress=False)
+    assert shapes_on == {lies[before]}
     then = dataclasses.replace(config, data_parallel=after)
     train(then, tmp_path / "run", resume=True, progress=False)
+    assert shapes_on == {lies[before], lies[after]}
+    # Rounding differs, and later grows: a threshold turns it into other keys.
     found, expected = losses(tmp_path / "run"), losses(finished[0])
     assert len(found) == len(expected)
     np.testing.assert_allclose(found[:8], expected[:8], rtol=1e-5)
@@ -223,10 +255,21 @@ def test_two_processes_train_what_one_does(config, finished, tmp_path, repo_root
     assert run("--resume")["validation_loss"] == results["validation_loss"]
 
 
+ALONE = ["--preset", "micro", "--distributed"]
+
+
+def test_processes_that_come_too_late_are_told_what_to_give(tmp_path, capsys):
+    """This one computes already."""
+    assert jax.device_count() == 8
+    assert main([*ALONE, "--out", str(tmp_path / "run")]) == 2
+    assert "give --coordinator HOST:PORT" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_processes_that_cannot_meet_are_told_what_to_give(repo_root, tmp_path):
-    command = [sys.executable, "-m", "train", "--preset", "micro", "--distributed"]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "run")],
+        [sys.executable, "-m", "train", *ALONE, "--out", str(tmp_path / "run")],
         cwd=repo_root,
         capture_output=True,
         text=True,
@@ -245,26 +288,25 @@ _FULL_DISK = """
 import resource, signal, sys
 from train.__main__ import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-for room, out in zip(sys.argv[1::2], sys.argv[2::2]):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(room), -1))
-    print("status", main(["--out", out, "--resume"]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
+sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [1_500, 60_000])
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(
-    config, finished, tmp_path, repo_root, compile_cache, ctrl_c_before_batch
+    config, finished, tmp_path, repo_root, compile_cache, ctrl_c_before_batch, room
 ):
-    """No file may grow beyond so many bytes: first the metrics, then a checkpoint."""
-    outs = {1_500: tmp_path / "metrics", 60_000: tmp_path / "checkpoint"}
+    """No file may grow beyond `room` bytes: first the metrics, then a checkpoint."""
+    out = tmp_path / "run"
     ctrl_c_before_batch(4)
     with pytest.raises(TrainingInterrupted):
-        train(config, outs[1_500], progress=False)
-    shutil.copytree(outs[1_500], outs[60_000])
-    words = [str(word) for room_and_out in outs.items() for word in room_and_out]
+        train(config, out, progress=False)
     # What was compiled is read from the cache, but not half written to it.
     cache = compile_cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
     done = subprocess.run(
-        [sys.executable, "-c", _FULL_DISK, *words],
+        [sys.executable, "-c", _FULL_DISK, str(room), "--out", str(out), "--resume"],
         cwd=repo_root,
         env=os.environ | cache,
         capture_output=True,
@@ -272,13 +314,40 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(
         timeout=1800,
         check=False,
     )
-    assert done.stdout == "status 2\n" * 2, done.stderr[-3000:]
+    assert done.returncode == 2, done.stderr[-3000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 2, done.stderr[-3000:]
-    for line, out in zip(said, outs.values(), strict=True):
-        assert f"continue with: python -m train --resume --out {out}" in line
-        train(config, out, resume=True, progress=False)
-        np.testing.assert_array_equal(losses(out), losses(finished[0]))
+    assert len(said) == 1, done.stderr[-3000:]
+    assert f"continue with: python -m train --resume --out {out}" in said[0]
+    train(config, out, resume=True, progress=False)
+    np.testing.assert_array_equal(losses(out), losses(finished[0]))
+
+
+@pytest.mark.parametrize("what", ["metrics", "checkpoint"])
+def test_what_cannot_be_written_says_how_to_go_on(
+    config, finished, tmp_path, capsys, monkeypatch, what
+):
+    """The same without a disk that is full."""
+    writer, manager = metrics.MetricsWriter, ocp.CheckpointManager
+    owner, name = (writer, "write") if what == "metrics" else (manager, "save")
+    real, out = getattr(owner, name), tmp_path / "run"
+
+    def failing(self, *arguments, **options):
+        if (arguments[0] if what == "checkpoint" else arguments[0]["step"]) == 20:
+            raise OSError(28, "No space left on device")
+        return real(self, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, failing)
+        patched.setattr("train.__main__._parse", lambda _: command)
+        command = Command(out=out, train=config)
+        assert main([]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ")
+    assert "No space left on device" in said
+    assert f"The last good checkpoint is {out / 'checkpoints' / '10'}: " in said
+    assert f"continue with: python -m train --resume --out {out}" in said
+    train(config, out, resume=True, progress=False)
+    np.testing.assert_array_equal(losses(out), losses(finished[0]))
 
 
 def test_a_checkpoint_without_room_is_not_begun(config, tmp_path, monkeypatch):
@@ -310,16 +379,23 @@ def test_a_lost_device_is_one_error(config, tmp_path, monkeypatch):
     assert check_folder(out, resume=True)
 
 
-def test_bfloat16_computes_and_float32_is_kept(config, finished, tmp_path):
+def test_bfloat16_computes_and_float32_is_kept(config, finished):
     """Master weights: parameters and optimizer are float32, products are in bf16."""
     model = dataclasses.replace(config.model, dtype="bfloat16")
     narrow = dataclasses.replace(config, model=model)
     graphdef, state = step.init_state(narrow)
     floats = jax.tree.leaves((state.params, state.opt_state))
     assert {x.dtype for x in floats} <= {jnp.dtype("float32"), jnp.dtype("int32")}
-    lowered = step.make_train_step(graphdef, narrow).lower(state, first_batch(narrow))
+    batches, found = batches_of(narrow), []
+    batch = jnp.asarray(next(batches))
+    lowered = step.make_train_step(graphdef, narrow).lower(state, batch)
     assert "tensor<8x32x32xbf16>" in lowered.as_text()
-    train(narrow, tmp_path / "run", progress=False)
-    found, expected = losses(tmp_path / "run"), losses(finished[0])
+    train_step = lowered.compile()
+    for _ in range(config.steps):
+        state, measured = train_step(state, batch)
+        found.append(float(measured["loss"]))
+        batch = jnp.asarray(next(batches))
+    floats = jax.tree.leaves((state.params, state.opt_state))
+    assert {x.dtype for x in floats} <= {jnp.dtype("float32"), jnp.dtype("int32")}
     assert found[-1] < found[0] - 1
-    np.testing.assert_allclose(found, expected, rtol=0.1)
+    np.testing.assert_allclose(found, losses(finished[0]), rtol=0.1)

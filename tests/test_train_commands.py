@@ -15,8 +15,9 @@ from models.decoding.generation import Generation, Phase
 from models.files.runs import load_run
 from train import data, demo, plots, step, telemetry
 from train.__main__ import main
-from train.commands import compare, length
+from train.commands import compare, length, report
 from train.config import PRESETS
+from train.files import metrics
 from train.files.folder import read_text
 from train.loop import train
 
@@ -193,7 +194,9 @@ def softmax_run(config, tmp_path_factory):
     return out, train(short, out, progress=False)
 
 
-@pytest.mark.parametrize("kind", ["threshold_relu", "softmax"])
+@pytest.mark.parametrize(
+    "kind", ["threshold_relu", pytest.param("softmax", marks=pytest.mark.slow)]
+)
 def test_a_run_writes_its_heads_and_the_report_shows_them(
     kind, request, tmp_path, capsys
 ):
@@ -220,6 +223,22 @@ def test_a_run_writes_its_heads_and_the_report_shows_them(
     assert len(re.findall(r"data:image/png;base64,\w", page)) == 3
     assert "train.seed" in page
     assert "train.learning_rate" not in page
+
+
+def test_the_report_leaves_out_what_was_not_measured(copy, tmp_path):
+    """Softmax has no thresholds and looks at every key: NaN, and no number at all."""
+    report.report((copy,), tmp_path / "all.html")
+    ones = np.ones((1, 2))
+    with metrics.MetricsWriter(tmp_path, step=0) as writer:
+        writer.write_heads(7, {"nonzero_fraction": ones, "survivors": np.nan * ones})
+    lines = (tmp_path / "sparsity.csv").read_text().splitlines()
+    assert lines[1:] == ["7,0,0,1,,,,,", "7,0,1,1,,,,,"]
+    shutil.copyfile(tmp_path / "sparsity.csv", copy / "sparsity.csv")
+    report.report((copy,), tmp_path / "some.html")
+    every, some = ((tmp_path / f"{x}.html").read_text() for x in ("all", "some"))
+    assert "Dead heads" in every
+    assert "Step 7, " in some
+    assert "Dead heads" not in some
 
 
 def test_compare_keeps_curves_and_numbers(run, copy, tmp_path, capsys):
@@ -290,19 +309,23 @@ def test_length_writes_table_and_picture(run, tmp_path, capsys):
     assert len((out / "length.csv").read_text().splitlines()) == 3
 
 
-def test_speed_starts_from_the_trained_model(run, tmp_path, capsys, count_compiles):
+@pytest.mark.parametrize("other", ["auto", pytest.param("hsr", marks=pytest.mark.slow)])
+def test_speed_starts_from_the_trained_model(
+    run, tmp_path, capsys, count_compiles, other
+):
     folder, results = run
     out = tmp_path / "speed.json"
-    words = ["speed", str(folder), "--attention", "dense", "hsr", "--rounds", "2"]
+    words = ["speed", str(folder), "--attention", "dense", other, "--rounds", "2"]
     with count_compiles() as compiles:
         assert main([*words, "--batch", "4", "--out", str(out), "--json"]) == 0
     assert compiles["train_step"] == 2  # or the time of a step is that of compiling it
     rows = last_json(capsys)
     assert json.loads(out.read_text()) == rows
-    dense, hsr = rows
+    dense, same = rows
     assert (dense["attention"], dense["batch"], dense["row_length"]) == ("dense", 4, 32)
     assert dense["over_dense"] == 1
     assert dense["tokens_per_second"] > 0
     # Not those of a model that knows nothing, whose loss is log(256) = 5.5.
     assert abs(dense["loss"] - results["train_loss"]) < 0.7
-    assert hsr["loss"] == pytest.approx(dense["loss"], rel=1e-3)
+    assert same["attention"] == other
+    assert same["loss"] == pytest.approx(dense["loss"], rel=1e-3)
