@@ -83,6 +83,11 @@ def relative_error(got, expected):
     return np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-30)
 
 
+def slow(*cases):
+    """Cases of a parametrized test that `make test-all` runs and `make test` does not."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 def lenient(function):
     """The reference is written for reading: it may promote ranks."""
 

@@ -27,6 +27,7 @@ BIASES = {"none": 1e4, "few": 2.0, "most": -1.0, "all": -1e4}
 CHOOSES_DENSE = {"none": False, "few": False, "most": True, "all": True}
 
 
+@pytest.mark.slow
 class TestPrefill(AttentionContract):
     def attend(self, *arrays, **options):
         return hsrjax.attention(

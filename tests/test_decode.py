@@ -9,13 +9,15 @@ import pytest
 
 import hsrjax
 from hsrjax._src.planning import plan as planner
-from tests.contract import CacheContract, fill, inputs, relative_error
+from tests.contract import CacheContract, fill, inputs, relative_error, slow
 
 
+@pytest.mark.slow
 class TestDenseCache(CacheContract):
     pass
 
 
+@pytest.mark.slow
 class TestDenseCacheInChunks(CacheContract):
     dense_in_chunks = True
 
@@ -24,6 +26,7 @@ class TestHsrCache(CacheContract):
     method = "hsr"
 
 
+@pytest.mark.slow
 class TestHsrCacheGrownInPieces(CacheContract):
     method = "hsr"
     chunk = 13
@@ -35,6 +38,7 @@ class TestHsrCacheGrownInPieces(CacheContract):
     test_low_precision_inputs = None
 
 
+@pytest.mark.slow
 class TestReindexedCache(CacheContract):
     method = "hsr"
     appended = 5  # after it was reindexed
@@ -68,7 +72,7 @@ BIG = (3, 5, 1500, 4, 2)
 
 
 @pytest.mark.parametrize("visible", [{}, {"window": 700, "sinks": 3}])
-@pytest.mark.parametrize("h", [4, 8, 24])
+@pytest.mark.parametrize("h", [8, *slow((4,), (24,))])
 @pytest.mark.parametrize("fire", ["few", "many"])
 def test_reindexed_rows_attend_to_what_they_did_before(h, fire, visible):
     """Several newest positions of rows of 1500, 600, 7 and no tokens."""
@@ -94,7 +98,10 @@ def test_reindexed_rows_attend_to_what_they_did_before(h, fire, visible):
 
 @pytest.mark.parametrize(
     "activation",
-    [hsrjax.Softmax(), hsrjax.Softmax(top_r=9), hsrjax.Softmax(epsilon=0.1)],
+    [
+        hsrjax.Softmax(top_r=9),
+        *slow((hsrjax.Softmax(),), (hsrjax.Softmax(epsilon=0.1),)),
+    ],
 )
 def test_softmax_over_a_reindexed_cache(activation):
     query, key, value, _ = inputs((*BIG, 8, 3))
@@ -167,7 +174,7 @@ def test_reindex_and_what_follows_compile_once(count_traces):
     assert relative_error(out, expected) <= 1e-5 and int(info.count[0, 0, 0]) > 0
 
 
-@pytest.mark.parametrize("visible", [{}, {"window": 9, "sinks": 2}])
+@pytest.mark.parametrize("visible", [{"window": 9, "sinks": 2}, *slow(({},))])
 def test_generation_equals_causal_attention(visible):
     """Token by token, from an empty cache, under one scan and one compilation."""
     query, key, value, _ = inputs((2, 70, 70, 4, 2, 16, 8))

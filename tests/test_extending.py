@@ -25,6 +25,7 @@ from tests.contract import (
     inputs,
     reference_attention,
     relative_error,
+    slow,
 )
 
 # --- an activation ------------------------------------------------------------------
@@ -88,8 +89,8 @@ VISIBLE = [
 ]
 
 
-@pytest.mark.parametrize("visible", VISIBLE)
-@pytest.mark.parametrize("method", ["dense", "hsr", "auto"])
+@pytest.mark.parametrize("visible", [VISIBLE[0], *slow((VISIBLE[1],))])
+@pytest.mark.parametrize("method", ["dense", "hsr", *slow(("auto",))])
 @pytest.mark.parametrize("name", TOYS)
 def test_an_activation_of_ones_own(name, method, visible):
     """Values, counts and gradients, by its own fields too."""
@@ -205,6 +206,7 @@ class Norms(Bound):
         return jnp.pad(bound, padding, constant_values=-jnp.inf)
 
 
+@pytest.mark.slow
 class TestNorms(CacheContract):
     """The contract over caches whose cells are bounded by norms."""
 
@@ -398,10 +400,12 @@ def implementations():
     registry._implementations.update(before)
 
 
+@pytest.mark.slow
 class TestPlain(AttentionContract):
     method, implementation = "hsr", "plain"
 
 
+@pytest.mark.slow
 class TestFused(AttentionContract):
     method, implementation = "hsr", "fused"
 
@@ -412,6 +416,7 @@ class TestFused(AttentionContract):
         assert Fused.calls > before
 
 
+@pytest.mark.slow
 class TestPlainCache(CacheContract):
     method, implementation = "hsr", "plain"
 

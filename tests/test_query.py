@@ -14,6 +14,7 @@ import hsrjax
 from hsrjax._src.core import arrays, bitset
 from hsrjax._src.core.visible import Visible, of_prefill
 from hsrjax._src.kernels.xla import scan
+from tests.contract import slow
 
 QUERIES = 20_000
 KEYS = 90
@@ -335,10 +336,10 @@ def spatial_survivors(monkeypatch, offset, parts, visible=None, **patched):
     return index, union(members & seen), allowed, np.asarray(words)
 
 
-@pytest.mark.parametrize("parts", [None, 2])
-@pytest.mark.parametrize("offset", [0.5, 2.8])
+@pytest.mark.parametrize("parts", [2, *slow((None,))])
+@pytest.mark.parametrize("offset", [2.8, *slow((0.5,))])
 @pytest.mark.parametrize("share", [0, 10**6])
-@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("windows", [True, *slow((False,))])
 def test_cells_and_the_whole_sketch_report_the_members(
     monkeypatch, offset, parts, share, windows
 ):
