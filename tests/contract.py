@@ -84,7 +84,7 @@ def relative_error(got, expected):
 
 
 def slow(*cases):
-    """Cases of a parametrized test that `make test-all` runs and `make test` does not."""
+    """Cases of a parametrized test that only `make test-all` runs."""
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
