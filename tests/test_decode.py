@@ -22,6 +22,7 @@ class TestDenseCacheInChunks(CacheContract):
     dense_in_chunks = True
 
 
+@pytest.mark.slow
 class TestHsrCache(CacheContract):
     method = "hsr"
 
