@@ -55,6 +55,8 @@ SMALL = {
     "query": ["--keys", "500", "--batches", "2", "--peers", "hnswlib"],
     "grid": ["--keys", "96", "--percents", "1"],
 }
+SLOW = ("train", "grid")
+"""Commands whose small run takes seconds too; the others share their code."""
 ABSENT = {"flash_attention_jax": "decode", "hnswlib": "query"}
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
@@ -98,7 +100,7 @@ def small_runs(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(x, marks=[pytest.mark.slow] * (x == "train")) for x in COLUMNS],
+    [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in COLUMNS],
 )
 def test_small_run(name, small_runs, capsys):
     status, found, folder = small_runs(name, capsys)
