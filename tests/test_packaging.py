@@ -61,8 +61,9 @@ def test_installed_wheel_works_away_from_the_checkout(dist, tmp_path):
     run([*pip, "--target", str(site), str(wheel)], cwd=tmp_path)
     code = """
 import importlib.util, pathlib, hsrjax
+from hsrjax._src.planning import costs
 print(pathlib.Path(hsrjax.__file__).parent.parent)
-assert hsrjax.costs.current().costs.dense
+assert costs.current().costs.dense
 for name in ("models", "train", "tests", "notebooks", "benchmarks"):
     assert importlib.util.find_spec(name) is None, name
 """
