@@ -94,6 +94,7 @@ def _sums_backward(plan, _, residuals, cotangents):
     def one_tile(key_grads, tile):
         tile, tile_words, *others = tile
         rows, others = walk.by_set((tile, others))
+        turned = tuple(jnp.swapaxes(x, -1, -2) for x in (rows.queries, others[1]))
 
         def one_piece(piece, grads):
             row_grads, key_grads = grads
@@ -108,11 +109,10 @@ def _sums_backward(plan, _, residuals, cotangents):
 
             weights, pull = jax.vjp(weights_of, dot(a, k), law)
             scores_bar, law_bar = pull(dot(weighted_bar, v) + total_bar[..., None])
-            turned = (jnp.swapaxes(x, -1, -2) for x in (a, weighted_bar))
             key_grads = tuple(
                 piece.add_to_keys(total, product("...dq,...qc->...dc", x, by_key))
                 for total, x, by_key in zip(
-                    key_grads, turned, (scores_bar, weights), strict=True
+                    key_grads, piece.of(turned), (scores_bar, weights), strict=True
                 )
             )
             new = product("...qc,...ch->...qh", scores_bar, k), law_bar
