@@ -254,6 +254,7 @@ def test_lowers_for_every_platform():
     assert "callback" not in exported(*shapes).mlir_module()
 
 
+@pytest.mark.slow
 def test_auto_reports_where_gradients_are_asked_for(monkeypatch):
     """Bounding costs as much as dense here: not worth it, but for the gradients."""
     products = {"dense_product": 1e-3, "scan_product": 2e-3, "gather_product": 0.0}

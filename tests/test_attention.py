@@ -57,6 +57,7 @@ def test_auto_is_one_of_the_two():
 
 
 # Few examples: each compiles four programs. HYPOTHESIS_PROFILE=explore draws more.
+@pytest.mark.slow
 @settings(max_examples=max(6, settings().max_examples // 4))
 @given(
     t=st.integers(1, 70),

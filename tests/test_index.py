@@ -17,6 +17,7 @@ from hsrjax._src.index.spatial import spatial_order
 from tests.contract import slow
 
 
+@pytest.mark.slow
 @given(
     h=st.sampled_from([2, 12]),
     first=st.sampled_from([1, 45]),

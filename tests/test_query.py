@@ -150,9 +150,9 @@ def test_ties_are_members(h):
 
 
 @given(
-    count=st.sampled_from([1, 33, 200]),
+    count=st.sampled_from([1, 200]),
     h=st.sampled_from([4, 40]),
-    capacity=st.sampled_from([1, 7, 50]),
+    capacity=st.sampled_from([1, 50]),
     seed=st.integers(0, 99),
 )
 def test_overflow_keeps_the_first_members(count, h, capacity, seed):
