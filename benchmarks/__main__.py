@@ -1,20 +1,12 @@
-"""`python -m benchmarks COMMAND`: measures, prints ratios, writes results.
-
-A command is a module here with a dataclass `Command`, made of `common.Basics`, and a
-function `run(command) -> common.Results`; naming it below is all that it takes. One
-that writes something else than a folder of results has a function `finish` as well.
-"""
+"""`python -m benchmarks COMMAND`: measures, prints ratios, writes results."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from types import ModuleType
 
-from benchmarks.allocator import keep_freed_memory
-from benchmarks.common import Basics, Results, sentence
-from models.command import parse
+from benchmarks.header import PROG, carry_through
 
 COMMANDS = {
     "decode": "one step over a long KV cache",
@@ -33,13 +25,6 @@ COMMANDS = {
     "paper-time": "running time by n and d beside the exponents of the theorems",
     "paper-claims": "every claim of the paper and what came of it, from the above",
 }
-MODULES = {
-    "train": "training",
-    "generate": "generation",
-    "paper-time": "paper.running_time",
-}
-"""Where a command's module has another name; paper-NAME is paper.NAME."""
-PROG = "python -m benchmarks"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,45 +40,20 @@ def main(arguments: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
-    try:
-        module = _module(words[0])
-        keep_freed_memory()
-        command = parse(module.Command, words[1:], prog=f"{PROG} {words[0]}")
-        results = module.run(command)
-        return getattr(module, "finish", _finish)(words, command, results)
-    except (ValueError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped: nothing was written", file=sys.stderr)
-        return 130
-
-
-def _module(name: str) -> ModuleType:
-    if name not in COMMANDS:
-        raise ValueError(
-            f"unknown command {name}: choose from {', '.join(COMMANDS)} (see {PROG} "
-            "--help)"
+    if words[0] not in COMMANDS:
+        print(
+            f"error: unknown command {words[0]}: choose from {', '.join(COMMANDS)} "
+            f"(see {PROG} --help)",
+            file=sys.stderr,
         )
-    module = MODULES.get(name, name.replace("paper-", "paper."))
-    return importlib.import_module(f"benchmarks.{module}")
+        return 2
+    return carry_through(module_of(words[0]), words)
 
 
-def _finish(arguments: list[str], command: Basics, results: Results) -> int:
-    """Writes and prints; 1 if a result was wrong."""
-    # Needs matplotlib's canvas, which --help need not wait for.
-    from benchmarks import report
-
-    folder = command.folder / arguments[0].replace("paper-", "paper/")
-    report.write(folder, results, words=arguments, quick=command.quick)
-    print(f"results: {folder}")
-    for words in results.wrong:
-        print(f"error: wrong result: {words}", file=sys.stderr)
-    if command.json:
-        found = {"rows": results.rows, "summary": results.summary}
-        found |= {"wrong": results.wrong, "folder": str(folder)}
-        print(json.dumps(report.clean(found)))
-    return 1 if results.wrong else 0
+def module_of(command: str) -> ModuleType:
+    """NAME is the module commands.NAME, paper-NAME is paper.NAME."""
+    folder, _, name = command.rpartition("-")
+    return importlib.import_module(f"benchmarks.{folder or 'commands'}.{name}")
 
 
 def _usage() -> str:

@@ -1,23 +1,13 @@
 """`python -m benchmarks.capture --run RUN --tokens N --out FILE.npz`: real attention.
 
 Runs a trained model over N tokens of its held-out text and stores what one layer's
-attention gets:
-
-    query  f32[1, T, N, H]  scaled: the score is the plain inner product
-    key    f32[1, T, K, H]
-    value  f32[1, T, K, D]
-    bias   f32[1, T, N]     the threshold of each row; absent for softmax models
-    about  JSON: power and normalize of the ReLU, and where it comes from
+attention gets, as `files.captured` keeps it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 import hsrjax
+from benchmarks.files.captured import Captured, save
 from models.command import carry_out
 from models.files.runs import load_run, read_run_config
 from models.network.operands import as_relu, attention_operands
@@ -71,9 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
         model = load_run(command.run)
         tokens, source = held_out(command)
         captured = capture(model, tokens, layer=command.layer)
-        captured["about"] |= source | {"layer": _layer(model, command.layer)}
+        captured.about.update(source, layer=_layer(model, command.layer))
         save(command.out, captured)
-        shape = "x".join(map(str, captured["query"].shape[1:]))
+        shape = "x".join(map(str, captured.query.shape[1:]))
         print(f"{command.out}: queries of shape {shape}")
 
     return carry_out(Command, arguments, work, prog="python -m benchmarks.capture")
@@ -107,16 +98,13 @@ def held_out(command: Command) -> tuple[np.ndarray, dict[str, Any]]:
     return text, {"corpus_sha256": known, "tokens": command.tokens}
 
 
-def capture(model: Transformer, tokens: np.ndarray, *, layer: int) -> dict[str, Any]:
-    """What the attention of a layer gets, as arrays of a captured file.
+def capture(model: Transformer, tokens: np.ndarray, *, layer: int) -> Captured:
+    """What the attention of a layer gets.
 
     Args:
       model: any transformer.
       tokens: integers [T].
       layer: which; negative counts from the last.
-
-    Returns:
-      query, key, value, bias (None for softmax), and `about` as a dictionary.
     """
     layer = _layer(model, layer)
     graph, state = nnx.split(model)
@@ -126,14 +114,13 @@ def capture(model: Transformer, tokens: np.ndarray, *, layer: int) -> dict[str, 
         return as_relu(attention_operands(nnx.merge(graph, state), tokens)[layer])
 
     query, key, value, activation = run(state, jnp.asarray(tokens, jnp.int32)[None])
-    found = {"query": query, "key": key, "value": value, "bias": None}
+    query, key, value = (np.asarray(x) for x in (query, key, value))
     about = {"attention_kind": model.config.attention_kind}
-    about |= {"power": model.config.relu_power, "normalize": "row_sum"}
     if isinstance(activation, hsrjax.ReLU):
-        found["bias"] = activation.bias
         about |= {"power": activation.power, "normalize": activation.normalize}
-    arrays = {k: None if x is None else np.asarray(x) for k, x in found.items()}
-    return arrays | {"about": about}
+        return Captured(query, key, value, np.asarray(activation.bias), about)
+    about |= {"power": model.config.relu_power, "normalize": "row_sum"}
+    return Captured(query, key, value, None, about)
 
 
 def _layer(model: Transformer, layer: int) -> int:
@@ -141,23 +128,6 @@ def _layer(model: Transformer, layer: int) -> int:
     if not -layers <= layer < layers:
         raise ValueError(f"layer must lie between 0 and {layers - 1}, got {layer}")
     return layer % layers
-
-
-def save(path: Path, captured: dict[str, Any]) -> None:
-    """Writes a captured file, whole or not at all."""
-    arrays = {k: x for k, x in captured.items() if x is not None and k != "about"}
-    written = io.BytesIO()
-    np.savez(written, about=np.array(json.dumps(captured["about"])), **arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(written.getbuffer())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import causal, chunked
-from benchmarks.common import Unavailable
-from benchmarks.inputs import Source
-from benchmarks.timing import Open, one_line
+from benchmarks.contestants import causal, chunked
+from benchmarks.harness.inputs import Source
+from benchmarks.harness.timing import Open, Unavailable, one_line
 
 TIMEOUT_S = 900
 WARM_UP_KEYS = 256

@@ -3,39 +3,43 @@
 `build`, `query`, `count`, `insert`, `delete` report all stored keys k with
 <a, k> >= b. `attention`, and `init_cache`, `extend`, `reindex`, `decode_attention`
 for growing caches, look only at the keys that fire; `explain` says what a call will do.
-`reference` is the slow oracle, `theory` the paper's formulas.
+`Activation` is what your own weights subclass. `reference` is the slow oracle, `theory`
+the paper's formulas. What is in `_src` is private.
 """
 
 from hsrjax import reference as reference
 from hsrjax import theory as theory
-from hsrjax.activations import CELU as CELU
-from hsrjax.activations import SELU as SELU
-from hsrjax.activations import Entmax as Entmax
-from hsrjax.activations import PReLU as PReLU
-from hsrjax.activations import ReLU as ReLU
-from hsrjax.activations import Softmax as Softmax
-from hsrjax.attention import attention as attention
-from hsrjax.decode import KVCache as KVCache
-from hsrjax.decode import decode_attention as decode_attention
-from hsrjax.decode import extend as extend
-from hsrjax.decode import init_cache as init_cache
-from hsrjax.decode import reindex as reindex
-from hsrjax.explain import Explanation as Explanation
-from hsrjax.explain import explain as explain
-from hsrjax.index import Index as Index
-from hsrjax.index import build as build
-from hsrjax.index import delete as delete
-from hsrjax.index import insert as insert
-from hsrjax.query import Report as Report
-from hsrjax.query import count as count
-from hsrjax.query import query as query
-from hsrjax.reported import Info as Info
+from hsrjax._src.activations.base import Activation as Activation
+from hsrjax._src.activations.closed import CELU as CELU
+from hsrjax._src.activations.closed import SELU as SELU
+from hsrjax._src.activations.closed import PReLU as PReLU
+from hsrjax._src.activations.entmax import Entmax as Entmax
+from hsrjax._src.activations.relu import ReLU as ReLU
+from hsrjax._src.activations.softmax import Softmax as Softmax
+from hsrjax._src.attention import attention as attention
+from hsrjax._src.core.tiles import Info as Info
+from hsrjax._src.decode import KVCache as KVCache
+from hsrjax._src.decode import decode_attention as decode_attention
+from hsrjax._src.decode import extend as extend
+from hsrjax._src.decode import init_cache as init_cache
+from hsrjax._src.decode import reindex as reindex
+from hsrjax._src.explain import Explanation as Explanation
+from hsrjax._src.explain import explain as explain
+from hsrjax._src.flax_attention import attention_fn as attention_fn
+from hsrjax._src.index.index import Index as Index
+from hsrjax._src.reporting import Report as Report
+from hsrjax._src.reporting import build as build
+from hsrjax._src.reporting import count as count
+from hsrjax._src.reporting import delete as delete
+from hsrjax._src.reporting import insert as insert
+from hsrjax._src.reporting import query as query
 
 __version__ = "0.1.0"
 
 __all__ = (
     "CELU",
     "SELU",
+    "Activation",
     "Entmax",
     "Explanation",
     "Index",
@@ -46,6 +50,7 @@ __all__ = (
     "Report",
     "Softmax",
     "attention",
+    "attention_fn",
     "build",
     "count",
     "decode_attention",

@@ -9,7 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsrjax.activations import CELU, SELU, Activation, Entmax, PReLU, ReLU
+from hsrjax._src.activations.base import Activation
+from hsrjax._src.activations.closed import CELU, SELU, PReLU
+from hsrjax._src.activations.entmax import Entmax
+from hsrjax._src.activations.relu import ReLU
+from hsrjax._src.activations.softmax import Softmax
 
 
 def attention(
@@ -48,7 +52,7 @@ def attention(
       >>> hsrjax.reference.attention(x, x, x, activation=hsrjax.ReLU()).shape
       (1, 2, 1, 4)
     """
-    b, t, n, h = query.shape
+    _, t, n, h = query.shape
     group = n // key.shape[2]
     k = jnp.repeat(key.astype(jnp.float32), group, axis=2)
     v = jnp.repeat(value.astype(jnp.float32), group, axis=2)
@@ -67,17 +71,10 @@ def attention(
     visible, sink = visible[:, :, None, :], sink[:, :, None, :]
     if isinstance(activation, Entmax):
         weights = _entmax(scores, visible, activation.alpha)
-    elif isinstance(activation, (ReLU, PReLU, CELU, SELU)):
-        per_row = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), (b, t, n))
-        x = scores - per_row(activation.bias)[..., None]
-        if isinstance(activation, ReLU):
-            weights = jax.nn.relu(x) ** activation.power
-        elif isinstance(activation, PReLU):
-            weights = jnp.where(x > 0, x, per_row(activation.slope)[..., None] * x)
-        elif isinstance(activation, CELU):
-            weights = jax.nn.celu(x, activation.alpha)
-        else:
-            weights = jax.nn.selu(x)
+    elif isinstance(activation, Softmax):
+        weights = _softmax(scores, visible, sink, activation)
+    else:
+        weights = _each_by_itself(scores, activation)
         weights = jnp.where(visible, weights, 0.0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if activation.normalize == "none":
@@ -85,15 +82,35 @@ def attention(
         if activation.normalize == "length":
             total = jnp.sum(visible, axis=-1, keepdims=True).astype(jnp.float32)
         weights = jnp.where(total == 0, 0.0, weights / jnp.where(total == 0, 1, total))
-    else:
-        scores = jnp.where(visible, scores, -jnp.inf)
-        r = k.shape[1] if activation.tail else activation.top_r or k.shape[1]
-        if r < k.shape[1]:
-            others = jnp.where(sink, -jnp.inf, scores)
-            kth = jnp.sort(others, axis=-1)[..., -r, None]
-            scores = jnp.where((scores < kth) & ~sink, -jnp.inf, scores)
-        weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("btns,bsnd->btnd", weights, v, precision="highest")
+
+
+def _each_by_itself(scores, activation):
+    """Weights that each depend on one score; fields broadcast to [B, T, N]."""
+    rows = scores.shape[:-1]
+    per_row = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), rows)[..., None]
+    if not isinstance(activation, (ReLU, PReLU, CELU, SELU)):  # one of the user's own
+        return jax.tree.map(per_row, activation).weigh(scores)
+    x = scores - per_row(activation.bias)
+    if isinstance(activation, ReLU):
+        return jax.nn.relu(x) ** activation.power
+    if isinstance(activation, PReLU):
+        return jnp.where(x > 0, x, per_row(activation.slope) * x)
+    if isinstance(activation, CELU):
+        return jax.nn.celu(x, activation.alpha)
+    return jax.nn.selu(x)
+
+
+def _softmax(scores, visible, sink, activation):
+    """Of the sinks and the r best others, or of all."""
+    scores = jnp.where(visible, scores, -jnp.inf)
+    keys = scores.shape[-1]
+    r = keys if activation.tail else activation.top_r or keys
+    if r < keys:
+        others = jnp.where(sink, -jnp.inf, scores)
+        kth = jnp.sort(others, axis=-1)[..., -r, None]
+        scores = jnp.where((scores < kth) & ~sink, -jnp.inf, scores)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def _entmax(scores, visible, alpha):

@@ -56,8 +56,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import hsrjax
-from hsrjax import bitset, bounds
-from hsrjax.query import survivors
 
 GREY, BLUE, ORANGE, RED = "#b8b8b8", "#2563a8", "#e08214", "#b2182b"
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False})
@@ -100,8 +98,8 @@ left.scatter(*keys[members].T, s=14, color=BLUE)
 left.set_title("members: keys with <a, k> >= b")
 draw_half_space(left)
 
-balls, cells = index.balls, len(keys) // index.balls.size + 1
-best = np.asarray(bounds.ball_upper(balls, normal))[0, :cells]
+balls, cells = index.cells, len(keys) // index.cells.size + 1
+best = np.asarray(balls.upper(normal))[0, :cells]
 for middle, radius, top in zip(balls.middles.T, balls.radius, best, strict=False):
     color, width = (ORANGE, 2) if top >= offset else (GREY, 0.8)
     right.add_patch(plt.Circle(middle, radius, fill=False, ec=color, lw=width))
@@ -134,7 +132,7 @@ def gaussian_problem(dim):
     key_of_keys, key_of_queries = jax.random.split(jax.random.key(dim))
     keys = jax.random.normal(key_of_keys, (NUM_KEYS, dim))
     queries = jax.random.normal(key_of_queries, (QUERIES, dim))
-    scores = bounds.dot(queries, keys)
+    scores = jnp.matmul(queries, keys.T, precision="highest")
     return keys, queries, scores, jax.lax.top_k(scores, MEMBERS)[0][:, -1]
 
 
@@ -153,7 +151,7 @@ def tree_order(points):
 @jax.jit
 def past_the_sketch(keys, queries, offsets):
     index = hsrjax.build(keys, reorder=False)
-    return bitset.size(survivors(index, queries, offsets)).mean() / NUM_KEYS
+    return index.sketch.passing(queries, offsets).mean()
 
 
 def measure(dim):
@@ -230,11 +228,7 @@ plt.tight_layout()
 
 # %%
 keys, queries, scores, offsets = gaussian_problem(64)
-sketch = build(keys).sketch
-query_sketch = bounds.sketch_query(sketch, queries)
-lower, upper = bounds.intervals(
-    query_sketch, bounds.code_products(sketch, query_sketch)
-)
+lower, upper = build(keys).sketch.intervals(queries)
 print(
     "every score inside its interval:",
     bool(((lower <= scores) & (scores <= upper)).all()),

@@ -8,8 +8,12 @@ import os
 
 # Read by jax when it makes its first backend, so set before anything imports jax.
 # Most of the time goes into compiling programs that run once on a few numbers:
-# level 0 compiles them three times as fast.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# level 0 compiles them three times as fast. What is marked exact is run again at the
+# level that users have, where XLA fuses multiplications and additions, by
+# HSRJAX_TEST_OPTIMIZED=1 pytest -m exact.
+_FLAGS = "--xla_force_host_platform_device_count=8"
+if not os.environ.get("HSRJAX_TEST_OPTIMIZED"):
+    _FLAGS += " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda,cpu tests a GPU
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -176,13 +180,13 @@ def made_up_costs(monkeypatch, tmp_path):
 
     Scoring a key costs half of what gathering it does, everything else nothing.
     """
-    import hsrjax.costs
+    from hsrjax._src.planning import costs
 
     curves = {"dense": [[1.0, 1.0], [1e15, 1e15]], "scan": [[1.0, 1e-6]]}
     products = {"dense_product": 0.5, "gather_product": 1.0}
-    fields = dataclasses.fields(hsrjax.costs.Costs)
+    fields = dataclasses.fields(costs.Costs)
     numbers = {x.name: 0.0 for x in fields if x.type == "float"}
-    machine = hsrjax.costs.this_machine()._asdict()
+    machine = costs.this_machine()._asdict()
     backend = machine.pop("backend")
     table = {**machine, "origin": "measured", **numbers, **products, **curves}
     file = tmp_path / "costs.json"

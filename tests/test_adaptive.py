@@ -11,7 +11,11 @@ import pytest
 from jax import extend
 
 import hsrjax
-from hsrjax import costs, planner
+from hsrjax._src import sparse
+from hsrjax._src.core.tiles import cut_queries
+from hsrjax._src.core.visible import of_decode
+from hsrjax._src.planning import costs
+from hsrjax._src.planning.plan import Plan
 from tests.contract import AttentionContract, inputs, relative_error
 from tests.test_decode import fill
 
@@ -23,6 +27,7 @@ BIASES = {"none": 1e4, "few": 2.0, "most": -1.0, "all": -1e4}
 CHOOSES_DENSE = {"none": False, "few": False, "most": True, "all": True}
 
 
+@pytest.mark.slow
 class TestPrefill(AttentionContract):
     def attend(self, *arrays, **options):
         return hsrjax.attention(
@@ -139,21 +144,18 @@ def test_a_misleading_sample_changes_no_result(sampled, rest, dense, monkeypatch
 
 def test_the_sample_is_right_about_keys_in_any_order():
     """Expected runs are those needed, but for chance, also in a half-full cache."""
-    from hsrjax import adaptive
-    from hsrjax.layout import query_tiles
-    from hsrjax.visible import of_decode
-
     query, key, value, _ = inputs((1, 1, 8192, 2, 2, 16, 8))
     cache = hsrjax.extend(hsrjax.init_cache(1, 16384, 2, 16, value_dim=8), key, value)
-    plan = planner.Plan("hsr", 32, 1, 1, 1, None, "")
+    plan = Plan("hsr", ("xla",), 32, 1, 1, 1, None)
 
     @jax.jit
     def runs(bias, window):
         activation = hsrjax.ReLU(bias=bias)
         seen = of_decode(jnp.array([[8191]]), cache.length[:, None])
         seen = seen._replace(low=seen.high - window)
-        tiles = query_tiles(activation, query, seen, scale=None, kv_heads=2, tile=1)
-        return adaptive.expected_runs(cache.index, tiles, plan)
+        rows = activation.prepare(query.shape[:3])
+        tiles = cut_queries(query, rows, seen, scale=None, kv_heads=2, tile=1)
+        return sparse.expected_runs(cache.index, tiles, plan)
 
     for bias in (-0.5, 0.0, 0.5):
         for window in (8192, 2048):

@@ -12,6 +12,7 @@ import hsrjax
 
 FUNCTIONS = {
     "attention",
+    "attention_fn",
     "build",
     "count",
     "decode_attention",
@@ -24,6 +25,7 @@ FUNCTIONS = {
     "reindex",
 }
 ACTIVATIONS = {"CELU", "Entmax", "PReLU", "ReLU", "SELU", "Softmax"}
+PROTOCOLS = {"Activation"}
 RESULTS = {"Explanation", "Index", "Info", "KVCache", "Report"}
 MODULES = {"reference", "theory"}
 
@@ -51,7 +53,7 @@ def sections(doc):
 
 def test_public_names():
     assert set(hsrjax.__all__) - {"__version__"} == (
-        FUNCTIONS | ACTIVATIONS | RESULTS | MODULES
+        FUNCTIONS | ACTIVATIONS | PROTOCOLS | RESULTS | MODULES
     )
     # Nothing else without an underscore, except the files of the package.
     files = {module.name for module in pkgutil.iter_modules(hsrjax.__path__)}
@@ -99,7 +101,7 @@ def test_everything_after_the_arrays_is_keyword_only(name):
     positional = {
         p.name
         for p in inspect.signature(getattr(hsrjax, name)).parameters.values()
-        if p.kind is not p.KEYWORD_ONLY
+        if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)
     }
     if name == "init_cache":  # a shape in place of arrays
         arrays = {"batch", "max_length", "num_kv_heads", "head_dim"}
@@ -107,11 +109,11 @@ def test_everything_after_the_arrays_is_keyword_only(name):
 
 
 @pytest.mark.parametrize(
-    "module", [file.name for file in pkgutil.iter_modules(hsrjax.__path__)]
+    "module", [file.name for file in pkgutil.walk_packages(hsrjax.__path__, "hsrjax.")]
 )
 def test_examples_run(module):
     outcome = doctest.testmod(
-        importlib.import_module(f"hsrjax.{module}"),
+        importlib.import_module(module),
         optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS,
     )
     assert outcome.failed == 0, "see the captured output"

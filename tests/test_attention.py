@@ -14,31 +14,31 @@ from tests.contract import (
     AttentionContract,
     check_certificate,
     inputs,
+    reference_attention,
     relative_error,
+    slow,
 )
 
 
 class TestDense(AttentionContract):
-    def attend(self, *arrays, **options):
-        return hsrjax.attention(*arrays, **options, method="dense", return_info=True)
+    pass
 
 
+@pytest.mark.slow
 class TestDenseInChunks(TestDense):
     dense_in_chunks = True
 
 
 class TestHsr(AttentionContract):
-    def attend(self, *arrays, **options):
-        return hsrjax.attention(*arrays, **options, method="hsr", return_info=True)
+    method = "hsr"
 
 
+@pytest.mark.slow
 class TestHsrOverflowing(AttentionContract):
     """Seven slots: nearly every tile needs several passes, nothing may change."""
 
-    def attend(self, *arrays, **options):
-        return hsrjax.attention(
-            *arrays, **options, method="hsr", capacity=7, return_info=True
-        )
+    method = "hsr"
+    capacity = 7
 
     def test_overflow_is_reported(self):
         query, key, value, _ = inputs((1, 4, 64, 1, 1, 8, 8))
@@ -127,6 +127,87 @@ def test_hsr_equals_dense_whatever_the_shape(
         assert relative_error(one, other) <= 1e-5 or jnp.abs(one - other).max() < 1e-6
 
 
+@pytest.mark.exact
+@pytest.mark.parametrize("method", ["dense", "hsr"])
+@pytest.mark.parametrize(
+    "activation", [hsrjax.ReLU(2, 0.3), hsrjax.Softmax(top_r=6), hsrjax.Entmax()]
+)
+def test_values_and_gradients_are_those_of_the_reference(activation, method):
+    *arrays, cotangent = inputs((1, 33, 70, 4, 2, 24, 8))
+    ours = functools.partial(hsrjax.attention, method=method, capacity=8)
+
+    def both(attend):
+        loss = lambda *x: jnp.vdot(attend(*x, activation=activation), cotangent)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
+
+    got, expected = (jax.tree.leaves(both(x)) for x in (ours, reference_attention))
+    for one, other in zip(got, expected, strict=True):
+        assert relative_error(one, other) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gradients_of_low_precision_arrays(dtype):
+    """In the arrays' dtype, and as close as it lets them be to those of float32."""
+    *arrays, cotangent = inputs((1, 33, 70, 4, 2, 24, 8), dtype=dtype)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradients(arrays, method):
+        def loss(arrays):
+            out = hsrjax.attention(
+                *arrays, activation=hsrjax.ReLU(2, 0.3, "none"), method=method
+            )
+            return jnp.vdot(out.astype(jnp.float32), cotangent.astype(jnp.float32))
+
+        return jax.grad(loss)(arrays)
+
+    expected = gradients([x.astype(jnp.float32) for x in arrays], "dense")
+    for one, other in zip(gradients(arrays, "hsr"), expected, strict=True):
+        assert one.dtype == dtype
+        assert relative_error(one.astype(jnp.float32), other) <= 1e-2
+
+
+@pytest.mark.parametrize("limit", [{"epsilon": 0.1}, {"top_r": 8, "tail": 4}])
+def test_auto_keeps_the_certificate_of_softmax(limit, made_up_costs):
+    """Where auto takes the reported way it is that way; where not, full or as dense."""
+    query, key, value, _ = inputs((1, 9, 300, 2, 1, 16, 8))
+    query, activation = 3 * query, hsrjax.Softmax(**limit)
+    attend = functools.partial(
+        hsrjax.attention, activation=activation, return_info=True
+    )
+    runs = {
+        method: jax.jit(functools.partial(attend, method=method))(query, key, value)
+        for method in ("auto", "hsr", "dense")
+    }
+    chosen = hsrjax.explain(query, key, value, activation=activation).method
+    np.testing.assert_array_equal(runs["auto"][0], runs[chosen][0])
+    for out, info in runs.values():
+        if info.error_bound.any():
+            check_certificate(query, key, value, out, info)
+        else:  # full softmax, of which dense attention has all scores
+            full = reference_attention(query, key, value, activation=hsrjax.Softmax())
+            assert activation.tail and relative_error(out, full) <= 1e-5
+
+
+def test_rows_that_see_nothing_look_at_nothing():
+    """Padding, also with a bias that is no number."""
+    query, key, value, _ = inputs((1, 6, 200, 2, 1, 8, 4))
+    cache = hsrjax.extend(hsrjax.init_cache(1, 200, 1, 8, value_dim=4), key, value)
+    positions = jnp.array([[-1, 199, -1, 150, -1, -1]], jnp.int32)
+    padding = positions < 0
+    bias = jnp.where(padding, jnp.nan, -100.0)[..., None]
+    for again in (cache, hsrjax.reindex(cache)):
+        out, info = hsrjax.decode_attention(
+            query,
+            again,
+            activation=hsrjax.ReLU(bias=bias),
+            method="hsr",
+            positions=positions,
+        )
+        looked_at = np.asarray(info.candidates)[0, :, 0]
+        np.testing.assert_array_equal(looked_at, [0, 200, 0, 151, 0, 0])
+        assert (np.asarray(out)[np.asarray(padding)] == 0).all()
+
+
 def test_top_r_gradients_equal_dense():
     *arrays, cotangent = inputs((1, 30, 50, 2, 1, 8, 8))
 
@@ -161,7 +242,7 @@ def test_only_reported_keys_are_looked_at():
 
 
 @pytest.mark.parametrize("method", ["dense", "hsr"])
-@pytest.mark.parametrize("sink_scale", [100.0, 0.0, -100.0])
+@pytest.mark.parametrize("sink_scale", [100.0, *slow((0.0,), (-100.0,))])
 @pytest.mark.parametrize(
     "activation", [hsrjax.Softmax(epsilon=0.05), hsrjax.Softmax(top_r=7)]
 )
@@ -222,6 +303,7 @@ CERTIFIED = {
 }
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("method", ["dense", "hsr"])
 @pytest.mark.parametrize("kind", ["outlier", "equal", "huge", "tiny", "cluster", "nan"])
 def test_certificate_on_adversarial_scores(kind, method):

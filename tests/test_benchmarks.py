@@ -7,38 +7,33 @@ import os
 import re
 import sys
 import tomllib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from matplotlib.figure import Figure
 
 import hsrjax
-from benchmarks import (
-    calibrate,
-    capture,
+from benchmarks import capture, memory
+from benchmarks.__main__ import COMMANDS, main, module_of
+from benchmarks.commands import calibrate, decode
+from benchmarks.contestants import (
     causal,
     chunked,
-    decode,
+    dense,
     growing,
-    inputs,
-    memory,
-    oracle,
     peers,
     peers_jax,
-    query,
-    range_peers,
-    report,
-    timing,
+    search,
 )
-from benchmarks.__main__ import COMMANDS, main
-from benchmarks.common import TOLERANCE_BFLOAT16, Unavailable
-from hsrjax import costs, planner
-from models.files.runs import save_run
-from models.network.config import ModelConfig
-from models.network.transformer import Transformer
+from benchmarks.files import results
+from benchmarks.files.environment import version
+from benchmarks.harness import inputs, internals, members, oracle, tables, timing
+from benchmarks.harness.internals import costs
+from benchmarks.harness.timing import Unavailable
+from tests.made_up import run_of
 from train.data import load_corpus
 
 SHARED_COLUMNS = {"keys", "name", "ms", "timed_calls", "status", "detail"}
@@ -58,9 +53,12 @@ SMALL = {
     "prefill": ["--keys", "160", "--peers", "jax-softmax", "flash-attention-jax"],
     "train": ["--keys", "160", "--peers", "jax-softmax", "nsa-pytorch"],
     "query": ["--keys", "500", "--batches", "2", "--peers", "hnswlib"],
-    "grid": ["--keys", "512", "--percents", "1"],
+    "grid": ["--keys", "96", "--percents", "1"],
 }
+SLOW = ("train", "grid")
+"""Commands whose small run takes seconds too; the others share their code."""
 ABSENT = {"flash_attention_jax": "decode", "hnswlib": "query"}
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,7 +98,10 @@ def small_runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", list(COLUMNS))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in COLUMNS],
+)
 def test_small_run(name, small_runs, capsys):
     status, found, folder = small_runs(name, capsys)
     assert status == 0 and found["wrong"] == []
@@ -152,6 +153,7 @@ def test_every_implementation_is_measured(small_runs, capsys):
     assert found["summary"]["gqa"]["dense_over_hsr"].keys() == {"96"}
 
 
+@pytest.mark.slow
 def test_small_heads_are_measured_in_both_orders(tmp_path, capsys):
     words = ["decode", "--quick", "--json", "--cases", "heads-8", "--keys", "96", "192"]
     words += ["--peers", "none", "--repeats", "1", "--out", str(tmp_path)]
@@ -165,6 +167,7 @@ def test_small_heads_are_measured_in_both_orders(tmp_path, capsys):
     assert slopes.keys() == {"hsr", "hsr (arrival order)", "dense"}
 
 
+@pytest.mark.slow
 def test_bfloat16_is_what_everyone_gets(tmp_path, capsys, lenient_promotion):
     words = ["decode", "--quick", "--json", "--keys", "192", "--dtype", "bfloat16"]
     words += ["--peers", "jax-softmax", "jax-cudnn", "torch-sdpa", "--repeats", "1"]
@@ -174,17 +177,38 @@ def test_bfloat16_is_what_everyone_gets(tmp_path, capsys, lenient_promotion):
     assert {row["dtype"] for row in rows.values()} == {"bfloat16"}
     for name in ("hsr", "hsrjax dense", "dense einsum", "jax-softmax"):
         # Beyond what float32 would do, within what bfloat16 must.
-        assert 1e-5 < rows[name]["max_relative_error"] <= TOLERANCE_BFLOAT16
+        error = rows[name]["max_relative_error"]
+        assert 1e-5 < error <= tables.TOLERANCE_BFLOAT16
     refusals = {"needs a GPU", "not installed", "is measured in float32 alone"}
     assert {rows[x]["status"] for x in ("jax-cudnn", "torch-sdpa")} <= refusals
+
+
+def test_dense_and_peers_get_bfloat16(lenient_promotion):
+    source = inputs.Source(dtype="bfloat16")
+    given = inputs.decode(source, inputs.Shape(keys=192), 9)
+    others = peers.contestants(["jax-softmax", "torch-sdpa"], "decode", given)
+    timings = timing.race(
+        [*dense.decode_contestants(given), *others],
+        rounds=1,
+        score=oracle.scoring(given)[0],
+        tick=lambda name: None,
+    )
+    rows = {row["name"]: row for row in tables.rows(timings, tables.describe(given))}
+    assert rows.pop("torch-sdpa")["status"] in (
+        "not installed",
+        "is measured in float32 alone",
+    )
+    for row in rows.values():
+        assert row["status"] == "measured" and row["dtype"] == "bfloat16"
+        assert 1e-5 < row["max_relative_error"] <= tables.TOLERANCE_BFLOAT16
 
 
 def test_wrong_attention_is_noticed(monkeypatch, tmp_path, capsys):
     real = growing.Growing.step
 
-    def off(self, implementation):
-        out, info = real(self, implementation)
-        return (out * 1.001 if implementation == "hsr" else out), info
+    def off(self, method):
+        out, info = real(self, method)
+        return (out * 1.001 if method == "hsr" else out), info
 
     monkeypatch.setattr(growing.Growing, "step", off)
     words = ["decode", "--quick", "--keys", "96", "--peers", "none"]
@@ -195,17 +219,16 @@ def test_wrong_attention_is_noticed(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("fault", ["missed", "extra"])
 def test_wrong_report_is_noticed(fault, monkeypatch, tmp_path, capsys):
-    real = range_peers._hsr_ids
+    real = search._hsr_ids
 
     def off(answer):
         first, *rest = real(answer)
         last = np.setdiff1d(np.arange(500), first)[:1]
         return [first[1:] if fault == "missed" else np.append(first, last), *rest]
 
-    ours = range_peers.OURS["hsrjax.query"]
-    monkeypatch.setitem(
-        range_peers.OURS, "hsrjax.query", dataclasses.replace(ours, ids=off)
-    )
+    ours = search.OURS["hsrjax.query"]
+    off = dataclasses.replace(ours, ids=off)
+    monkeypatch.setitem(search.OURS, "hsrjax.query", off)
     words = ["query", "--quick", "--keys", "500", "--batches", "2", "--peers", "none"]
     assert main([*words, "--out", str(tmp_path)]) == 1
     assert "hsrjax.query: " in capsys.readouterr().err
@@ -223,8 +246,8 @@ def test_interrupted_measurement_writes_nothing(monkeypatch, tmp_path, capsys):
 
 
 def test_interrupted_writing_leaves_what_was_there(monkeypatch, tmp_path):
-    results = report.Results([{"a": 1.0}], {"b": 2}, {"c.png": Figure()})
-    report.write(tmp_path, results, words=["decode"], quick=True)
+    found = results.Results([{"a": 1.0}], {"b": 2}, {"c.png": Figure()})
+    results.write(tmp_path, found, {"quick": True})
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert set(before) == {"results.csv", "summary.json", "environment.json", "c.png"}
 
@@ -232,9 +255,9 @@ def test_interrupted_writing_leaves_what_was_there(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Figure, "savefig", interrupted)
-    results.rows[0]["a"] = 3.0
+    found.rows[0]["a"] = 3.0
     with pytest.raises(KeyboardInterrupt):
-        report.write(tmp_path, results, words=["decode"], quick=True)
+        results.write(tmp_path, found, {"quick": True})
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -271,7 +294,21 @@ def test_refusals_are_one_sentence(words, capsys, tmp_path):
     assert "Error parsing" not in printed.err
 
 
-def test_calibrated_costs_are_those_of_this_machine(tmp_path, monkeypatch, capsys):
+def made_up_times(calls, **_):
+    """Instead of timing: some calls take longer where more keys are looked at."""
+    known = {"hsr": 1e5, "none": 1e5, "build": 3e4, "all": 9e5}
+    return {name: known.get(name, 1e6) for name in calls}
+
+
+@pytest.mark.parametrize(
+    "timed", [pytest.param(True, marks=pytest.mark.slow), False], ids=["timed", "not"]
+)
+def test_calibrated_costs_are_those_of_this_machine(
+    timed, tmp_path, monkeypatch, capsys
+):
+    if not timed:
+        monkeypatch.setattr(calibrate, "_timed", made_up_times)
+        monkeypatch.setattr(calibrate, "_slot", lambda *_: 50.0)
     file = tmp_path / "new" / "mine.json"
     words = ["calibrate", "--quick", "--repeats", "1", "--json", "--out", str(file)]
     assert main(words) == 0
@@ -307,21 +344,25 @@ def test_solved_costs_give_the_times_back():
         scan=curves[1],
         **known,
     )
-    shape = hsrjax.shape.Shape(1, 2048, 2048, 8, 4, 64, 64)
-    plan = planner.lay_out(hsrjax.ReLU(), shape)
-    expected = planner.expect(hsrjax.ReLU(), shape, plan, table=table)
-    runs = -(-2048 // plan.capacity) * planner.sets(shape, plan)
+    shape = internals.planner.Shape(1, 2048, 2048, 8, 4, 64, 64)
+    plan = internals.planner.lay_out(hsrjax.ReLU(), shape)
+    expected = internals.planner.expect(hsrjax.ReLU(), shape, plan, table=table)
+    runs = -(-2048 // plan.capacity) * internals.planner.sets(shape, plan)
     times = {
         "dense": expected.dense,
         "none": expected.hsr,
         "all": expected.hsr + runs * expected.one_run,
         "build": 1.5 * 4 * 2048 * 64,
-        "shape": shape,
-        "plan": plan,
     }
-    slots = [30.0 + 2 * h * (0.3 + 2 * 0.01) for h in (64, 16)]
-    select = {name: known[name] for name in known if name[:3] in ("top", "eps")}
-    solved = calibrate.solve(*curves, *slots, 9e3, select, times)
+    solved = calibrate.solve(
+        *curves,
+        wide=30.0 + 2 * 64 * (0.3 + 2 * 0.01),
+        narrow=30.0 + 2 * 16 * (0.3 + 2 * 0.01),
+        probe=9e3,
+        select={name: known[name] for name in known if name[:3] in ("top", "eps")},
+        prefill=times,
+        work=internals.work(keys=2048, heads=8, kv_heads=4, head_dim=64),
+    )
     assert solved == pytest.approx(known, rel=1e-6)
 
 
@@ -342,22 +383,9 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     text = folder / "text.py"
     text.write_bytes(load_corpus().data[:40_000].tobytes())
-    config = ModelConfig(
-        num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32
-    )
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        graph = nnx.graphdef(nnx.eval_shape(lambda: _model(config)))
-        model = nnx.merge(graph, jax.jit(lambda: nnx.state(_model(config)))())
-        known = {"sha256": load_corpus(text).sha256}
-        options = {"data": str(text), "row_length": 32, "corpus": known}
-        save_run(folder / "run", model, train=options)
+    shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    model = run_of(folder / "run", text, **shape, attention="dense")
     return model, folder / "run", text
-
-
-def _model(config):
-    model = Transformer(config, rngs=nnx.Rngs(0))
-    model.threshold_scale[...] = jnp.float32(0.5)
-    return model
 
 
 def test_captured_attention_is_the_models(trained, tmp_path, capsys, lenient_promotion):
@@ -521,22 +549,25 @@ def test_nothing_larger_than_memory_is_run():
 
 
 def test_judge_allows_rounding_alone():
-    truth = [query.Truth(np.array([1, 5]), np.array([7]))]
-    assert query.judge([np.array([5, 1])], truth) == (1.0, "")
-    assert query.judge([np.array([5, 1, 7])], truth) == (1.0, "")
-    assert query.judge([np.array([5])], truth)[0] == 0.5
+    truth = [members.Truth(np.array([1, 5]), np.array([7]))]
+    assert members.judge([np.array([5, 1])], truth) == (1.0, "")
+    assert members.judge([np.array([5, 1, 7])], truth) == (1.0, "")
+    assert members.judge([np.array([5])], truth)[0] == 0.5
     for wrong in ([5], [1, 5, 8], [1, 1, 5]):
-        assert query.judge([np.array(wrong)], truth)[1]
-    assert query.judge(np.array([3]), truth) == (1.0, "")
-    assert query.judge(np.array([4]), truth)[1] and query.judge(np.array([1]), truth)[1]
+        assert members.judge([np.array(wrong)], truth)[1]
+    assert members.judge(np.array([3]), truth) == (1.0, "")
+    assert (
+        members.judge(np.array([4]), truth)[1]
+        and members.judge(np.array([1]), truth)[1]
+    )
 
 
 def test_break_even_and_slope():
-    assert report.crossing([1, 10, 100], [0.5, 0.5, 2.0]) == pytest.approx(10**1.5)
-    assert report.crossing([1, 10, 100], [2.0, 0.5, 2.0]) == pytest.approx(10**1.5)
-    assert report.crossing([4, 8], [1.5, 2.0]) == 4
-    assert report.crossing([4, 8], [1.5, 0.9]) is None
-    assert report.slope([1, 10, 100], [2, 20, 200]) == pytest.approx(1.0)
+    assert tables.crossing([1, 10, 100], [0.5, 0.5, 2.0]) == pytest.approx(10**1.5)
+    assert tables.crossing([1, 10, 100], [2.0, 0.5, 2.0]) == pytest.approx(10**1.5)
+    assert tables.crossing([4, 8], [1.5, 2.0]) == 4
+    assert tables.crossing([4, 8], [1.5, 0.9]) is None
+    assert tables.slope([1, 10, 100], [2, 20, 200]) == pytest.approx(1.0)
 
 
 def test_decode_draws_lengths():
@@ -547,11 +578,48 @@ def test_decode_draws_lengths():
         for keys in (512, 1024)
         for name in names
     ]
-    figures = decode._figures(rows, decode.Command())
-    lines = figures["times.png"].axes[0].get_lines()
+    lines = decode.draw(rows)["times.png"].axes[0].get_lines()
     assert [line.get_label() for line in lines] == ["hsr", "dense", "torch-sdpa"]
     summary = decode.summarize(rows)["gqa"]
     assert summary["log_log_slope"]["hsr"] == pytest.approx(1.0)
+
+
+def _follows(found, written):
+    """Asserts that numbers are those of a summary, up to the digits of its rows."""
+    if isinstance(found, dict):
+        assert found.keys() == written.keys()
+        for name, value in found.items():
+            _follows(value, written[name])
+    elif isinstance(found, list):
+        for one, other in zip(found, written, strict=True):
+            _follows(one, other)
+    elif isinstance(written, float):
+        assert found == pytest.approx(written, rel=2e-3, abs=2e-3)
+    else:
+        assert found == written
+
+
+@pytest.mark.parametrize(
+    "folder",
+    sorted(
+        {file.parent for file in RESULTS.rglob("summary.json")}
+        # Judged by tests/test_paper.py; and drawn from more than its rows.
+        - {RESULTS / "paper" / "claims", RESULTS / "paper" / "theorem43"}
+    ),
+    ids=lambda folder: str(folder.relative_to(RESULTS)),
+)
+def test_committed_rows_lead_to_their_summary_and_pictures(folder):
+    about = json.loads((folder / "environment.json").read_text())
+    module = module_of(about["command"].split()[3])
+    summary, found = results.read(folder)
+    if hasattr(module, "summarize"):
+        again = results.clean(module.summarize(found["results"]))
+        _follows(again, {name: summary[name] for name in again})
+    pictures = module.draw(found["results"])
+    drawn = {file.name for file in folder.glob("*.png")} - {"memory.png"}
+    assert drawn <= pictures.keys()
+    for figure in pictures.values():
+        assert all(axes.has_data() for axes in figure.axes)
 
 
 def test_memory_of_one_call(monkeypatch, capsys):
@@ -570,7 +638,7 @@ def test_extra_holds_the_peers(repo_root):
     extra = project["optional-dependencies"]["bench"]
     named = {re.split(r"[>=\[]", line)[0] for line in extra} - {"hsrjax"}
     used = {peer.package for peer in peers.PEERS.values()}
-    used |= {peer.package for peer in range_peers.PEERS.values()}
+    used |= {peer.package for peer in search.PEERS.values()}
     assert named == used - {"jax", "tokamax"}  # tokamax: see benchmarks/README.md
 
 
@@ -581,9 +649,7 @@ def test_installed_peer_follows_its_definition(name, task, lenient_promotion):
     peer = peers.PEERS[name]
     if not callable(peer.tasks.get(task)):
         pytest.skip("does not do this")
-    if name != "jax-softmax" and peers.versions([peer.package])[peer.package] == (
-        "not installed"
-    ):
+    if name != "jax-softmax" and version(peer.package) == "not installed":
         pytest.skip("not installed")
     given = inputs.decode(inputs.Source(), inputs.Shape(keys=192), 9)
     if task != "decode":

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import hsrjax
-from hsrjax import closed, entmax, visible
+from hsrjax._src.activations import closed, entmax
+from hsrjax._src.core import visible
+from hsrjax._src.kernels.xla import select
 from tests.contract import inputs, reference_attention, relative_error
 
 METHODS = ["dense", "hsr"]
@@ -67,7 +69,7 @@ def test_bounds_on_scores_bracket_the_threshold(power, spread):
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
 def test_entmax_reports_its_support(alpha, method, monkeypatch):
     """Values are unit vectors, so the output is the weights themselves."""
-    monkeypatch.setattr(entmax, "_KEPT", 8)  # the reported keys take further runs
+    monkeypatch.setattr(select, "_KEPT", 8)  # the reported keys take further runs
     query, key, _, _ = inputs((1, 20, 300, 1, 1, 16, 1), seed=4)
     # No query sees this coordinate, but it makes all bounds but of one half loose.
     query = (query * 3).at[..., 15].set(0.0)
@@ -160,7 +162,7 @@ def test_sums_of_ranges_far_from_zero():
     x = x.astype(np.float32)
     seen = visible.of_prefill(5000, 5000, is_causal=True, window=4, sinks=2)
     seen = jax.tree.map(lambda i: jnp.broadcast_to(i, (1, 5000)), seen)
-    got = np.asarray(closed.sums(jnp.asarray(x), seen))[0, 0]
+    got = np.asarray(closed.sum_ranges(jnp.asarray(x), seen))[0, 0]
     exact = x.astype(np.float64)[0, 0]
     for i in (0, 1, 2, 63, 64, 4999):
         rows = {*range(max(0, i - 3), i + 1), *range(min(2, i + 1))}

@@ -9,25 +9,27 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import hsrjax
-from hsrjax import bounds
+from hsrjax._src.core import arrays
+from hsrjax._src.index.balls import Balls
 
+pytestmark = pytest.mark.exact
 KEYS, QUERIES = 64, 5
 
 
 def sketched(keys, queries):
     index = hsrjax.build(keys, reorder=False)
-    query = bounds.sketch_query(index.sketch, queries)
-    products = bounds.code_products(index.sketch, query)
-    lower, upper = bounds.intervals(query, products)
-    blocks = jax.lax.map(lambda b: bounds.thresholds(query, b), _offsets(keys, queries))
-    balls = bounds.bound_cells(keys, jnp.ones(KEYS, bool), index.sketch.centre, size=32)
-    cells = bounds.ball_upper(balls, queries)[:, : KEYS // 32]
+    coded = index.sketch.code(queries)
+    products = arrays.integer_product(coded.codes, index.sketch.codes)
+    lower, upper = index.sketch.intervals(queries)
+    blocks = jax.lax.map(coded.thresholds, _offsets(keys, queries))
+    balls = Balls.build(keys, jnp.ones(KEYS, bool), index.sketch.centre, size=32)
+    cells = balls.upper(queries)[:, : KEYS // 32]
     return lower, upper, products, blocks, cells
 
 
 def _offsets(keys, queries):
     """Every query with every one of its own scores as the offset: all ties."""
-    return bounds.dot(queries, keys).T
+    return arrays.dot(queries, keys).T
 
 
 run = jax.jit(sketched)
@@ -49,7 +51,7 @@ def float32_scores(keys, queries):
 def check(keys, queries):
     keys, queries = keys.astype(np.float32), queries.astype(np.float32)
     lower, upper, products, levels, cells = (np.asarray(x) for x in run(keys, queries))
-    own = np.asarray(bounds.dot(queries, keys))
+    own = np.asarray(arrays.dot(queries, keys))
     for scores in [*float32_scores(keys, queries), own]:
         usable = ~np.isnan(scores)
         assert (lower <= scores)[usable].all() and (scores <= upper)[usable].all()
@@ -122,12 +124,9 @@ def test_the_sketch_is_tight(h):
     keys = rng.standard_normal((4096, h)).astype(np.float32)
     queries = rng.standard_normal((8, h)).astype(np.float32)
     index = hsrjax.build(keys)
-    query = bounds.sketch_query(index.sketch, queries)
-    products = np.asarray(bounds.code_products(index.sketch, query))
     scores = queries @ keys.T
     offsets = np.sort(scores, axis=-1)[:, -41].astype(np.float32)
-    levels = np.repeat(np.asarray(bounds.thresholds(query, offsets)), 32, axis=-1)
-    passed = (products >= levels).mean()
+    passed = np.asarray(index.sketch.passing(queries, offsets)).mean()
     assert 0.01 <= passed <= 0.02
 
 
@@ -137,19 +136,20 @@ def test_products_of_codes_on_a_gpu(h, codes):
     rng = np.random.default_rng(0)
     index = hsrjax.build(jnp.asarray(rng.standard_normal((64, h)), jnp.float32))
     normals = jnp.asarray(rng.standard_normal((4, h)), jnp.float32)
-    query = bounds.sketch_query(index.sketch, normals)
+    codes_of_queries = index.sketch.code(normals).codes
+    multiply = jax.jit(arrays.integer_product)
 
     def program(platform):
-        traced = jax.jit(bounds.code_products).trace(index.sketch, query)
+        traced = multiply.trace(codes_of_queries, index.sketch.codes)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         return next(line for line in text.splitlines() if "dot_general" in line)
 
     assert f"x{codes}>" in program("cuda") and "xi8>" in program("cpu")
     extreme = jnp.full((2, h), -127, jnp.int8).at[1, ::2].set(127)
     worst = rng.choice([-127, 127], (h, 96)).astype(np.int8)
-    for left, right in [(query.codes, index.sketch.codes), (extreme, worst)]:
+    for left, right in [(codes_of_queries, index.sketch.codes), (extreme, worst)]:
         exact = np.asarray(left, np.int64) @ np.asarray(right, np.int64)
-        for way in (bounds._whole_products, bounds._floating_products):
+        for way in (arrays.whole_product, arrays.floating_product):
             np.testing.assert_array_equal(way(left, jnp.asarray(right)), exact)
 
 
@@ -163,15 +163,15 @@ def test_balls_hold_keys_that_come_later():
     slot = np.arange(KEYS)
 
     def widened(first):
-        balls = bounds.bound_cells(keys, slot < first, jnp.ones(6), size=32)
+        balls = Balls.build(keys, slot < first, jnp.ones(6), size=32)
         for last in range(first, KEYS):
             block = last // 32
             valid = (slot <= last).reshape(-1, 32)[block][None]
             blocks = keys.reshape(-1, 32, 6)[block][None]
-            balls = bounds.widen_cells(balls, blocks, valid, jnp.array([block]))
-        return np.asarray(bounds.ball_upper(balls, queries))
+            balls = balls.append(blocks, valid, jnp.array([block]))
+        return np.asarray(balls.upper(queries))
 
-    scores = np.asarray(bounds.dot(queries, keys))
+    scores = np.asarray(arrays.dot(queries, keys))
     for first in (0, 20, 40):
         assert (np.repeat(widened(first)[:, :2], 32, axis=-1) >= scores).all()
 
@@ -182,8 +182,8 @@ def test_a_ball_bound_is_tight(size):
     rng = np.random.default_rng(4)
     keys = (rng.standard_normal((1, 8)) * size).astype(np.float32)
     queries = rng.standard_normal((QUERIES, 8)).astype(np.float32)
-    balls = bounds.bound_cells(keys, jnp.ones(1, bool), jnp.zeros(8), size=1)
-    slack = np.asarray(bounds.ball_upper(balls, queries))[:, :1] - queries @ keys.T
+    balls = Balls.build(keys, jnp.ones(1, bool), jnp.zeros(8), size=32)
+    slack = np.asarray(balls.upper(queries))[:, :1] - queries @ keys.T
     allowed = 2e-5 * np.linalg.norm(queries, axis=1) * np.linalg.norm(keys) + 1e-32
     assert (slack[:, 0] <= allowed).all() and (slack >= 0).all()
 
@@ -191,8 +191,8 @@ def test_a_ball_bound_is_tight(size):
 def test_norm_neither_overflows_nor_underflows():
     for size in (1e-37, 1e-20, 1.0, 1e20, 3e37):
         x = jnp.full((3, 16), size, jnp.float32)
-        np.testing.assert_allclose(bounds.norm(x), 4 * size, rtol=1e-6)
-    assert (bounds.norm(jnp.zeros((2, 3))) == 0).all()
+        np.testing.assert_allclose(arrays.norm(x), 4 * size, rtol=1e-6)
+    assert (arrays.norm(jnp.zeros((2, 3))) == 0).all()
 
 
 def test_norm_is_not_rearranged_by_the_compiler():
@@ -205,7 +205,7 @@ def test_norm_is_not_rearranged_by_the_compiler():
         zero = jnp.where(first[:, None], jnp.sort(keys, axis=-2)[:, 3], 0.0)
 
         def body(_, row):
-            return None, bounds.norm(zero) + row
+            return None, arrays.norm(zero) + row
 
         return jax.lax.scan(body, None, rows)[1]
 

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 
 import hsrjax
-from hsrjax import certificates
+from hsrjax._src.activations import certificates
 
-safe_offset = jax.jit(certificates.safe_offset)
+pytestmark = pytest.mark.exact
+
+
+@jax.jit
+def safe_offset(activation, lower, upper):
+    if activation.top_r is not None:
+        return certificates.top_r_offset(activation.top_r, lower)
+    return certificates.epsilon_offset(activation.epsilon, lower, upper)
 
 
 def bounded_scores(spread, width, seed=0):
@@ -70,23 +77,16 @@ def test_the_bound_covers_what_is_left_out():
     scores, lower, upper = bounded_scores(2.0, 0.3)
     values = np.random.default_rng(1).standard_normal((400, 3))
     top = jax.lax.top_k(jnp.asarray(scores), 11)[0]
-    chosen = certificates.select(
-        hsrjax.Softmax(top_r=10),
-        top[:, 0],
-        (top[:, 9], top[:, 10]),
-        jnp.zeros(6),
-        lower,
-        upper,
-    )
-    weights = np.exp((scores - np.asarray(chosen.shift)[:, None]).astype(np.float64))
-    kept = np.where(scores >= np.asarray(chosen.offset)[:, None], weights, 0.0)
+    shift, offset = top[:, 0], certificates.between((top[:, 9], top[:, 10]))
+    mass = certificates.mass_below(offset, shift, lower, upper)
+    weights = np.exp((scores - np.asarray(shift)[:, None]).astype(np.float64))
+    kept = np.where(scores >= np.asarray(offset)[:, None], weights, 0.0)
     assert ((kept > 0).sum(-1) == 10).all()
     missed, bound = certificates.error_bound(
-        chosen,
+        certificates.LeftOut(mass, jnp.ones(6), jnp.zeros(6)),
         jnp.asarray(kept.sum(-1), jnp.float32),
         jnp.full(6, 10),
         jnp.full(6, np.abs(values).max(), jnp.float32),
-        jnp.zeros(6),
     )
     assert (1 - kept.sum(-1) / weights.sum(-1) <= np.asarray(missed)).all()
     full = weights @ values / weights.sum(-1, keepdims=True)

@@ -11,8 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hsrjax
-from hsrjax import chunked, planner, visible
-from tests.contract import SEGMENTS, SHAPE, inputs, relative_error, small_dense_tiling
+from hsrjax._src.core import visible
+from hsrjax._src.kernels.xla.chunks import Chunks
+from hsrjax._src.planning import plan as planner
+from tests.contract import (
+    SEGMENTS,
+    SHAPE,
+    inputs,
+    relative_error,
+    slow,
+    small_dense_tiling,
+)
 
 SELECTING = [hsrjax.Softmax(top_r=4), hsrjax.Softmax(epsilon=0.05)]
 ACTIVATIONS = [
@@ -66,7 +75,7 @@ def check_equal_to_one_shot(monkeypatch, tiling, arrays, *rest, **options):
         )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, *slow((jnp.bfloat16,))])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_values_gradients_and_facts_are_those_of_one_shot(
     activation, dtype, monkeypatch
@@ -125,9 +134,9 @@ def test_chunks_are_visited_once_and_only_where_something_is_seen(
     positions = jnp.array(rows)[None]
     seen = visible.of_decode(positions, jnp.array([[60]]), window=window, sinks=sinks)
     count = jnp.zeros(-(-60 // chunk), jnp.int32)
-    visits = chunked._over_chunks(
-        chunk, seen.spans(), lambda i, x: x.at[i].add(1), count
-    )
+    keys = jnp.zeros((1, 60, 1))
+    walk = Chunks(chunk).walk(keys, keys, None, None)
+    visits = walk.over(seen, None, lambda piece, x: x.at[piece.i].add(1), count)
     mask = seen.mask(jnp.arange(60, dtype=jnp.int32)[None, None])[0].any(0)
     mask = np.resize(np.pad(mask, (0, -60 % chunk)), (len(count), chunk)).any(1)
     assert (np.asarray(visits)[mask] == 1).all() and (visits <= 1).all()
@@ -227,7 +236,9 @@ def test_second_derivatives_where_all_is_scored_at_once():
     np.testing.assert_allclose(second, numerical, rtol=2e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("activation", [hsrjax.ReLU(2, 0.5), hsrjax.Softmax()])
+@pytest.mark.parametrize(
+    "activation", [hsrjax.ReLU(2, 0.5), *slow((hsrjax.Softmax(),))]
+)
 def test_memory_is_linear(activation):
     """Forward and backward, against 4 GiB for one array of all scores."""
 
@@ -252,7 +263,7 @@ def test_memory_is_linear(activation):
     assert temporaries(32768) < 2.2 * temporaries(16384)
 
 
-@pytest.mark.parametrize("activation", SELECTING)
+@pytest.mark.parametrize("activation", [SELECTING[0], *slow((SELECTING[1],))])
 def test_whole_rows_take_memory_by_tile(activation):
     def loss(query, key, value):
         out = hsrjax.attention(query, key, value, activation=activation, method="dense")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import hsrjax
-from hsrjax import costs
+from hsrjax._src.planning import costs
 
 
 def write(file, monkeypatch, **changes):

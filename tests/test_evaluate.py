@@ -16,7 +16,7 @@ from flax import nnx
 from models.decoding.generation import generate
 from models.evaluate import main
 from models.evaluation import tasks
-from models.evaluation.perplexity import perplexity, rows_of
+from models.evaluation.perplexity import Perplexity, perplexity, rows_of
 from models.files import mapping
 from models.files.families import model_config
 from models.files.runs import by_name, model_item
@@ -31,7 +31,7 @@ FIELDS = {
     "vocab_size": 272,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
@@ -44,11 +44,9 @@ TEMPLATE = (
 TEXT = "def f(self): return self.g(self)\n" * 40
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def publish(folder, **changes):
     """A folder as Hugging Face has them, with random weights and a tokenizer."""
-    folder = tmp_path_factory.mktemp("published")
-    config = model_config(FIELDS)
+    config = model_config(FIELDS | changes)
     shapes = {
         name: leaf.shape
         for name, leaf in by_name(model_item(abstract_model(config))).items()
@@ -60,12 +58,22 @@ def published(tmp_path_factory):
         for part in mapping.parts(config, mapping.HUGGING_FACE, shapes).values()
     }
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(FIELDS))
+    (folder / "config.json").write_text(json.dumps(FIELDS | changes))
     inner = train_bpe(TEXT.encode(), vocab_size=256 + 13).inner
     inner.add_special_tokens(["<|end|>"])
     inner.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return publish(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    return publish(tmp_path_factory.mktemp("deep"), num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +86,8 @@ def text(tmp_path_factory):
 # --- perplexity ---
 
 
-def test_perplexity_by_definition(published, count_compiles):
-    opened = open_model(published)
+def test_perplexity_by_definition(deep, count_compiles):
+    opened = open_model(deep)
     model = with_attention(opened.model, "dense")
     rows = rows_of(opened.tokenizer.encode(TEXT.encode()), context=30, limit=3)
     assert rows.shape == (3, 31)
@@ -102,32 +110,55 @@ def test_perplexity_by_definition(published, count_compiles):
     assert found.looked_at.shape == (2, 4)
 
 
-def test_command_writes_a_line_for_every_r_and_head(published, text, tmp_path, capsys):
-    words = ["perplexity", "--model", str(published), "--text", str(text)]
-    words += ["--context", "30", "--rows", "2", "--json", "--attention"]
+@pytest.fixture
+def measured(deep, text, capsys):
+    """What the command finds, by words behind --attention."""
 
     def results(*more):
-        assert main([*words, *more]) == 0
+        words = ["perplexity", "--model", str(deep), "--text", str(text)]
+        words += ["--context", "30", "--rows", "2", "--json", "--attention", *more]
+        assert main(words) == 0
         return json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
 
-    out = tmp_path / "out"
-    few, all_keys = results("top_r", "--r", "2", "64", "--out", str(out))
-    (dense,) = results("dense")
-    assert all_keys["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
-    off = abs(few["perplexity"] - dense["perplexity"])
-    assert off > 1e-3 * dense["perplexity"]
-    # The r best of i keys, on average over i = 1 ... 30.
+    return results
+
+
+def test_command_writes_a_line_for_every_head(measured, tmp_path):
+    (few,) = measured("top_r", "--r", "2", "--out", str(tmp_path / "out"))
+    (dense,) = measured("dense")
+    assert few["perplexity"] != pytest.approx(dense["perplexity"], rel=1e-3)
+    # The 2 best of i keys, on average over i = 1 ... 30.
     assert few["keys_fired"] == pytest.approx((1 + 2 * 29) / (30 * 31 / 2), rel=1e-5)
-    assert few["missed_mass_bound"] > 0 == all_keys["missed_mass_bound"]
-    with (out / "heads.csv").open() as file:
+    assert few["missed_mass_bound"] > 0 == dense["missed_mass_bound"]
+    with (tmp_path / "out" / "heads.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 2 * 2 * 4
-    assert {line["attention"] for line in lines} == {"top_r 2", "top_r 64"}
-    assert len((out / "perplexity.csv").read_text().splitlines()) == 3
-    # What is left out acts through its sketch.
-    (tail,) = results("top_r", "--r", "2", "--tail", "1")
-    assert tail["attention"] == "top_r 2 tail 1"
-    assert 0 < abs(tail["perplexity"] - dense["perplexity"]) < 0.05 * off
+    assert len(lines) == 2 * 4
+    assert {line["attention"] for line in lines} == {"top_r 2"}
+    assert len((tmp_path / "out/perplexity.csv").read_text().splitlines()) == 2
+
+
+def test_every_r_is_measured_in_turn(measured, monkeypatch):
+    seen, nothing = [], Perplexity(np.ones((2, 30)), 60, *np.zeros((4, 2, 4)))
+
+    def stub(model, rows, **options):
+        seen.append((model.config.top_r, model.config.tail))
+        return nothing
+
+    monkeypatch.setattr("models.evaluate.perplexity", stub)
+    found = measured("top_r", "--r", "2", "64", "--tail", "8")
+    assert [x["attention"] for x in found] == ["top_r 2 tail 8", "top_r 64 tail 8"]
+    assert seen == [(2, 8), (64, 8)]
+
+
+@pytest.mark.slow
+def test_what_is_left_out_acts_through_its_sketch(measured):
+    (dense,) = measured("dense")
+    few, all_keys = measured("top_r", "--r", "2", "64")
+    (tail,) = measured("top_r", "--r", "2", "--tail", "1")
+    assert all_keys["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
+    assert all_keys["missed_mass_bound"] == 0
+    off = [abs(x["perplexity"] - dense["perplexity"]) for x in (few, tail)]
+    assert 0 < off[1] < 0.05 * off[0]
 
 
 def test_losses_that_are_not_finite_are_one_line(published, text, monkeypatch, capsys):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsrjax import bitset, chunked, gathered
+from hsrjax._src.core import arrays, bitset
+from hsrjax._src.kernels.xla import runs as list_of_work
 
 
 def random_sets(seed, shares, *, batch=2, heads=2, parts=3, slots=4224):
@@ -21,11 +22,13 @@ def random_sets(seed, shares, *, batch=2, heads=2, parts=3, slots=4224):
 def walk(members, *, capacity, count):
     """The runs of all passes: (batch row, set or None, slots, rows)."""
     parts = members.shape[2]
-    todo = gathered.work(bitset.pack(jnp.asarray(members)), capacity)
+    todo = list_of_work.work(bitset.pack(jnp.asarray(members)), capacity)
     take = jax.jit(
-        lambda i: gathered.take(todo, i, count=count, capacity=capacity, parts=parts)
+        lambda i: list_of_work.take(
+            todo, i, count=count, capacity=capacity, parts=parts
+        )
     )
-    return [take(jnp.int32(i)) for i in range(int(gathered.passes(todo, count)))]
+    return [take(jnp.int32(i)) for i in range(int(list_of_work.pieces(todo, count)))]
 
 
 @settings(max_examples=15)
@@ -94,10 +97,10 @@ def test_members_are_selected_from_the_set_asked_for():
 def test_two_sums_have_the_derivatives_of_one():
     x = jnp.linspace(-1.0, 2.0, 12).reshape(3, 4)
     numbers = jnp.arange(12, dtype=jnp.int32).reshape(3, 4)
-    total, count = chunked.sum_both(x, numbers)
+    total, count = arrays.sum_both(x, numbers)
     np.testing.assert_allclose(total, np.sum(x, axis=-1), rtol=1e-6)
     np.testing.assert_array_equal(count, np.sum(numbers, axis=-1))
-    curve = lambda x: jnp.sum(chunked.sum_both(x**3, numbers)[0] ** 2)
+    curve = lambda x: jnp.sum(arrays.sum_both(x**3, numbers)[0] ** 2)
     same = lambda x: jnp.sum(jnp.sum(x**3, axis=-1) ** 2)
     np.testing.assert_allclose(jax.grad(curve)(x), jax.grad(same)(x), rtol=1e-5)
     np.testing.assert_allclose(jax.hessian(curve)(x), jax.hessian(same)(x), rtol=1e-4)

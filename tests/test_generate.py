@@ -1,5 +1,6 @@
 """Sampling, generation and its command."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -109,15 +110,26 @@ def test_rows_are_drawn_independently_and_the_seed_decides():
 # --- generation ---
 
 
-def test_greedy_tokens_are_those_of_the_whole_sequence(model):
+def test_tokens_and_counts_are_those_of_the_whole_sequence(model):
+    """Greedy tokens; padding is not counted; another request of that shape is ready."""
     result = generate(model, PROMPTS, max_tokens=6)
-    whole = jax.jit(lambda tokens: model(tokens))
+    whole = jax.jit(lambda tokens: model(tokens, return_info=True))
+    fired, visible = np.zeros(2), np.zeros(2)  # in prefill and in decode
     for prompt, tokens in zip(PROMPTS, result.tokens, strict=True):
         text = list(prompt) + tokens
         padded = jnp.asarray([text + [0] * (48 - len(text))], jnp.int32)
-        best = np.asarray(whole(padded).argmax(-1))[0]
+        logits, (info,) = whole(padded)
+        best = np.asarray(logits.argmax(-1))[0]
         assert best[len(prompt) - 1 : len(text) - 1].tolist() == tokens
+        edges = [0, len(prompt), len(text) - 1]
+        for phase, (start, end) in enumerate(itertools.pairwise(edges)):
+            fired[phase] += np.asarray(info.count)[0, start:end].mean(axis=1).sum()
+            visible[phase] += np.arange(start + 1, end + 1).sum()
+    shares = [result.prefill.keys_fired, result.decode.keys_fired]
+    assert shares == pytest.approx((fired / visible).tolist())
+    assert 0 < shares[1] < 0.9
     assert len(set(result.tokens[0])) > 1
+    assert generate(model, PROMPTS, max_tokens=20).compile_seconds == 0
 
 
 def test_hsr_draws_the_tokens_of_dense(model):
@@ -137,6 +149,7 @@ def test_prompt_read_in_pieces_gives_the_same(model, monkeypatch):
     assert pieces.prefill.keys_fired == pytest.approx(whole.prefill.keys_fired)
 
 
+@pytest.mark.slow
 def test_one_compile_per_shape_bucket(monkeypatch):
     model, traced = make_model("relu", norm_eps=2e-6), []
     advance = Transformer.advance
@@ -160,6 +173,7 @@ def test_callback_sees_every_token_in_order(model):
     assert seen == [(row, result.tokens[row][i]) for i in range(3) for row in range(2)]
 
 
+@pytest.mark.slow
 def test_counts_by_hand():
     """Dense looks at all keys, top_r fires at r: padding must not be counted."""
     limited = with_attention(make_model("softmax"), "dense", top_r=4)

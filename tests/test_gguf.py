@@ -1,5 +1,6 @@
 """GGUF files: the same models in another format, every kind of block, bad files."""
 
+import dataclasses
 import json
 import struct
 import tracemalloc
@@ -110,15 +111,34 @@ def llama(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["llama3", "llama_biases", "phi3_long", "qwen3"])
 def test_a_file_is_the_same_model_as_its_folder(name, tmp_path):
-    with np.load(HERE / name / "expected.npz") as file:
+    """The numbers of its config are float32, and Llama's turns come as a table."""
+    found, tokenizer = load_pretrained(write(tmp_path / "x.gguf", name))
+    model, _ = load_pretrained(HERE / name)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(found), nnx.state(model))
+    for tokens in (1, 4096):  # shorter and longer than the original training
+        got, want = (with_length(x, tokens).config for x in (found, model))
+        (turns, gain), (expected, expected_gain) = (
+            frequencies(x.turning_dim, theta=x.rope_theta, scaling=x.rope_scaling)
+            for x in (got, want)
+        )
+        np.testing.assert_allclose(turns, expected, rtol=1e-6)
+        assert gain == pytest.approx(expected_gain, rel=1e-6)
+    for field in ("rope_theta", "norm_eps"):
+        assert getattr(got, field) == pytest.approx(getattr(want, field), rel=1e-6)
+    close = {"rope_theta", "norm_eps", "rope_scaling"}
+    assert got == dataclasses.replace(want, **{x: getattr(got, x) for x in close})
+    assert tokenizer.encode(b"AB!").tolist() == [model.config.vocab_size - 1, 0]
+
+
+@pytest.mark.slow
+def test_a_file_gives_the_logits_of_transformers(tmp_path):
+    with np.load(HERE / "phi3_long" / "expected.npz") as file:
         tokens, want = jnp.asarray(file["tokens"]), file["logits"]
-    path = write(tmp_path / "x.gguf", name)
-    model, tokenizer = load_pretrained(path)
+    model, _ = load_pretrained(write(tmp_path / "x.gguf", "phi3_long"))
     model = with_length(with_attention(model, "dense"), tokens.shape[1])
     graphdef, state = nnx.split(model)
     got = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, tokens)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-    assert tokenizer.encode(b"AB!").tolist() == [want.shape[-1] - 1, 0]
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)

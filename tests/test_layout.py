@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsrjax.layout import from_tiles, to_tiles
+from hsrjax._src.core.tiles import from_tiles, to_tiles
 
 
 @pytest.mark.parametrize(("length", "tile"), [(1, 1), (7, 3), (8, 4), (5, 8)])

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 import hsrjax
-from hsrjax import memory, planner
-from hsrjax.shape import Shape
+from hsrjax._src.planning import memory
+from hsrjax._src.planning import plan as planner
+from hsrjax._src.planning.plan import Shape
 
 PREFILL = Shape(2, 300, 500, 4, 2, 16, 32)
 DECODE = Shape(2, 1, 4096, 4, 2, 16, 32, cached=True)
@@ -108,7 +109,9 @@ def test_estimates_are_not_more_than_xla_takes(shape, method):
     compiled = jax.jit(call).lower(*arguments).compile().memory_analysis()
     taken = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
     plan = planner.lay_out(hsrjax.ReLU(), shape)
-    needed = (memory.of_dense if method == "dense" else memory.of_hsr)(shape, plan)
+    needed = (planner.bytes_of_dense if method == "dense" else planner.bytes_of_hsr)(
+        shape, plan
+    )
     assert needed <= taken
     if method == "dense":
         assert taken <= 4 * needed

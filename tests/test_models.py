@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 import shutil
 
 import jax
@@ -16,8 +15,8 @@ import hsrjax
 from models.files import runs
 from models.files.atomic import write_atomic
 from models.network.config import ModelConfig
-from models.network.flax_attention import hsr_attention_fn
 from models.network.layers import RMSNorm, unit_norm
+from models.network.operands import Operands, as_relu
 from models.network.rope import rotate
 from models.network.transformer import ThresholdScale, Transformer, with_attention
 
@@ -29,6 +28,13 @@ KINDS = (
     "differential_relu",
     "entmax",
 )
+
+LIKE_OTHERS = ("relu", "threshold_relu")  # each one a part of another kind
+BFLOAT16 = {"dtype": "bfloat16"}
+
+
+def slow(*cases):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def make_config(kind="threshold_relu", **changes):
@@ -114,7 +120,8 @@ def close(actual, expected, tolerance=2e-5):
     ("kind", "options"),
     [
         ("threshold_relu", {"num_layers": 2}),
-        *((kind, {"dtype": "bfloat16"}) for kind in KINDS),
+        *((kind, BFLOAT16) for kind in KINDS if kind not in LIKE_OTHERS),
+        *slow(*((kind, BFLOAT16) for kind in LIKE_OTHERS)),
     ],
 )
 def test_shapes_and_dtypes(kind, options):
@@ -144,19 +151,15 @@ def test_position_depends_on_no_later_token(kind):
     assert moved(3, 3)[7]
 
 
-def slow(*cases):
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
-
-
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("relu", {"output_norm": True, "qk_norm": True}),
         ("differential_relu", {"threshold": "cap", "keep_self": True}),
         *slow(
             ("softmax", {}),
             ("softmax", {"output_norm": True, "qk_norm": True}),
             ("relu", {}),
+            ("relu", {"output_norm": True, "qk_norm": True}),
             ("relu_length", {}),
             ("threshold_relu", {}),
             ("threshold_relu", {"threshold": "cap", "keep_self": True}),
@@ -197,7 +200,8 @@ def test_hsr_equals_dense_on_the_same_parameters(kind, options):
 
 
 def test_gradients_reach_every_parameter():
-    model, tokens = make_model(tie_embeddings=False), make_tokens()
+    options = {"output_norm": True, "qk_norm": True, "tie_embeddings": False}
+    model, tokens = make_model("relu", **options), make_tokens()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params):
@@ -266,14 +270,18 @@ def test_entmax_is_relu_above_a_threshold(method):
     close(weights, expected, 2e-6)
     assert 0.05 < float((weights > 0).mean()) < 0.4
     jax.tree.map(close, gradients, expected_gradients)
+    same = as_relu(Operands(query * scale, key, value, activation))
+    options = {"activation": same.activation, "scale": 1.0, "method": "dense"}
+    close(hsrjax.attention(*same[:3], is_causal=True, **options), weights)
 
 
 @pytest.mark.parametrize(
     ("kind", "attention", "pieces"),
     [
-        *((kind, "dense", 3 * [4]) for kind in KINDS),
+        *((kind, "dense", 3 * [4]) for kind in KINDS if kind != "relu"),
         ("threshold_relu", "hsr", 3 * [4]),
         *slow(
+            ("relu", "dense", 3 * [4]),
             ("differential_relu", "hsr", 3 * [4]),
             ("threshold_relu", "hsr", [7, *5 * [1]]),
             ("entmax", "hsr", [7, *5 * [1]]),
@@ -319,8 +327,8 @@ def test_ragged_rows_equal_single_rows():
     ],
 )
 def test_a_reindexed_cache_gives_the_same(kind, attention):
-    """Its slots are not positions, and what looks at keys must know."""
-    model, tokens = make_model(kind, attention=attention), make_tokens()
+    """Its slots are not positions, by which windows and thresholds go."""
+    model, tokens = make_model(kind, attention=attention, window=6), make_tokens()
     caches = model.init_caches(2, 16)
     for start in (0, 4):
         _, caches, _ = step(model, tokens[:, start : start + 4], caches)
@@ -374,14 +382,19 @@ def test_threshold_scale_makes_attention_sparser():
     assert fired(0.0) > 2 * fired(0.5) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["dense", "hsr"])
+def test_top_r_keeps_so_many_keys(attention):
+    model = with_attention(make_model("softmax"), attention, top_r=3)
+    assert int(run(model, make_tokens())[1][0].count.max()) == 3
+
+
 def test_with_attention_shares_parameters_and_leaves_the_model_alone():
     model = make_model("softmax")
     other = with_attention(model, "hsr", top_r=3)
     assert (model.config.attention, model.config.top_r) == ("dense", None)
     assert (other.config.attention, other.config.top_r) == ("hsr", 3)
     assert other.embed.embedding[...] is model.embed.embedding[...]
-    infos = run(with_attention(model, "dense", top_r=3), make_tokens())[1]
-    assert int(infos[0].count.max()) == 3
     with pytest.raises(ValueError, match=r"softmax.*attention='hsr'"):
         with_attention(make_model("relu"), "hsr", epsilon=0.1)
 
@@ -618,93 +631,3 @@ def test_restore_model_names_what_differs():
         runs.restore_model(other, item)
     with pytest.raises(ValueError, match="use the config it was saved with"):
         runs.restore_model(make_config(mlp_dim=52), item)
-
-
-# --- the adapter for flax's own attention ---
-
-
-def flax_layer(**options):
-    options = {"decode": False, "rngs": nnx.Rngs(0)} | options
-    return nnx.MultiHeadAttention(4, 32, num_kv_heads=2, **options)
-
-
-@pytest.mark.parametrize("lead", [(), (2, 3)])
-def test_adapter_equals_flax_softmax(lead, lenient_promotion):
-    attention_fn = hsr_attention_fn(activation=hsrjax.Softmax())
-    inputs = jax.random.normal(jax.random.key(0), (*lead, 9, 32))
-    ours, theirs = flax_layer(attention_fn=attention_fn), flax_layer()
-
-    @functools.partial(jax.jit, static_argnames="is_causal")
-    def both(inputs, is_causal):
-        return ours(inputs, is_causal=is_causal), theirs(inputs, is_causal=is_causal)
-
-    for is_causal in (False, True):
-        close(*both(inputs, is_causal=is_causal))
-
-
-def test_adapter_passes_its_options_on(monkeypatch):
-    options = {
-        "activation": hsrjax.ReLU(power=2, bias=0.1),
-        "method": "hsr",
-        "scale": 0.2,
-        "capacity": 4,
-    }
-    seen = {}
-    attention = hsrjax.attention
-    monkeypatch.setattr(
-        hsrjax,
-        "attention",
-        lambda *args, **given: seen.update(given) or attention(*args, **given),
-    )
-    rows = jnp.ones((1, 9, 4, 8))
-    attention_fn = hsr_attention_fn(**options)
-    jax.eval_shape(lambda x: attention_fn(x, x, x, is_causal=True), rows)
-    assert seen == options | {"is_causal": True}
-
-
-def test_adapter_keeps_the_layers_dtype(lenient_promotion):
-    layer = flax_layer(
-        attention_fn=hsr_attention_fn(activation=hsrjax.ReLU(power=2)),
-        dtype=jnp.bfloat16,
-    )
-    assert jax.eval_shape(layer, jnp.ones((1, 4, 32))).dtype == jnp.bfloat16
-
-
-def test_adapter_refuses_what_it_cannot_honour(lenient_promotion):
-    attention_fn = hsr_attention_fn(activation=hsrjax.Softmax())
-
-    def call(*, of=None, **options):
-        layer = lambda: flax_layer(attention_fn=attention_fn, **(of or {}))
-        return jax.eval_shape(lambda x: layer()(x, **options), jnp.ones((1, 9, 32)))
-
-    with pytest.raises(ValueError, match=r"mask must be None.*is_causal=True"):
-        call(mask=nnx.make_causal_mask(jnp.ones((1, 9))))
-    with pytest.raises(ValueError, match="sow_weights=False"):
-        call(sow_weights=True)
-    with pytest.raises(ValueError, match="bias must be None"):
-        attention_fn(*[jnp.ones((1, 9, 4, 8))] * 3, bias=jnp.ones((1, 4, 9, 9)))
-    dropping = {"dropout_rate": 0.5, "deterministic": False}
-    with pytest.raises(ValueError, match="dropout_rate=0"):
-        call(of=dropping)
-    call(of=dropping, deterministic=True)
-
-
-# --- the package ---
-
-
-def test_layers_import_only_those_below(repo_root):
-    below = {
-        "network": set(),
-        "text": set(),
-        "decoding": {"network"},
-        "files": {"network", "text"},
-        "evaluation": {"decoding", "network", "text"},
-    }
-    folders = {path.parent.name for path in (repo_root / "models").glob("*/*.py")}
-    assert folders == below.keys()
-    for layer, allowed in below.items():
-        for path in (repo_root / "models" / layer).glob("*.py"):
-            imported = re.findall(
-                r"^ *(?:from|import) models\.(\w+)", path.read_text(), re.MULTILINE
-            )
-            assert set(imported) <= allowed | {layer}, path

@@ -41,7 +41,7 @@ def test_wheel_holds_hsrjax_and_nothing_else(dist, repo_root):
         for path in (repo_root / "hsrjax").rglob("*")
         if path.suffix == ".py" or path.name in ("py.typed", "costs.json")
     }
-    assert {"hsrjax/py.typed", "hsrjax/costs.json"} <= source
+    assert {"hsrjax/py.typed", "hsrjax/_src/planning/costs.json"} <= source
     assert {n for n in names if n.startswith("hsrjax/")} == source
     assert f"{info}/licenses/LICENSE" in names
 

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 import hsrjax
-from hsrjax import costs, planner
-from hsrjax.shape import Shape
+from hsrjax._src.planning import costs
+from hsrjax._src.planning import plan as planner
+from hsrjax._src.planning.plan import Shape
 
 RELU = hsrjax.ReLU()
 DECODE = Shape(
@@ -40,7 +41,11 @@ TABLE = costs.Costs(
 )
 
 
-def plan(method="auto", activation=RELU, shape=DECODE, capacity=None, **sizes):
+def plan(*args, **options):
+    return choose(*args, **options).plan
+
+
+def choose(method="auto", activation=RELU, shape=DECODE, capacity=None, **sizes):
     return planner.plan(
         activation,
         method,
@@ -52,9 +57,9 @@ def plan(method="auto", activation=RELU, shape=DECODE, capacity=None, **sizes):
 
 def test_short_rows_are_dense_long_ones_depend_on_how_many_keys_fire():
     assert plan(keys=512).method == "dense"
-    assert "512" in plan(keys=512).reason
-    chosen = plan(keys=100_000)
-    assert chosen.method == "auto"
+    assert "512" in choose(keys=512).reason
+    chosen = choose(keys=100_000)
+    assert chosen.plan.method == "auto"
     # 5.12 ms against 1.28 ms and 65.6 ns (+ 2.56) for each of 400,000 keys: 14.1 %.
     assert "14 %" in chosen.reason
     assert plan(shape=PREFILL).method == "auto"
@@ -94,9 +99,9 @@ def test_other_costs_other_choices():
     free = dataclasses.replace(
         TABLE, gather_row=0.0, gather_number=0.0, gather_product=1e-6
     )
-    assert planner.plan(RELU, "auto", DECODE, table=free).method == "hsr"
+    assert planner.plan(RELU, "auto", DECODE, table=free).plan.method == "hsr"
     dear = dataclasses.replace(TABLE, scan=((1.0, 1e9),))
-    assert planner.plan(RELU, "auto", DECODE, table=dear).method == "dense"
+    assert planner.plan(RELU, "auto", DECODE, table=dear).plan.method == "dense"
 
 
 def test_what_is_asked_for_is_done():
@@ -112,10 +117,21 @@ def test_softmax_is_decided_from_shapes_alone():
     assert plan("auto", hsrjax.Softmax(epsilon=0.1)).method == "dense"
 
 
+def test_a_tail_is_planned_like_what_it_corrects():
+    for limit in ({"top_r": 64}, {"epsilon": 0.1}):
+        plain, tailed = (hsrjax.Softmax(**limit, **more) for more in ({}, {"tail": 8}))
+        assert plan("hsr", tailed) == plan("hsr", plain)
+        assert plan("auto", tailed).method == plan("auto", plain).method
+    # Dense attention has all scores: no tail, and it may cut them into chunks.
+    sizes = {"queries": 9000, "keys": 9000, "heads": 4}
+    assert plan("dense", hsrjax.Softmax(top_r=64), **sizes).chunk is None
+    assert plan("dense", hsrjax.Softmax(top_r=64, tail=8), **sizes).chunk < 9000
+
+
 def test_where_an_index_does_not_fit_dense_is_chosen(monkeypatch):
     monkeypatch.setenv("HSRJAX_MEMORY", str(2**24))
-    chosen = plan(shape=PREFILL)
-    assert chosen.method == "dense" and "memory" in chosen.reason
+    chosen = choose(shape=PREFILL)
+    assert chosen.plan.method == "dense" and "memory" in chosen.reason
     assert plan(shape=PREFILL, devices=64).method == "auto"
     with pytest.raises(ValueError, match="or method='dense'"):
         planner.refuse(PREFILL, plan("hsr", shape=PREFILL))
@@ -167,6 +183,6 @@ def test_gradients_turn_the_choice_to_hsr():
         planner.plan(RELU, "auto", PREFILL, gradients=gradients, table=close)
         for gradients in (False, True)
     ]
-    assert [plan.method for plan in plans] == ["dense", "auto"]
+    assert [choice.plan.method for choice in plans] == ["dense", "auto"]
     asked = planner.plan(RELU, "dense", PREFILL, gradients=True, table=close)
-    assert asked.method == "dense"
+    assert asked.plan.method == "dense"

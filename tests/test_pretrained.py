@@ -86,7 +86,9 @@ def test_a_cache_gives_the_same(name):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_parameters_have_the_dtype_asked_for(dtype):
     tokens, want = expected("mistral")
     model, tokenizer = load_pretrained(HERE / "mistral", dtype=dtype)

@@ -191,6 +191,7 @@ def test_export_writes_what_generate_reads(kind, trained, tmp_path, capsys):
         assert part in card
     capsys.readouterr()
     prompt = ["--prompt", "def f(", "--max-tokens", "5", "--json"]
+    prompt += ["--attention", "dense"]
     tokens = []
     for folder in (run, out):
         assert generate(["--model", str(folder), *prompt]) == 0

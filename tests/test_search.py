@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hsrjax
-from hsrjax import search
+from hsrjax._src.activations import search
 
 at_ranks = jax.jit(search.at_ranks, static_argnums=1)
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import hsrjax
-from hsrjax import tail as tail_module
-from tests.contract import SEGMENTS, SHAPE, inputs, reference_attention
+from hsrjax._src.activations import tail as tail_module
+from tests.contract import SEGMENTS, SHAPE, inputs, reference_attention, slow
 
 TAILS = (1, 2, 8, 32)
+SOME_TAILS = [1, 8, *slow((2,), (32,))]
 LIMITS = [{"top_r": 5}, {"epsilon": 0.3}]
 VISIBLE = [
     {"is_causal": True},
@@ -62,7 +63,7 @@ def errors(out, expected):
 
 
 @pytest.mark.parametrize("visible", VISIBLE)
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", SOME_TAILS)
 @pytest.mark.parametrize("limit", LIMITS)
 def test_within_its_bound_of_full_softmax(limit, tail, visible):
     query, key, value, _ = inputs(SHAPE)
@@ -75,7 +76,7 @@ def test_within_its_bound_of_full_softmax(limit, tail, visible):
     assert (np.asarray(info.missed_mass) <= 1).all()
 
 
-@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("limit", [LIMITS[0], *slow((LIMITS[1],))])
 def test_every_value_of_its_own_is_nearly_exact(limit):
     query, key, value, _ = inputs((1, 200, 200, 4, 2, 16, 24))
     query = 2 * query
@@ -92,7 +93,7 @@ def test_every_value_of_its_own_is_nearly_exact(limit):
     assert worst[1] < 0.02 * worst[None] and worst[32] < 0.6 * worst[None]
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("scale", [1e30, *slow((0.0,), (1e-30,))])
 def test_values_of_any_size(scale):
     query, key, value, _ = inputs(SHAPE)
     value = value * scale
@@ -163,13 +164,16 @@ def test_a_value_that_is_no_number_spoils_its_coordinate_alone():
     assert spoiled.sum() == 37 * 2
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", SOME_TAILS)
 def test_a_cache_that_grew_is_as_good(tail):
     query, key, value, _ = inputs((2, 3, 90, 4, 2, 16, 16))
     cache = grown(key, value, tail)
     whole = tail_module.sketch_values(cache.values.rows, tail)
     for one, other in zip(cache.values.sketch, whole, strict=True):
-        np.testing.assert_array_equal(one, other)
+        # Means of the same numbers: on GPUs not summed in the same order.
+        np.testing.assert_allclose(
+            np.float64(one), np.float64(other), rtol=1e-5, atol=1e-8
+        )
     activation = softmax({"top_r": 4}, tail)
     out, info = hsrjax.decode_attention(
         query, cache, activation=activation, method="hsr"

@@ -10,9 +10,11 @@ import pytest
 from jax import export
 
 import hsrjax
+from tests.contract import slow
 
 RELU = hsrjax.ReLU(power=2, bias=0.3)
 B, S, N, K, H = 2, 40, 4, 2, 16
+AUTO = jax.sharding.AxisType.Auto
 
 
 def arrays(lead=()):
@@ -55,11 +57,14 @@ FUNCTIONS = {
 }
 
 
+SOME = ["relu", "decode", *slow(("report",), ("top_r",), ("epsilon",))]
+
+
 def close(got, expected):
     chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", SOME)
 def test_pmap_over_eight_devices(name):
     assert jax.device_count() == 8
     function = FUNCTIONS[name]
@@ -69,7 +74,26 @@ def test_pmap_over_eight_devices(name):
     close(jax.tree.map(lambda x: x[5], got), expected)
 
 
-@pytest.mark.parametrize("name", ["report", "relu", "decode"])
+@pytest.mark.parametrize("name", ["relu", "decode"])
+def test_sharded_by_batch(name):
+    """Arrays on two devices, as jit cuts them and as shard_map does."""
+    rows, mesh = arrays(), jax.make_mesh((2,), ("data",), axis_types=(AUTO,))
+    by_row = jax.sharding.PartitionSpec("data")
+    expected = jax.jit(attend if name == "relu" else decode_rows)(*rows)
+    sharded = jax.device_put(rows, jax.NamedSharding(mesh, by_row))
+    run = attend if name == "relu" else decode_rows
+    close(jax.jit(run)(*sharded), expected)
+    specs = {"in_specs": by_row, "out_specs": by_row, "check_vma": False}
+    close(jax.jit(jax.shard_map(run, mesh=mesh, **specs))(*rows), expected)
+
+
+def decode_rows(q, k, v):
+    """`decode` of rows of one length, whatever the batch."""
+    cache = hsrjax.extend(hsrjax.init_cache(len(q), S + 5, K, H), k, v)
+    return hsrjax.decode_attention(q[:, -1:], cache, activation=RELU, method="hsr")
+
+
+@pytest.mark.parametrize("name", ["report", "decode", *slow(("relu",))])
 def test_scan_and_vmap(name):
     function = FUNCTIONS[name]
     rows = arrays(lead=(3,))
@@ -125,7 +149,7 @@ def test_bias_and_scale_are_differentiable_and_traced():
     np.testing.assert_allclose(hsr[1], (plus - minus) / (2 * step), rtol=1e-2)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", SOME)
 def test_lowers_for_every_platform(name):
     """No host callbacks, no dynamic shapes: one artifact for CPU, CUDA and TPU."""
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays()]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hsrjax
-from hsrjax import visible
+from hsrjax._src.core import visible
 from tests.contract import reference_visibility
 
 

@@ -88,7 +88,7 @@ def _describe(operands: Operands, *, steps: int) -> dict[str, jax.Array]:
     nothing = jnp.full(heads, jnp.nan, jnp.float32)
     found |= {"survivors": nothing, "capacity_use": nothing}
     rule = operands.activation
-    if isinstance(rule, hsrjax.Softmax) and rule.is_full:
+    if isinstance(rule, hsrjax.Softmax) and rule.keeps_all:
         return found
     return found | _of_decoding(operands, steps=steps)
 

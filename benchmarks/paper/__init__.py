@@ -1,1 +1,1 @@
-"""The paper, reproduced and extended: `python -m benchmarks paper-...`."""
+"""The paper, reproduced and extended: `python -m benchmarks paper-NAME` runs NAME."""

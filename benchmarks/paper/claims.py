@@ -7,15 +7,13 @@ number that is measured is typed in: `verdicts` works each out of those files.
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
-from benchmarks.common import Basics, Results
+from benchmarks.files.results import read
+from benchmarks.header import Basics, Results
 from benchmarks.paper import errata, verdicts
-from benchmarks.paper.verdicts import Finding, Found
+from benchmarks.paper.findings import Finding, Found
 
 EXPERIMENTS = ("table1", "lemma61", "theorem43", "figure3", "time")
 HEADER = """# What came of the paper's claims
@@ -53,40 +51,24 @@ def run(command: Command) -> Results:
 
 
 def load(folder: Path) -> Found:
-    """What each experiment wrote: its summary, and the lines of its CSV files.
+    """What each experiment wrote.
 
     Raises:
       ValueError: an experiment is missing; the message says which to run.
     """
-    summaries: dict[str, dict[str, Any]] = {}
-    tables: dict[str, list[dict[str, Any]]] = {}
+    found = Found({}, {})
     for name in EXPERIMENTS:
         try:
-            summaries[name] = json.loads((folder / name / "summary.json").read_text())
-            for file in sorted((folder / name).glob("*.csv")):
-                key = name if file.stem == "results" else f"{name}/{file.stem}"
-                with file.open(newline="") as lines:
-                    tables[key] = [_typed(line) for line in csv.DictReader(lines)]
+            found.summaries[name], tables = read(folder / name)
         except OSError as error:
             raise ValueError(
                 f"{folder / name} holds no results ({error.strerror}): run "
                 f"python -m benchmarks paper-{name} first"
             ) from error
-    return Found(summaries, tables)
-
-
-def _typed(line: dict[str, str]) -> dict[str, Any]:
-    return {name: _number(value) for name, value in line.items()}
-
-
-def _number(value: str) -> Any:
-    """A number where the cell is one; None where it is empty."""
-    if value == "":
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return value
+        for stem, lines in tables.items():
+            key = name if stem == "results" else f"{name}/{stem}"
+            found.tables[key] = lines
+    return found
 
 
 def as_table(findings: list[Finding]) -> str:

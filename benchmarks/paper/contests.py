@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import hsrjax
+from benchmarks.harness import internals
+from benchmarks.harness.members import Truth, judge, truth
+from benchmarks.harness.timing import Contestant, relative_error
 from benchmarks.paper import rules
-from benchmarks.query import Truth, judge, truth
-from benchmarks.timing import Contestant, relative_error
-from hsrjax.bounds import ball_upper
 
 _SPARE = 1.25
 _CHECKED_ROWS = 64
@@ -87,14 +87,12 @@ def _query(keys: np.ndarray, queries: np.ndarray, offset: np.ndarray) -> Found:
         )
         for name, index in indexes.items()
     ]
-    stored = indexes["sketch"].keys
-    scan = functools.partial(_scan, stored, normals[0], at[0], capacity=capacity)
+    scan = functools.partial(
+        _scan, jnp.asarray(keys), normals[0], at[0], capacity=capacity
+    )
     found.append(_contestant("scan", scan, functools.partial(_missed, exact=exact)))
-    balls = indexes["balls"].balls
-    assert balls is not None
-    reached = np.asarray(ball_upper(balls, normals))[0] >= offset[0]
-    reach = int(reached[: -(-len(keys) // balls.size)].sum()) * balls.size
-    return found, members, min(reach, len(keys))
+    reach = internals.keys_in_reach(indexes["balls"], queries[0], offset[0])
+    return found, members, reach
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
@@ -127,21 +125,8 @@ def _decode(keys, queries, values, relu, score) -> list[Contestant]:
     if d <= 8:
         cache = hsrjax.reindex(cache)
     cache, query = jax.block_until_ready(cache), jnp.asarray(queries)[None, :, None]
-    return [
-        _contestant(
-            name,
-            functools.partial(
-                hsrjax.decode_attention,
-                query,
-                cache,
-                activation=relu,
-                method=name,  # type: ignore[arg-type]
-                scale=1.0,
-            ),
-            score,
-        )
-        for name in ("hsr", "dense")
-    ]
+    decode = functools.partial(hsrjax.decode_attention, query, cache)
+    return _by_both(decode, score, activation=relu)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -151,18 +136,15 @@ def _extend(cache, keys, values):
 
 def _prefill(keys, queries, values, relu, score) -> list[Contestant]:
     operands = [jnp.asarray(x)[None, :, None] for x in (queries, keys, values)]
+    attend = functools.partial(hsrjax.attention, *operands, return_info=True)
+    return _by_both(attend, score, activation=relu)
+
+
+def _by_both(attend: Callable[..., Any], score: Any, **options: Any):
+    """hsr and dense."""
     return [
         _contestant(
-            name,
-            functools.partial(
-                hsrjax.attention,
-                *operands,
-                activation=relu,
-                method=name,  # type: ignore[arg-type]
-                scale=1.0,
-                return_info=True,
-            ),
-            score,
+            name, functools.partial(attend, method=name, scale=1.0, **options), score
         )
         for name in ("hsr", "dense")
     ]

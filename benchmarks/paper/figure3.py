@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hsrjax
-from benchmarks import report
-from benchmarks.common import Results
+from benchmarks.harness import pictures
+from benchmarks.header import Results
 from benchmarks.paper import printed
-from benchmarks.paper.language import Reading, pieces, read
+from benchmarks.paper.reading import Reading, pieces, read
 from models.network.transformer import Caches, Transformer, with_attention, with_config
 from models.opening import attending
 
@@ -52,9 +52,7 @@ class Command(Reading):
         """Refuses what cannot be read."""
         super().__post_init__()
         hsrjax.Softmax(top_r=1, tail=self.tail)
-        contexts, continuation, kept, starts = self.sizes
-        if min(*kept, continuation, starts) < 1:
-            raise ValueError("r, continuation and starts must be 1 or more")
+        contexts, continuation, _, _ = self.sizes
         if any(x % continuation or x == continuation for x in contexts):
             raise ValueError(
                 f"contexts must be multiples of the continuation of {continuation} "
@@ -117,8 +115,7 @@ def run(command: Command) -> Results:
         if not math.isfinite(row["perplexity"])
     ]
     rows += _papers()
-    summary = {"read": about, "over_dense": _summary(rows)}
-    return Results(rows, summary, {"figure3.png": _draw(rows, about["model"])}, wrong)
+    return Results(rows, {"read": about} | summarize(rows), draw(rows), wrong)
 
 
 def prefill(model: Transformer, prompt: np.ndarray, piece: int) -> Caches:
@@ -229,21 +226,22 @@ def _curves(rows: list[dict[str, Any]]) -> dict[tuple[str, int, bool], list]:
     return curves
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for (model, context, tail), curve in _curves(rows).items():
         name = f"{model}, {context}" + (", tail" if tail else "")
         found[name] = {str(row["r"]): row["over_dense"] for row in curve}
-    return found
+    return {"over_dense": found}
 
 
-def _draw(rows: list[dict[str, Any]], model: str) -> Figure:
+def draw(rows: list[dict[str, Any]]) -> dict[str, Figure]:
     """Perplexity over dense: this model's at each context, and the paper's models."""
-    figure = report.figure(width=12, height=4.8)
+    model = rows[0]["model"]
+    figure = pictures.figure(width=12, height=4.8)
     left, right = figure.subplots(1, 2, sharey=True)
     curves = _curves(rows)
     contexts = sorted({key[1] for key in curves if key[0] == model})
-    shades = report.colours(f"context {context}" for context in contexts)
+    shades = pictures.colours(f"context {context}" for context in contexts)
     for (name, context, tail), curve in curves.items():
         x, y = [row["r"] for row in curve], [row["over_dense"] for row in curve]
         if name == model:
@@ -272,4 +270,4 @@ def _draw(rows: list[dict[str, Any]], model: str) -> Figure:
         axes.legend(fontsize=8)
     right.tick_params(labelleft=True)
     left.text(16, 0.97, " $r=2^4$", transform=left.get_xaxis_transform(), va="top")
-    return figure
+    return {"figure3.png": figure}

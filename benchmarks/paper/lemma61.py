@@ -11,14 +11,14 @@ import dataclasses
 import math
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hsrjax
-from benchmarks import report
-from benchmarks.common import Basics, Results
+from benchmarks.harness import pictures
+from benchmarks.harness.tables import column, where
+from benchmarks.header import Basics, Results
 from benchmarks.paper import printed, rules
 
 NORM_T = 1.0
@@ -36,13 +36,6 @@ class Command(Basics):
     rows: int | None = None
     """Queries for each: 512; with --quick, 32."""
 
-    def __post_init__(self) -> None:
-        """Refuses what cannot be counted."""
-        super().__post_init__()
-        smallest = min((*self.head_dims, self.rows or 1))
-        if min((*self.keys, 2)) < 2 or smallest < 1:
-            raise ValueError("keys must be 2 or more, rows and head-dims 1 or more")
-
 
 def run(command: Command) -> Results:
     """Counts by all rules."""
@@ -59,24 +52,20 @@ def run(command: Command) -> Results:
         stored, queries = rules.draw(
             (command.seed, keys, dim), keys=keys, rows=rows, head_dim=dim
         )
-        index = hsrjax.build(jnp.asarray(stored))
         long = np.linalg.norm(queries, axis=-1) > printed.norm_bound(dim, NORM_T)
-        for rule in rules.RULES:
-            offset = rules.offsets(rule, queries, keys)
-            counts, fault = rules.count(index, queries, offset)
-            if fault:
-                wrong.append(f"{rule}, {keys:,} keys of {dim}: {fault}")
+        lines, faults = rules.counted(rules.RULES, stored, queries)
+        wrong += faults
+        for line in lines:
+            expected = {"expected": line.pop("expected")}
             found.append(
-                {"keys": keys, "head_dim": dim, "rows": rows, "rule": rule}
-                | rules.describe(counts, keys)
+                line
+                | {"bound": printed.count_bound(keys), **expected}
                 | {
-                    "bound": printed.count_bound(keys),
-                    "expected": rules.expected(queries, offset, keys),
                     "failure_probability": rows * _failure(keys),
                     "longer_than_lemma_e2_percent": 100 * float(long.mean()),
                 }
             )
-    return Results(found, _summary(found), {"lemma61.png": _draw(found)}, wrong)
+    return Results(found, summarize(found), draw(found), wrong)
 
 
 def _failure(keys: int) -> float:
@@ -85,26 +74,22 @@ def _failure(keys: int) -> float:
     return float(hsrjax.theory.count_failure(keys, bias))
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The worst of each rule over all n and d."""
     found = {}
     for rule in rules.RULES:
-        mine = [row for row in rows if row["rule"] == rule]
+        mine = where(rows, rule=rule)
+        shares = column(mine, "share_percent")
+        empty = column(mine, "empty_rows_percent")
+        within = "rows_within_bound_percent"
+        longer = "longer_than_lemma_e2_percent"
         found[rule] = {
-            "rows": sum(row["rows"] for row in mine),
-            "rows_within_bound_percent": min(
-                row["rows_within_bound_percent"] for row in mine
-            ),
+            "rows": sum(column(mine, "rows")),
+            within: min(column(mine, within)),
             "most_over_bound": max(row["most"] / row["bound"] for row in mine),
-            "share_percent": [
-                fold(row["share_percent"] for row in mine) for fold in (min, max)
-            ],
-            "empty_rows_percent": [
-                fold(row["empty_rows_percent"] for row in mine) for fold in (min, max)
-            ],
-            "longer_than_lemma_e2_percent": max(
-                row["longer_than_lemma_e2_percent"] for row in mine
-            ),
+            "share_percent": [min(shares), max(shares)],
+            "empty_rows_percent": [min(empty), max(empty)],
+            longer: max(column(mine, longer)),
             "most_over_least": max(
                 row["most"] / row["least"] if row["least"] else math.inf for row in mine
             ),
@@ -112,18 +97,18 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _draw(rows: list[dict[str, Any]]) -> Figure:
+def draw(rows: list[dict[str, Any]]) -> dict[str, Figure]:
     """The mean count and its range over the bound, by n, a picture for each d."""
     dims = sorted({row["head_dim"] for row in rows})
-    figure = report.figure(width=2.6 * len(dims) + 2, height=4)
+    figure = pictures.figure(width=2.6 * len(dims) + 2, height=4)
     grid = figure.subplots(1, len(dims), sharey=True, squeeze=False)[0]
     colours = dict(
         zip(rules.RULES, ("k", "tab:orange", "tab:blue", "tab:red"), strict=True)
     )
     for axes, dim in zip(grid, dims, strict=True):
         for rule in rules.RULES:
-            mine = [r for r in rows if r["rule"] == rule and r["head_dim"] == dim]
-            keys = [row["keys"] for row in mine]
+            mine = where(rows, rule=rule, head_dim=dim)
+            keys = column(mine, "keys")
             low, mid, high = (
                 [row[name] / row["bound"] for row in mine]
                 for name in ("least", "mean", "most")
@@ -145,4 +130,4 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("keys in the half-space / $2 n^{4/5}$")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper")
-    return figure
+    return {"lemma61.png": figure}

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
 import hsrjax
+from benchmarks.harness.members import judge, truth
 from benchmarks.paper import printed
-from benchmarks.query import judge, truth
 
 Rule = Literal["printed", "printed-query", "global", "repaired"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -89,6 +89,24 @@ def count(
     pairs = zip(queries[:_CHECKED], offset[:_CHECKED], strict=True)
     truths = [truth(keys, *pair) for pair in pairs]
     return counts, judge(counts[:_CHECKED], truths)[1]
+
+
+def counted(
+    chosen: Sequence[Rule], stored: np.ndarray, queries: np.ndarray
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each rule on keys f32[n, d] and queries f32[m, d], and the faults."""
+    (keys, dim), rows = stored.shape, len(queries)
+    index = hsrjax.build(jnp.asarray(stored))
+    found, wrong = [], []
+    for rule in chosen:
+        offset = offsets(rule, queries, keys)
+        counts, fault = count(index, queries, offset)
+        if fault:
+            wrong.append(f"{rule}, {keys:,} keys of {dim}: {fault}")
+        row = {"keys": keys, "head_dim": dim, "rows": rows, "rule": rule}
+        row |= describe(counts, keys)
+        found.append(row | {"expected": expected(queries, offset, keys)})
+    return found, wrong
 
 
 def describe(counts: np.ndarray, keys: int) -> dict[str, float | int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,101 +19,59 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hsrjax
-from benchmarks import report
-from benchmarks.common import Results
-from benchmarks.paper.language import Reading, pieces, read
-from benchmarks.paper.theorem43 import Layer, capture, heads_of
-from models.network.transformer import with_attention
-
-EPSILONS = (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
-TOLERANCE = 1e-4
-"""Of the engine's float32 output to float64, in parts of max|V|."""
+from benchmarks.harness import pictures
+from benchmarks.harness.tables import column
+from benchmarks.header import Results
+from benchmarks.paper.heads import Truth, exact
+from benchmarks.paper.limits import TOLERANCE, Limits, columns, in_words
+from benchmarks.paper.reading import Layer, cache_of, heads_of, operands, pieces, read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command(Reading):
+class Command(Limits):
     """Measures Softmax(top_r) and Softmax(epsilon) on every head of a model."""
 
-    tokens: int | None = None
-    """Tokens of the text to read: 8,192; with --quick, 96."""
     rows: int | None = None
     """Queries of every head, the newest: 32; with --quick, 4."""
-    r: tuple[int, ...] = (16, 64, 256)
-    """Keys kept per query."""
-    epsilon: tuple[float, ...] = EPSILONS
-    """Largest shares of the mass left out."""
-    tail: int = 1
-    """Group of the tail, measured beside what is left out without one."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be measured."""
         super().__post_init__()
-        tokens, rows = self.sizes
-        if not 0 < rows <= tokens // 2:
-            raise ValueError("rows must be 1 or more, and tokens twice as many")
+        if self.newest > self.length // 2:
+            raise ValueError("tokens must be twice as many as rows, or more")
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """Tokens and rows, with the defaults resolved."""
-        tokens = self.tokens or (96 if self.quick else 8192)
-        return tokens, self.rows or (4 if self.quick else 32)
-
-    @property
-    def activations(self) -> list[hsrjax.Softmax]:
-        """All that is measured."""
-        found = []
-        for tail in (None, self.tail):
-            found += [hsrjax.Softmax(top_r=r, tail=tail) for r in self.r]
-            found += [hsrjax.Softmax(epsilon=e, tail=tail) for e in self.epsilon]
-        return found
-
-
-class Truth(NamedTuple):
-    """Full softmax of one head in float64.
-
-    Attributes:
-      output: f64[T, D].
-      held: f64[T, S], mass of the best 1, 2, ... keys.
-      extreme: f64[T], max|V| of the visible keys.
-    """
-
-    output: np.ndarray
-    held: np.ndarray
-    extreme: np.ndarray
+    def newest(self) -> int:
+        """Rows, with the default resolved."""
+        return self.rows or (4 if self.quick else 32)
 
 
 def run(command: Command) -> Results:
     """Measures every layer."""
     opened, text, about = read(command)
-    tokens, rows = command.sizes
+    tokens = command.length
     part = pieces(text, length=tokens, number=1, seed=command.seed)[0]
-    layers = capture(with_attention(opened.model, "dense"), part, rows)
+    layers = operands(opened.model, part, command.newest)
     lines: list[dict[str, Any]] = []
     wrong: list[str] = []
     for number, layer in enumerate(tqdm(layers, unit="layer")):
-        truths = [exact(head.query, head.key, head.value) for head in heads_of(layer)]
+        truths = [exact(head) for head in heads_of(layer)]
         for activation in command.activations:
             found = jax.device_get(attend(layer, activation))
             for head, truth in enumerate(truths):
-                line = {"layer": number, "head": head, **_name(activation)}
-                lines.append(line | _describe(found, head, truth, tokens))
+                line = {"layer": number, "head": head, **columns(activation)}
+                lines.append(line | _describe(found, head, truth))
                 if lines[-1]["exceeded_rows"]:
                     wrong.append(f"{line}: error above the certificate")
-    summary = {"read": about, "tokens": tokens, "settings": _summary(lines)}
-    return Results(lines, summary, {"softmax.png": _draw(lines)}, wrong)
+    summary = {"read": about, "tokens": tokens} | summarize(lines)
+    return Results(lines, summary, draw(lines), wrong)
 
 
 def attend(layer: Layer, activation: hsrjax.Softmax) -> tuple[jax.Array, hsrjax.Info]:
     """Outputs f32[T, N, D] and Info [T, N] of each query alone, each with its keys."""
-    _, rows, heads, _ = layer.query.shape
-    _, keys, kv_heads, dim = layer.key.shape
-    key, value = (
-        jnp.repeat(x, heads // kv_heads, axis=2) for x in (layer.key, layer.value)
-    )
-    cache = hsrjax.init_cache(
-        1, keys, heads, dim, value_dim=value.shape[-1], tail=activation.tail
-    )
-    cache = hsrjax.extend(cache, key, value)
+    (_, rows, heads, _), (_, keys, kv_heads, _) = layer.query.shape, layer.key.shape
+    own = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (layer.key, layer.value))
+    cache = cache_of(*own, tail=activation.tail)
     positions = keys - rows + jnp.arange(rows, dtype=jnp.int32)
     return _one_by_one(layer.query[0], positions, cache, activation)
 
@@ -132,38 +90,16 @@ def _one_by_one(queries, positions, cache, activation):
     return jax.lax.map(one, (queries, positions))
 
 
-def exact(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> Truth:
-    """Full softmax of the newest rows of one head, causal."""
-    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
-    rows, keys = len(query), len(key)
-    visible = keys - rows + 1 + np.arange(rows)
-    scores = np.where(np.arange(keys) < visible[:, None], query @ key.T, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    held = np.cumsum(-np.sort(-weights, axis=-1), axis=-1)
-    extreme = np.maximum.accumulate(np.abs(value).max(-1))[visible - 1]
-    return Truth(weights @ value, held, extreme)
-
-
-def _name(activation: hsrjax.Softmax) -> dict[str, Any]:
-    return {
-        "r": activation.top_r,
-        "epsilon": activation.epsilon,
-        "tail": activation.tail,
-    }
-
-
-def _describe(found, head: int, truth: Truth, keys: int) -> dict[str, Any]:
+def _describe(found, head: int, truth: Truth) -> dict[str, Any]:
     """Columns on one head; what is left out is all but the best keys that fired."""
     out, info = found
     rows = len(truth.output)
-    visible = keys - rows + 1 + np.arange(rows)
     error = np.abs(np.asarray(out[:, head], np.float64) - truth.output).max(-1)
     count = np.asarray(info.count)[:, head]
     missed = 1.0 - truth.held[np.arange(rows), np.maximum(count, 1) - 1]
     bound = np.asarray(info.error_bound, np.float64)[:, head]
     exceeded = error > bound + TOLERANCE * truth.extreme
-    share = lambda x: 100 * float(np.mean(np.asarray(x)[:, head] / visible))
+    share = lambda x: 100 * float(np.mean(np.asarray(x)[:, head] / truth.visible))
     return {
         "rows": rows,
         "keys_looked_at_percent": share(info.candidates),
@@ -176,51 +112,38 @@ def _describe(found, head: int, truth: Truth, keys: int) -> dict[str, Any]:
     }
 
 
-def in_words(activation: hsrjax.Softmax) -> str:
-    """What a setting is called in tables."""
-    return _words(**_name(activation))
-
-
-def _words(r: int | None, epsilon: float | None, tail: int | None) -> str:
-    name = f"r {r:g}" if r else f"epsilon {epsilon:g}"
-    return f"{name} tail {tail:g}" if tail else name
-
-
 def _settings(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Lines by what was asked for, in words."""
     found: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
-        name = _words(line["r"], line["epsilon"], line["tail"])
+        name = in_words(line["r"], line["epsilon"], line["tail"])
         found.setdefault(name, []).append(line)
     return found
 
 
-def _summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over all heads, and the largest share of keys outside layer 0."""
-    columns = ("keys_looked_at_percent", "keys_fired_percent", "missed_mean")
-    columns += ("missed_bound_mean", "error_over_v_median", "bound_over_v_median")
+    averaged = ("keys_looked_at_percent", "keys_fired_percent", "missed_mean")
+    averaged += ("missed_bound_mean", "error_over_v_median", "bound_over_v_median")
     found = {}
     for name, mine in _settings(lines).items():
         later = [line["keys_looked_at_percent"] for line in mine if line["layer"]]
         found[name] = {
-            column: float(np.mean([line[column] for line in mine]))
-            for column in columns
+            name: float(np.mean(column(mine, name))) for name in averaged
         } | {
-            "exceeded_rows": sum(line["exceeded_rows"] for line in mine),
+            "exceeded_rows": sum(column(mine, "exceeded_rows")),
             "keys_looked_at_percent_outside_layer_0": sum(later) / max(1, len(later)),
             "most_keys_looked_at_percent_outside_layer_0": max(later, default=0.0),
-            "most_keys_looked_at_percent": max(
-                line["keys_looked_at_percent"] for line in mine
-            ),
+            "most_keys_looked_at_percent": max(column(mine, averaged[0])),
         }
-    return found
+    return {"settings": found}
 
 
-def _draw(lines: list[dict[str, Any]]) -> Figure:
+def draw(lines: list[dict[str, Any]]) -> dict[str, Figure]:
     """Error by keys looked at, and keys looked at by layer."""
-    figure = report.figure(width=12, height=4.5)
+    figure = pictures.figure(width=12, height=4.5)
     left, right = figure.subplots(1, 2)
-    means = _summary(lines)
+    means = summarize(lines)["settings"]
     for kind, marker in (("r", "o"), ("epsilon", "s")):
         for tail in (False, True):
             mine = [
@@ -260,4 +183,4 @@ def _draw(lines: list[dict[str, Any]]) -> Figure:
         title="By layer, mean over heads",
     )
     right.legend(fontsize="small", bbox_to_anchor=(1.01, 1.0), loc="upper left")
-    return figure
+    return {"softmax.png": figure}

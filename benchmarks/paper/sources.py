@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.paper.massive import Head
+from benchmarks.paper.heads import Head
 
 HEAD_DIM = 64
 SPREAD = 0.45

@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hsrjax
-from benchmarks import report
-from benchmarks.common import Results
-from benchmarks.paper.language import Reading, pieces, read
-from benchmarks.paper.softmax import EPSILONS, TOLERANCE, exact, in_words
-from benchmarks.paper.theorem43 import Layer, capture, heads_of
-from benchmarks.timing import Contestant, race
-from models.network.transformer import with_attention
+from benchmarks.contestants.peers_jax import jitted
+from benchmarks.harness import pictures
+from benchmarks.harness.tables import column, where
+from benchmarks.harness.timing import Contestant, Open, race
+from benchmarks.header import Results
+from benchmarks.paper.heads import exact
+from benchmarks.paper.limits import TOLERANCE, Limits, columns, in_words
+from benchmarks.paper.reading import Layer, cache_of, heads_of, operands, pieces, read
 
 CHECKED = 32
 """Rows of a prefill, the newest, that are held against float64."""
@@ -37,56 +38,25 @@ Way = Literal["hsr", "dense"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command(Reading):
+class Command(Limits):
     """Times Softmax(top_r) and Softmax(epsilon) on a layer of a model."""
 
-    tokens: int | None = None
-    """Tokens of the text to read: 8,192; with --quick, 96."""
     layer: int | None = None
     """Layer, from 0; the middle one unless given."""
-    r: tuple[int, ...] = (16, 64, 256)
-    """Keys kept per query."""
-    epsilon: tuple[float, ...] = EPSILONS
-    """Largest shares of the mass left out."""
-    tail: int = 1
-    """Group of the tail, measured beside what is left out without one."""
     repeats: int | None = None
     """Rounds in which everything takes a turn; medians count. 5; with --quick, 1."""
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot be timed."""
-        super().__post_init__()
-        if self.length < 2 or self.rounds < 1:
-            raise ValueError("tokens must be 2 or more, repeats 1 or more")
-
-    @property
-    def length(self) -> int:
-        """Tokens, with the default resolved."""
-        return self.tokens or (96 if self.quick else 8192)
 
     @property
     def rounds(self) -> int:
         """Rounds, with the default resolved."""
         return self.repeats or (1 if self.quick else 5)
 
-    @property
-    def activations(self) -> dict[str, hsrjax.Softmax]:
-        """All that is timed, by its name."""
-        chosen: list[dict[str, Any]] = [{"top_r": r} for r in self.r]
-        chosen += [{"epsilon": epsilon} for epsilon in self.epsilon]
-        found = [
-            hsrjax.Softmax(**one, tail=tail)
-            for tail in (None, self.tail)
-            for one in chosen
-        ]
-        return {in_words(one): one for one in found}
-
 
 def run(command: Command) -> Results:
     """Times prefill and decode."""
     opened, text, about = read(command)
     part = pieces(text, length=command.length, number=1, seed=command.seed)[0]
-    layers = capture(with_attention(opened.model, "dense"), part, command.length)
+    layers = operands(opened.model, part, command.length)
     number = len(layers) // 2 if command.layer is None else command.layer
     if not 0 <= number < len(layers):
         raise ValueError(f"layer must be 0 to {len(layers) - 1}, got {number}")
@@ -99,7 +69,7 @@ def run(command: Command) -> Results:
         if not line["error_over_allowed"] <= 1
     ]
     summary = {"read": about, "tokens": command.length, "layer": number}
-    return Results(lines, summary, {"speed.png": _draw(lines)}, wrong)
+    return Results(lines, summary, draw(lines), wrong)
 
 
 def _timed(task: str, layer: Layer, command: Command) -> list[dict[str, Any]]:
@@ -137,68 +107,43 @@ def _timed(task: str, layer: Layer, command: Command) -> list[dict[str, Any]]:
     return lines
 
 
-def _entries(task: str, layer: Layer, activations: dict[str, hsrjax.Softmax]):
+def _entries(task: str, layer: Layer, activations: list[hsrjax.Softmax]):
     """What makes each contestant ready, by its name."""
     call = functools.partial(_prefill if task == "prefill" else _decode, layer)
     found = {PLAIN: functools.partial(call, hsrjax.Softmax(), "dense")}
     if task == "prefill":
         found[FUSED] = functools.partial(_fused, layer)
-    for name, activation in activations.items():
+    for activation in activations:
+        name = in_words(**columns(activation))
         for way in WAYS:
             found[f"{name}, {way}"] = functools.partial(call, activation, way)
     return found
 
 
-def _ready(attend, *operands):
-    """What `Contestant.prepare` returns."""
-    attend = jax.jit(attend)
-    return lambda: lambda: jax.block_until_ready(attend(*operands))
-
-
-def _fused(layer: Layer):
+def _fused(layer: Layer) -> Open:
     """JAX's own attention, which has no certificate to return."""
-    return _ready(
-        functools.partial(jax.nn.dot_product_attention, is_causal=True, scale=1.0),
-        *layer,
-    )
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, scale=1.0)
+    return jitted(attend, *layer)
 
 
-def _prefill(layer: Layer, activation: hsrjax.Softmax, way: Way):
-    return _ready(
-        functools.partial(
-            hsrjax.attention,
-            activation=activation,
-            method=way,
-            is_causal=True,
-            scale=1.0,
-            return_info=True,
-        ),
-        *layer,
-    )
+def _prefill(layer: Layer, activation: hsrjax.Softmax, way: Way) -> Open:
+    options = {"method": way, "is_causal": True, "scale": 1.0, "return_info": True}
+    attend = functools.partial(hsrjax.attention, activation=activation, **options)
+    return jitted(attend, *layer)
 
 
-def _decode(layer: Layer, activation: hsrjax.Softmax, way: Way):
-    (_, keys, kv_heads, dim), width = layer.key.shape, layer.value.shape[-1]
-    cache = hsrjax.init_cache(
-        1, keys, kv_heads, dim, value_dim=width, tail=activation.tail
+def _decode(layer: Layer, activation: hsrjax.Softmax, way: Way) -> Open:
+    decode = functools.partial(
+        hsrjax.decode_attention, activation=activation, method=way, scale=1.0
     )
-    cache = hsrjax.extend(cache, layer.key, layer.value)
-    return _ready(
-        functools.partial(
-            hsrjax.decode_attention,
-            activation=activation,
-            method=way,
-            scale=1.0,
-        ),
-        layer.query[:, -1:],
-        cache,
-    )
+    cache = cache_of(layer.key, layer.value, tail=activation.tail)
+    return jitted(decode, layer.query[:, -1:], cache)
 
 
 def _expected(layer: Layer, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Full softmax of the newest rows: f64[rows, N, D], and max|V| f64[rows, N]."""
     newest = layer._replace(query=layer.query[:, -rows:])
-    truths = [exact(head.query, head.key, head.value) for head in heads_of(newest)]
+    truths = [exact(head) for head in heads_of(newest)]
     outputs = np.stack([truth.output for truth in truths], axis=1)
     return outputs, np.stack([truth.extreme for truth in truths], axis=1)
 
@@ -214,28 +159,27 @@ def _off(result: Any, *, expected: np.ndarray, largest: np.ndarray) -> tuple[Any
     return (np.max(error / allowed),)
 
 
-def _draw(lines: list[dict[str, Any]]) -> Figure:
+def draw(lines: list[dict[str, Any]]) -> dict[str, Figure]:
     """Time by setting, a panel for each task."""
-    figure = report.figure(width=12, height=6)
+    figure = pictures.figure(width=12, height=6)
     for axes, task in zip(figure.subplots(1, 2, sharey=True), TASKS, strict=True):
-        mine = [line for line in lines if line["task"] == task]
-        settings = list(dict.fromkeys(line["setting"] for line in mine))
+        mine = where(lines, task=task)
+        settings = list(dict.fromkeys(column(mine, "setting")))
         settings = [name for name in settings if name not in (PLAIN, FUSED)][::-1]
         for way, shift in zip(WAYS, (0.2, -0.2), strict=True):
             times = {
                 line["setting"]: line["times_plain"]
-                for line in mine
-                if line["implementation"] == way
+                for line in where(mine, implementation=way)
             }
             axes.barh(
                 [i + shift for i in range(len(settings))],
                 [times[name] for name in settings],
                 height=0.38,
-                color=report.OURS[way],
+                color=pictures.OURS[way],
                 label=way,
             )
         axes.axvline(1, color="tab:gray", linestyle="--", label="plain softmax")
         axes.set_yticks(range(len(settings)), settings)
         axes.set(xlabel="time / plain softmax", title=task)
     axes.legend(loc="upper right")
-    return figure
+    return {"speed.png": figure}

@@ -10,23 +10,29 @@ holds: Laplace, and n^(1 - gamma) Gaussian clusters; beside them Gaussian keys.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hsrjax
-from benchmarks import report
-from benchmarks.common import Results
-from benchmarks.paper import massive, pictures, sources
-from benchmarks.paper.language import Reading, pieces, read
-from benchmarks.paper.massive import Found, Head
-from benchmarks.paper.verdicts import TOP_R_TOLERANCE
-from models.network.operands import attention_operands
-from models.network.transformer import Transformer, with_attention
+from benchmarks.files.results import as_csv
+from benchmarks.harness import pictures
+from benchmarks.harness.tables import column, where
+from benchmarks.header import Results
+from benchmarks.paper import sources
+from benchmarks.paper.findings import TOP_R_TOLERANCE
+from benchmarks.paper.heads import Found, describe, join, measure
+from benchmarks.paper.reading import (
+    Layer,
+    Reading,
+    cache_of,
+    heads_of,
+    operands,
+    pieces,
+    read,
+)
 
 GAMMAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -50,8 +56,8 @@ class Command(Reading):
         if not self.gammas or not all(0 < gamma < 1 for gamma in self.gammas):
             raise ValueError("gammas must lie between 0 and 1")
         tokens, rows = self.sizes
-        if not 0 < rows <= tokens // 2:
-            raise ValueError("rows must be 1 or more, and tokens twice as many")
+        if rows > tokens // 2:
+            raise ValueError("tokens must be twice as many as rows, or more")
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -60,27 +66,13 @@ class Command(Reading):
         return tokens, self.rows or (8 if self.quick else 128)
 
 
-class Layer(NamedTuple):
-    """What one layer's attention gets.
-
-    Attributes:
-      query: f32[1, T, N, H] of the newest T positions, scaled.
-      key: f32[1, S, K, H].
-      value: f32[1, S, K, D].
-    """
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-
-
 def run(command: Command) -> Results:
     """Measures the model's heads, then random keys."""
     opened, text, about = read(command)
     tokens, rows = command.sizes
     kept = [max(1, round(tokens**gamma)) for gamma in command.gammas]
     part = pieces(text, length=tokens, number=1, seed=command.seed)[0]
-    layers = capture(with_attention(opened.model, "dense"), part, rows)
+    layers = operands(opened.model, part, rows)
     lines: list[dict[str, Any]] = []
     wrong: list[str] = []
     measured: dict[tuple[str, float], list[Found]] = {}
@@ -88,7 +80,7 @@ def run(command: Command) -> Results:
     name = about["model"]
     for number, layer in enumerate(tqdm(layers, unit="layer")):
         heads = heads_of(layer)
-        found = [massive.measure(head, kept) for head in heads]
+        found = [measure(head, kept) for head in heads]
         for place, gamma in enumerate(command.gammas):
             these = [one[place] for one in found]
             faults, engine = [], [{} for _ in heads]
@@ -98,49 +90,27 @@ def run(command: Command) -> Results:
             for head, one in enumerate(these):
                 first = {"source": name, "layer": number, "head": head}
                 first |= {"gamma": gamma, "kept": kept[place], "keys": tokens}
-                line = first | massive.describe(one)
+                line = first | describe(one)
                 lines.append(line | engine[head])
             measured.setdefault((name, gamma), []).extend(these)
             by_layer[number, gamma] = these
     for first, one in _random(command, tokens, rows):
-        lines.append(first | massive.describe(one))
+        lines.append(first | describe(one))
         if first["keys"] == tokens:
             measured[first["source"], first["gamma"]] = [one]
-    joined = {key: massive.join(found) for key, found in measured.items()}
+    joined = {key: join(found) for key, found in measured.items()}
     wrong += _impossible(lines)
     table = [
-        {"layer": layer, "gamma": gamma} | massive.describe(massive.join(found))
+        {"layer": layer, "gamma": gamma} | describe(join(found))
         for (layer, gamma), found in by_layer.items()
     ]
     values = _values(layers)
-    texts = {"layers.csv": report.as_csv(table), "values.csv": report.as_csv(values)}
-    summary = {"read": about, "tokens": tokens} | _summary(
+    texts = {"layers.csv": as_csv(table), "values.csv": as_csv(values)}
+    summary = {"read": about, "tokens": tokens} | summarize(
         lines, joined, values, tokens
     )
-    figures = {"theorem43.png": pictures.massive_activation(joined, table)}
+    figures = {"theorem43.png": draw(joined, table)}
     return Results(lines, summary, figures, wrong, texts)
-
-
-def capture(model: Transformer, tokens: np.ndarray, rows: int) -> list[Layer]:
-    """The operands of every layer, queries of the newest rows alone."""
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def run(state, tokens):
-        found = attention_operands(nnx.merge(graph, state), tokens)
-        return [(one.query[:, -rows:], one.key, one.value) for one in found]
-
-    return [Layer(*x) for x in run(state, jnp.asarray(tokens, jnp.int32)[None])]
-
-
-def heads_of(layer: Layer) -> list[Head]:
-    """The heads of a layer, each with the keys it shares."""
-    query, key, value = (np.asarray(x)[0] for x in layer)
-    group = query.shape[1] // key.shape[1]
-    return [
-        Head(query[:, head], key[:, head // group], value[:, head // group])
-        for head in range(query.shape[1])
-    ]
 
 
 def check_engine(
@@ -152,12 +122,9 @@ def check_engine(
       What is wrong, in words; and for each head columns that say how far the output is
       off, and the median of error / certificate.
     """
-    (_, keys, kv_heads, dim), width = layer.key.shape, layer.value.shape[-1]
-    cache = hsrjax.init_cache(1, keys, kv_heads, dim, value_dim=width)
-    cache = hsrjax.extend(cache, layer.key, layer.value)
     out, info = hsrjax.decode_attention(
         layer.query,
-        cache,
+        cache_of(layer.key, layer.value),
         activation=hsrjax.Softmax(top_r=r),
         method="hsr",
         scale=1.0,
@@ -190,7 +157,7 @@ def _random(command: Command, tokens: int, rows: int):
                 rng = np.random.default_rng([command.seed, keys, number])
                 head = draw(rng, keys=keys, rows=rows, kept=r)
                 first = {"source": source, "gamma": gamma, "kept": r, "keys": keys}
-                yield first, massive.measure(head, [r])[0]
+                yield first, measure(head, [r])[0]
 
 
 def _impossible(lines: list[dict[str, Any]]) -> list[str]:
@@ -226,7 +193,7 @@ def _values(layers: list[Layer]) -> list[dict[str, Any]]:
     return found
 
 
-def _summary(
+def summarize(
     lines: list[dict[str, Any]],
     joined: dict[tuple[str, float], Found],
     values: list[dict[str, Any]],
@@ -234,20 +201,19 @@ def _summary(
 ) -> dict[str, Any]:
     by_source: dict[str, Any] = {}
     for (source, gamma), found in joined.items():
-        key = source, gamma, tokens
-        mine = [x for x in lines if (x["source"], x["gamma"], x["keys"]) == key]
+        mine = where(lines, source=source, gamma=gamma, keys=tokens)
         says = np.array([x["theorem_says_something_percent"] for x in mine])
-        about = massive.describe(found) | {"heads": len(mine)}
+        about = describe(found) | {"heads": len(mine)}
         about |= {"heads_mostly_covered_percent": 100 * float(np.mean(says >= 50))}
         engine = [x.get("engine_bound_tightness_50") for x in mine]
         checked = [x for x in engine if x is not None]
         if checked:
             about |= {"engine_bound_tightness_50": float(np.median(checked))}
         by_source.setdefault(source, {})[str(gamma)] = about
-    most = max(x["keys"] for x in values)
+    sizes = column(values, "keys")
     ends = [
-        [x["max_over_rms_log_n"] for x in values if x["keys"] == size]
-        for size in (min(x["keys"] for x in values), most)
+        column(where(values, keys=size), "max_over_rms_log_n")
+        for size in (min(sizes), max(sizes))
     ]
     return {
         "sources": by_source,
@@ -257,3 +223,72 @@ def _summary(
             "largest": float(np.max(ends[1])),
         },
     }
+
+
+def draw(found: dict[tuple[str, float], Found], layers: list[dict[str, Any]]) -> Figure:
+    """Errors and bounds by gamma; where Theorem 4.3 says something, by keys and layer.
+
+    Args:
+      found: all rows by source and gamma; the first source is the model.
+      layers: a line for each layer and gamma of the model.
+    """
+    sources = list(dict.fromkeys(source for source, _ in found))
+    gammas = sorted({gamma for _, gamma in found})
+    figure = pictures.figure(width=13, height=4.2)
+    left, middle, right = figure.subplots(1, 3)
+    model = [found[sources[0], gamma] for gamma in gammas]
+    for label, name, style in (
+        ("error", "error", "o-"),
+        ("Lemma 6.5", "lemma", "s-"),
+        ("Theorem 4.3", "theorem", "^-"),
+    ):
+        ratios = [getattr(one, name) / one.largest for one in model]
+        low, mid, high = (
+            [float(np.quantile(x, q)) for x in ratios] for q in (0.25, 0.5, 0.75)
+        )
+        (line,) = left.plot(gammas, mid, style, label=label)
+        left.fill_between(gammas, low, high, color=line.get_color(), alpha=0.2)
+    left.axhline(1, color="tab:gray", linestyle="--")
+    left.set(
+        yscale="log",
+        xlabel="gamma: $n^\\gamma$ keys are kept",
+        ylabel="over $2\\,\\Vert V\\Vert_\\infty$, above which a bound is empty",
+        title=f"{_short(sources[0])}: median and quartiles",
+    )
+    left.legend()
+    for source in sources:
+        share = [
+            100 * float(np.mean(one.theorem < one.largest))
+            for one in (found[source, gamma] for gamma in gammas)
+        ]
+        width = 6 - 1.5 * sources.index(source)  # those at zero lie on each other
+        middle.plot(gammas, share, "o-", label=_short(source), linewidth=width)
+    middle.set(
+        xlabel="gamma",
+        ylabel="rows in which Theorem 4.3 says something, %",
+        ylim=(-3, 103),
+        title="by keys",
+    )
+    middle.legend()
+    for axes in (left, middle):
+        axes.grid(alpha=0.3)
+    numbers = sorted({line["layer"] for line in layers})
+    by_place = {(x["gamma"], x["layer"]): x for x in layers}
+    grid = [
+        [by_place[gamma, n]["theorem_says_something_percent"] for n in numbers]
+        for gamma in gammas
+    ]
+    image = right.imshow(grid, aspect="auto", origin="lower", vmin=0, vmax=100)
+    right.set(
+        yticks=range(len(gammas)),
+        yticklabels=[str(gamma) for gamma in gammas],
+        xlabel="layer",
+        ylabel="gamma",
+        title=f"{_short(sources[0])}: the same by layer",
+    )
+    figure.colorbar(image, ax=right, label="rows, %")
+    return figure
+
+
+def _short(name: str) -> str:
+    return name.split("-Instruct")[0]

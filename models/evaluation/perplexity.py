@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 import hsrjax
-from models.network.transformer import Transformer, with_length
+from models.network.transformer import Transformer, with_attention, with_length
 
 _PIECE = 256  # positions whose logits exist at the same time
 
@@ -108,9 +108,11 @@ def perplexity(
       FloatingPointError: the model's losses became NaN or infinite.
     """
     model = with_length(model, rows.shape[1])
+    # What is not attention is compiled once, whatever attends.
+    ends = nnx.graphdef(with_attention(model, "dense"))
     losses, counts = [], []
     for row in rows:
-        found = jax.device_get(_read(model, jnp.asarray(row)))
+        found = jax.device_get(_read(ends, model, jnp.asarray(row)))
         if not np.isfinite(found[0]).all():
             raise FloatingPointError(
                 "the model's losses are not finite: compute in float32"
@@ -127,19 +129,21 @@ def perplexity(
     )
 
 
-def _read(model: Transformer, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _read(
+    ends: nnx.GraphDef[Transformer], model: Transformer, row: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Losses f32[T] of a row i32[T + 1], and what attention did, f32[4, L, N].
 
     Blocks of one shape share a program: compiled as one, a deep model takes minutes.
     """
-    graphdef, state = nnx.split(model)
-    stream, counts = _embed(graphdef, state, row[None, :-1]), []
+    state = nnx.state(model)
+    stream, counts = _embed(ends, state, row[None, :-1]), []
     for block in model.blocks:
         stream, found = _run_block(
             *nnx.split(block), stream, model.threshold_scale[...]
         )
         counts.append(found)
-    return _losses(graphdef, state, stream, row[1:]), jnp.stack(counts, axis=1)
+    return _losses(ends, state, stream, row[1:]), jnp.stack(counts, axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -152,7 +152,7 @@ def _read(part: mapping.Part, stored: Stored, leaf: Any) -> jax.Array:
     """One variable, converted on the way and checked."""
     rows = part.arrange(stored.read(part.name, part.start, part.rows), leaf.shape)
     with np.errstate(over="ignore", invalid="ignore"):
-        value = jnp.asarray(rows.astype(leaf.dtype, order="C", copy=False))
-    if not bool(jnp.isfinite(value).all()):
+        rows = rows.astype(leaf.dtype, order="C", copy=False)
+    if not np.isfinite(rows).all():
         raise ValueError(f"{part.name} is not finite in {leaf.dtype}")
-    return value
+    return jnp.asarray(rows)

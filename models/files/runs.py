@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
@@ -264,7 +265,7 @@ def _read_released(path: Path, config: ModelConfig) -> Transformer:
 
 def _check_finite(model: Transformer, path: Path, remedy: str) -> None:
     for name, leaf in by_name(model_item(model)).items():
-        if not bool(jnp.isfinite(leaf).all()):
+        if not np.isfinite(leaf).all():
             raise ModelFileError(
                 f"{path} holds values that are not finite in {name}; {remedy}."
             )

@@ -1,0 +1,123 @@
+"""The only place that looks inside hsrjax: its costs, its plans, its balls."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import hsrjax
+from hsrjax._src import run
+from hsrjax._src.core.visible import of_decode
+from hsrjax._src.planning import costs as costs
+from hsrjax._src.planning import plan as planner
+
+
+class Work(NamedTuple):
+    """What a call of "hsr" on a whole sequence has to do.
+
+    Attributes:
+      codes: numbers in all keys.
+      rows: query rows of a key head.
+      head_dim: H, the size of a value too.
+      part_rows: query rows that gather their keys together.
+      slots: keys that are gathered if all fire, by all these parts.
+    """
+
+    codes: int
+    rows: int
+    head_dim: int
+    part_rows: float
+    slots: int
+
+
+def work(*, keys: int, heads: int, kv_heads: int, head_dim: int) -> Work:
+    """Of a sequence of so many keys, every query seeing all of them."""
+    shape = planner.Shape(1, keys, keys, heads, kv_heads, head_dim, head_dim)
+    plan = planner.lay_out(hsrjax.ReLU(), shape)
+    runs = -(-keys // plan.capacity) * planner.sets(shape, plan)
+    return Work(
+        codes=shape.sets * keys * head_dim,
+        rows=shape.rows,
+        head_dim=head_dim,
+        part_rows=plan.tile * shape.group / plan.parts,
+        slots=runs * plan.capacity,
+    )
+
+
+def break_even(keys: int, table: costs.Costs) -> float | None:
+    """Share of the keys over which dense wins a decode step; None where it always does.
+
+    Args:
+      keys: in the cache, for 8 query and 4 key heads of 64.
+      table: costs to go by.
+    """
+    relu = hsrjax.ReLU()
+    step = planner.Shape(1, 1, keys, 8, 4, 64, 64, cached=True)
+    chosen = planner.plan(relu, "auto", step, table=table).plan
+    if chosen.method == "dense":
+        return None
+    expected = planner.expect(relu, step, chosen, table=table)
+    return min(1.0, planner.break_even(step, chosen, expected))
+
+
+class Step:
+    """Decode steps on one cache by plans of our choice.
+
+    Args:
+      query: f32[B, 1, N, H].
+      cache: that it attends to; does not grow.
+    """
+
+    def __init__(self, query: jax.Array, cache: hsrjax.KVCache):
+        self._query, self._cache = query, cache
+        self.room = cache.index.keys.shape[-2]
+
+    def plan(self, activation: Any) -> planner.Plan:
+        """Of "hsr"."""
+        keys, values = self._cache.index.keys, self._cache.values.rows
+        step = planner.of_decode(self._query, keys, values, devices=1)
+        return planner.lay_out(activation, step)
+
+    def call(self, activation: Any, method: str, *, scale: float) -> Callable[[], Any]:
+        """One step, (output, info); "auto" only looks and never turns to dense."""
+        plan = self.plan(activation)._replace(method=method)
+        far = planner.Expected(math.inf, 0.0, 0.0, 0.0, 0.0)
+        expected = far if method == "auto" else None
+        operands = (self._query, self._cache, activation, scale, expected)
+        return lambda: jax.block_until_ready(_step(*operands, plan=plan))
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _step(query, cache, activation, scale, expected, *, plan):
+    length = cache.length[:, None]
+    return run.attend(
+        query,
+        cache.index.keys,
+        cache.values,
+        cache.index,
+        of_decode(length - 1, length),
+        activation=activation,
+        scale=scale,
+        plan=plan,
+        expected=expected,
+    )
+
+
+def keys_in_reach(index: hsrjax.Index, normal: np.ndarray, offset: float) -> int:
+    """Keys whose balls touch a half-space: those that have to be looked at.
+
+    Args:
+      index: in spatial order, over one set of keys.
+      normal: f32[H].
+      offset: of the half-space.
+    """
+    balls, keys = index.cells, int(index.size)
+    assert balls is not None
+    reached = np.asarray(balls.upper(jnp.asarray(normal)[None]))[0] >= offset
+    return min(int(reached[: -(-keys // balls.size)].sum()) * balls.size, keys)

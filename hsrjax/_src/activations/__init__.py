@@ -1,0 +1,1 @@
+"""What turns scores into weights, and which keys may be left out."""

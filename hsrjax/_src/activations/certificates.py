@@ -1,0 +1,188 @@
+r"""Offsets and error certificates for softmax attention, from bounds on the scores.
+
+Softmax has no threshold of its own (and the paper gives none), so
+one is computed per query from a lower and an upper bound of every score, which the
+sketch yields in one pass:
+
+* top r: the r-th largest lower bound is at most the r-th largest score, so the
+  half-space at that offset holds the r best keys;
+* epsilon: a key whose lower bound reaches the offset o is certainly reported. The mass
+  of all others that may be left out is at most sum exp(min(upper, o)), over keys with
+  lower < o. The largest o for which this is at most epsilon * sum exp(lower) leaves out
+  at most a fraction epsilon, whatever the data.
+
+Sinks are kept whatever they score: they are none of the r, and count in the sum of
+exp(lower) but never in what may be left out.
+
+Dense attention calls the same functions with lower = upper = score.
+
+Rounding. A float32 sum of S non-negative terms has relative error at most S u, and
+every term exp(x - m) at most 96 u for |x - m| <= 88 (u = 2^-24; smaller terms are
+flushed to zero, at most 2^-126 each, against a term of at least the mean). `guard`
+multiplies by 1 + 4 (S + 256) u, which covers two such sums and their quotient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hsrjax import theory
+from hsrjax._src.activations import search
+from hsrjax._src.core.arrays import finite_or_zero, guard
+
+_MORE_KEPT = 0.03
+"""log of the share of keys kept beyond r that ends the search for an offset."""
+_LESS_LEFT_OUT = 0.02
+"""log of the share of the mass allowed that may stay unused."""
+_RESOLUTION = 2.0**-12
+_CLOSE = 2.0**-7
+"""Nats, by which the offset for a share of the mass may be too low."""
+
+
+class LeftOut(NamedTuple):
+    """What is known of the keys that a softmax row leaves out, f32[...] each.
+
+    Attributes:
+      mass: bound on sum exp(score - shift) over them.
+      share: what is known of their share of the mass beforehand.
+      rounding: bound on the rounding error of a score.
+    """
+
+    mass: jax.Array
+    share: jax.Array
+    rounding: jax.Array
+
+
+def top_r_offset(
+    rank: int, lower: jax.Array, sinks: jax.Array | None = None
+) -> jax.Array:
+    """An offset f32[*B, Q] that at least r lower bounds reach, and few more.
+
+    Args:
+      rank: r.
+      lower: f32[*B, Q, S], lower bounds, -inf where a key is not visible.
+      sinks: bool[*B, Q, S], keys kept whatever they score, or None.
+
+    Returns:
+      A large one: at most 3 % more lower bounds than r reach it, or it is the largest
+      to 12 bits; -inf where there is none. Cost O(S) a pass, six or seven of them, no
+      sort.
+    """
+    lower = but(sinks, lower)
+    ranked, bracket = search.rank_bracket(lower, rank)
+    found = search.largest_offset(
+        search.rank_measure(lower, rank),
+        bracket,
+        slack=_MORE_KEPT,
+        resolution=_RESOLUTION,
+    )
+    return jnp.where(ranked, found.low, -jnp.inf)
+
+
+def epsilon_offset(
+    epsilon: jax.Array,
+    lower: jax.Array,
+    upper: jax.Array,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """An offset f32[*B, Q] below which there is at most a share epsilon of the mass.
+
+    Args:
+      epsilon: f32[*B, Q].
+      lower: f32[*B, Q, S], lower bounds, -inf where a key is not visible.
+      upper: f32[*B, Q, S], upper bounds likewise.
+      sinks: bool[*B, Q, S], keys kept whatever they score, or None.
+
+    Returns:
+      A large one; -inf where there is none. Cost O(S) a pass.
+    """
+    highest = jnp.max(lower, axis=-1)
+    peak = finite_or_zero(highest)
+    heavy = jnp.exp(but(sinks, upper) - peak[..., None])
+    total = jnp.sum(jnp.exp(lower - peak[..., None]), axis=-1)
+    allowed = epsilon * total / guard(lower.shape[-1])
+
+    def measure(offset):
+        ratio = allowed / jnp.maximum(_tail(lower, heavy, offset, peak), 2.0**-120)
+        return jnp.clip(jnp.log(ratio), -4.0, 4.0)
+
+    # No key outside a half-space so low can have more than its part of the mass.
+    low = peak + jnp.log(allowed / lower.shape[-1]) - 0.01
+    known = jnp.isfinite(low) & jnp.isfinite(highest)
+    low = jnp.where(known, low, 0.0)
+    high = jnp.maximum(jnp.where(known, highest, 0.0), low) + 1.0
+    bracket = search.Bracket(low, measure(low), high, measure(high))
+    found = search.largest_offset(
+        measure, bracket, slack=_LESS_LEFT_OUT, resolution=_CLOSE
+    )
+    found = jnp.where(bracket.at_high >= 0, high, found.low)
+    known &= bracket.at_low >= 0
+    # Nothing is known of any score: nothing may be left out.
+    return jnp.where(known, found, -jnp.inf)
+
+
+def between(best: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Between the r-th best score and the next: no rounding changes the set."""
+    last, next_best = best
+    middle = next_best + 0.5 * (last - next_best)
+    return jnp.where(next_best == -jnp.inf, -jnp.inf, middle)
+
+
+def mass_below(
+    offset: jax.Array,
+    shift: jax.Array,
+    lower: jax.Array,
+    upper: jax.Array,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Bound f32[*B, Q] on sum exp(score - shift) over keys below an offset."""
+    heavy = jnp.exp(but(sinks, upper) - shift[..., None])
+    return _tail(lower, heavy, offset, shift) * guard(lower.shape[-1])
+
+
+def error_bound(
+    left_out: LeftOut, total: jax.Array, count: jax.Array, value_bound: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Missed mass and output error bound f32[*B, Q] of a finished softmax row.
+
+    Args:
+      left_out: what is known of the keys left out.
+      total: f32[*B, Q], sum of the kept weights exp(score - shift).
+      count: i32[*B, Q], kept keys.
+      value_bound: f32[*B, 1], at least every |value coordinate|.
+
+    Returns:
+      (missed, bound): the fraction of the full row's mass left out, and a bound on the
+      maximum-norm distance to full softmax in exact arithmetic: Lemma 6.5's
+      2 missed max|v|, and the float32 rounding of this row.
+    """
+    mass, share, rounding = left_out
+    there = (total > 0) | (mass > 0)
+    missed = mass / jnp.where(there, total + mass, 1.0)
+    missed = jnp.minimum(missed * guard(0), share)
+    terms = 2.0 * (count.astype(jnp.float32) + 64.0) * 2.0**-24
+    rounded = jnp.minimum(2.0 * weight_error(rounding) + terms, 2.0) * value_bound
+    return missed, theory.softmax_error_bound(missed, value_bound) + rounded
+
+
+def _tail(lower, heavy, offset, shift):
+    """Bound on sum exp(score - shift) over keys that may score below offset."""
+    edge = jnp.exp(jnp.minimum(offset - shift, 88.0))
+    term = jnp.minimum(heavy, edge[..., None])
+    return search.masked_sum(lower < offset[..., None], term)
+
+
+def but(sinks: jax.Array | None, bound: jax.Array) -> jax.Array:
+    """Bounds of the keys that may be left out, -inf at the others."""
+    return bound if sinks is None else jnp.where(sinks, -jnp.inf, bound)
+
+
+def weight_error(score_rounding: jax.Array) -> jax.Array:
+    """Relative error of a weight whose score, and the shift, are off by at most this.
+
+    A score off by r changes its weight by a factor within e^r - 1 <= r e^r of one.
+    """
+    return 2.0 * score_rounding * jnp.exp(2.0 * score_rounding)

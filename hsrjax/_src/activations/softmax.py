@@ -1,0 +1,187 @@
+"""Softmax attention weights: over all keys, the top r, or all but a mass epsilon."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from hsrjax._src.activations import certificates
+from hsrjax._src.activations import tail as tails
+from hsrjax._src.activations.base import Activation, Sight, is_integer, remember
+from hsrjax._src.core.arrays import finite_or_zero
+from hsrjax._src.core.tiles import Partial
+
+_static = {"static": True}
+_EPSILON_SHARE = 0.05
+"""Keys that Softmax(epsilon) is expected to keep: what language models do at 0.1."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Softmax(Activation):
+    """Softmax attention weights: over all keys, the top r, or all but a mass epsilon.
+
+    Args:
+      top_r: keep the keys whose score is at least the r-th largest of the row; keys
+        tied with the r-th are all kept. None keeps every key.
+      epsilon: leave out keys that together hold at most this fraction of the row's
+        softmax mass, 0 < epsilon < 1. May be traced.
+      tail: what is left out acts all the same, through sketches: each key by its
+        bounded score and by the 8-bit mean value of so many consecutive keys, 1, 2, 4,
+        8, 16 or 32. An approximation of *full* softmax, with a bound in `Info`, that
+        looks at no more keys: dense attention, which has all scores, is full softmax.
+        Gradients take the tail for constant. None drops what is left out.
+
+    Raises:
+      ValueError: top_r < 1, epsilon outside (0, 1), or both given; tail is no such
+        number, or nothing is left out.
+
+    Example:
+      >>> import hsrjax
+      >>> hsrjax.Softmax(top_r=64)
+      Softmax(top_r=64, epsilon=None, tail=None)
+
+    Source: Chen et al. 2024, Definitions 1.1, B.1 and B.2; the epsilon rule is
+    Theorem 4.3 with a measured certificate in place of its assumption. The tail is
+    not in the paper: see `hsrjax/_src/activations/tail.py`.
+    """
+
+    top_r: int | None = dataclasses.field(default=None, metadata=_static)
+    epsilon: jax.typing.ArrayLike | None = None
+    tail: int | None = dataclasses.field(default=None, metadata=_static)
+
+    def __post_init__(self):
+        if self.top_r is not None and (not is_integer(self.top_r) or self.top_r < 1):
+            raise ValueError(
+                f"Softmax: top_r must be an integer >= 1 or None, got {self.top_r!r}."
+            )
+        if isinstance(self.epsilon, (int, float)) and not 0.0 < self.epsilon < 1.0:
+            raise ValueError(
+                f"Softmax: epsilon must lie strictly between 0 and 1, got "
+                f"{self.epsilon!r}; use Softmax() to keep every key."
+            )
+        if self.top_r is not None and self.epsilon is not None:
+            raise ValueError(
+                "Softmax: top_r and epsilon exclude each other, got "
+                f"top_r={self.top_r!r} and epsilon={self.epsilon!r}; give one of them."
+            )
+        if self.tail is not None:
+            tails.check_tail(self.tail)
+            if self.keeps_all:
+                raise ValueError(
+                    f"Softmax: tail={self.tail} is what keys left out contribute, got "
+                    "neither top_r nor epsilon; give one of them."
+                )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every visible key keeps its weight."""
+        return self.top_r is None and self.epsilon is None
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether all scores of a row are needed to say which keys take part."""
+        return not self.keeps_all
+
+    relative: ClassVar[Any] = keeps_all
+    spares_sinks: ClassVar[Any] = whole_rows
+
+    @property
+    def dense_form(self) -> Softmax:
+        """Full softmax where what is left out acts too."""
+        return self if self.tail is None else Softmax()
+
+    def expected_keys(self, keys: int) -> float:
+        """How many of so many keys a row is expected to keep."""
+        kept = _EPSILON_SHARE * keys if self.top_r is None else self.top_r
+        return min(keys, kept)
+
+    # Full softmax: relative to the best score so far.
+
+    def weigh_row(self, scores, *, sinks=None, peak=None):
+        """exp(score - peak)."""
+        del sinks
+        return jnp.exp(scores if peak is None else scores - peak)
+
+    def fires(self, scores, *, sinks=None):
+        """Every key does."""
+        del sinks
+        return jnp.ones(scores.shape, jnp.bool_)
+
+    # Top r and epsilon.
+
+    def select(self, sight: Sight) -> tuple[jax.Array | None, Any, Any]:
+        """The sets to look at, which keys of them are kept, and what is left out."""
+        lower, upper, sinks = sight.lower, sight.upper, sight.sinks
+        words, offset = None, jnp.zeros(lower.shape[:-1], jnp.float32)
+        share = jnp.ones_like(offset)  # left out at most, beforehand
+        if self.epsilon is not None:
+            share = jnp.asarray(self.epsilon, jnp.float32)
+            offset = certificates.epsilon_offset(share, lower, upper, sinks)
+        elif self.top_r is not None and sight.scores is None:
+            offset = certificates.top_r_offset(self.top_r, lower, sinks)
+        if sight.scores is None:
+            kept = Kept(offset[..., None], offset).fires(upper, sinks=sinks)
+            if self.tail is not None:
+                kept |= ~tails.whole(sight.visible, self.tail)
+            words = sight.look_at(kept)
+        peak, best = sight.best(words, 0 if self.tail else self.top_r or 0)
+        shift, rounding = finite_or_zero(peak), sight.rounding()
+        if self.tail is not None:
+            out = sight.left_out(words)
+            tail = tails.sum_left_out(sight.values, lower, upper, out, shift, rounding)
+            return words, Kept(jnp.full_like(shift, -jnp.inf), shift), tail
+        if best is not None:
+            offset = certificates.between(best)
+        mass = certificates.mass_below(offset, shift, lower, upper, sinks)
+        left_out = certificates.LeftOut(mass, share, rounding)
+        return words, *remember((Kept(offset, shift), left_out))
+
+    def finish(self, sums: Partial, certificate, *, length, value_bound, slots):
+        """Divides by the mass, and bounds the error of what is left out."""
+        if isinstance(certificate, tails.Tail):
+            weighted = sums.weighted + certificate.weighted
+            out = self.divide(weighted, sums.total + certificate.total, length)
+            return out, *tails.error_bound(
+                certificate, sums.total, value_bound, slots=slots
+            )
+        if certificate is None:
+            return super().finish(
+                sums, None, length=length, value_bound=value_bound, slots=slots
+            )
+        out = self.divide(sums.weighted, sums.total, length)
+        return out, *certificates.error_bound(
+            certificate, sums.total, sums.count, value_bound
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept(Activation):
+    """The weight exp(score - shift) of sinks and of scores that reach an offset."""
+
+    offset: jax.Array
+    shift: jax.Array
+
+    def edge(self) -> jax.Array:
+        """Scores below the offset weigh nothing."""
+        return self.offset
+
+    def weigh(self, scores: jax.Array) -> jax.Array:
+        """Where there are no sinks."""
+        return self.weigh_row(scores)
+
+    def weigh_row(self, scores, *, sinks=None, peak=None):
+        """As `weigh`; the shift is constant for gradients."""
+        del peak
+        shift = jax.lax.stop_gradient(self.shift)
+        kept = self.fires(scores, sinks=sinks)
+        return jnp.where(kept, jnp.exp(scores - shift), 0.0)
+
+    def fires(self, scores, *, sinks=None):
+        """A score that ties with the offset is kept."""
+        reaches = ~(scores < self.offset)
+        return reaches if sinks is None else reaches | sinks

@@ -1,0 +1,1 @@
+"""What all else is written in: arrays, sets of keys, tiles of queries, checks."""

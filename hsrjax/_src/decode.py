@@ -1,0 +1,442 @@
+"""Algorithm 1 of the paper, generation decoding: a long-lived index over the KV cache.
+
+Init is `init_cache`, and `reindex` over keys that are there already; Inference is
+`decode_attention`. The paper scans new keys by brute force; here `extend` inserts them
+into the index, at a cost that does not depend on the length, so a cache that has grown
+token by token is as fast as one built at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from hsrjax._src import run
+from hsrjax._src.activations import tail as tails
+from hsrjax._src.activations.base import Activation, check_activation
+from hsrjax._src.core import checks, visible
+from hsrjax._src.core.arrays import positions as steps
+from hsrjax._src.core.arrays import put_rows
+from hsrjax._src.core.bitset import WORD
+from hsrjax._src.core.tiles import Info, Values, heads_first, summarize_values
+from hsrjax._src.index.index import Index, group_keys
+from hsrjax._src.kernels.base import implementations_for, operations
+from hsrjax._src.planning import costs, memory
+from hsrjax._src.planning import plan as planner
+from hsrjax._src.planning.plan import Choice, Method, Shape
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["index", "values"],
+    meta_fields=["max_length"],
+)
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys with their index, and values, of a batch of growing rows; a pytree.
+
+    Attributes:
+      index: over keys f[B, K, P, H].
+      values: rows f[B, K, P, D] and what must be known of those not looked at.
+      max_length: room per row, static.
+    """
+
+    index: Index
+    values: Values
+    max_length: int
+
+    @property
+    def length(self) -> jax.Array:
+        """Tokens stored in each row, i32[B]."""
+        return self.index.size[:, 0]
+
+    @property
+    def dropped(self) -> jax.Array:
+        """Tokens that found no room in each row, i32[B]: not zero, some are missing."""
+        return self.index.dropped[:, 0]
+
+
+def init_cache(
+    batch: int,
+    max_length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    value_dim: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    tail: int | None = None,
+) -> KVCache:
+    """An empty cache (Algorithm 1, Init).
+
+    Args:
+      batch: B rows.
+      max_length: tokens each row has room for.
+      num_kv_heads: K.
+      head_dim: H of the keys.
+      value_dim: D of the values, None is H.
+      dtype: of keys and values.
+      tail: keep the mean values that `Softmax(tail=...)` needs, of so many consecutive
+        tokens; None is none.
+
+    Returns:
+      KVCache; per token and head H int8 bytes beside the keys and values, and D / tail
+      more with a tail.
+
+    Raises:
+      ValueError: a size below 1, H > 1024, a tail that Softmax would refuse, or more
+        room than there is memory.
+      TypeError: dtype is not float32, bfloat16 or float16.
+
+    Example:
+      >>> import hsrjax
+      >>> hsrjax.init_cache(2, 100, 4, 64).length
+      Array([0, 0], dtype=int32)
+
+    Source: Chen et al. 2024, Algorithm 1.
+    """
+    value_dim = head_dim if value_dim is None else value_dim
+    for name, size in (
+        ("batch", batch),
+        ("max_length", max_length),
+        ("num_kv_heads", num_kv_heads),
+        ("head_dim", head_dim),
+        ("value_dim", value_dim),
+    ):
+        checks.check_positive(name, size)
+    checks.check_float_dtype("dtype", jnp.dtype(dtype))
+    checks.check_head_dim("head_dim", head_dim)
+    if tail is not None:
+        tails.check_tail(tail)
+    lead = (batch, num_kv_heads)
+    beside = value_dim
+    if tail is not None:  # bytes, in numbers of the dtype
+        beside += -(-value_dim // (tail * jnp.dtype(dtype).itemsize))
+    memory.check_room("max_length", max_length, lead, head_dim, dtype, beside=beside)
+    index = Index.empty(lead, head_dim, max_keys=max_length, dtype=dtype)
+    rows = jnp.zeros((*index.keys.shape[:-1], value_dim), dtype)
+    sketch = None if tail is None else tails.sketch_values(rows, tail)
+    values = Values(
+        rows=rows,
+        bound=jnp.zeros(lead, jnp.float32),
+        poison=jnp.zeros((*lead, value_dim), jnp.float32),
+        sketch=sketch,
+    )
+    return KVCache(index, values, max_length)
+
+
+def extend(
+    cache: KVCache,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    lengths: jax.Array | None = None,
+    implementation: str | None = None,
+) -> KVCache:
+    """Appends tokens to every row.
+
+    Args:
+      cache: from `init_cache` or `extend`.
+      key: f[B, U, K, H] in the cache's dtype.
+      value: f[B, U, K, D].
+      lengths: i32[B], how many leading tokens of the U are real in each row; None is
+        all of them.
+      implementation: the code that runs, as in `attention`.
+
+    Returns:
+      KVCache. Tokens beyond `max_length` are not stored and are counted in `dropped`.
+      Cost O((U + 64) (H + D)) per row and head, whatever the length.
+
+    Raises:
+      ValueError: shapes that do not fit, U > max_length, or (outside jit) no room.
+      TypeError: another dtype than the cache's.
+
+    Example:
+      >>> import jax.numpy as jnp, hsrjax
+      >>> cache = hsrjax.init_cache(1, 8, 2, 4)
+      >>> token = jnp.ones((1, 3, 2, 4))
+      >>> hsrjax.extend(cache, token, token, lengths=jnp.array([2])).length
+      Array([2], dtype=int32)
+
+    Source: Chen et al. 2024, Theorem 4.1, where new keys are scanned instead.
+    """
+    key, value = jnp.asarray(key), jnp.asarray(value)
+    _check_extension(cache, key, value)
+    if lengths is None:
+        lengths = jnp.full(key.shape[:1], key.shape[1], jnp.int32)
+    lengths = jnp.asarray(lengths)
+    _check_lengths(cache, lengths)
+    names = implementations_for(implementation, costs.platform())
+    return _extend(cache, key, value, lengths, implementations=names)
+
+
+@functools.partial(jax.jit, static_argnames="implementations")
+def _extend(cache, key, value, lengths, *, implementations):
+    b, new, kv_heads = key.shape[:3]
+    kernels = operations(implementations)
+    lengths = jnp.clip(lengths.astype(jnp.int32), 0, new)
+    per_head = jnp.broadcast_to(lengths[:, None], (b, kv_heads))
+    index = kernels.append(cache.index, heads_first(key), per_head)
+    step = steps(new, 3)
+    slots = cache.index.size[..., None] + step
+    stored = (step < per_head[..., None]) & (slots < cache.max_length)
+    slots = jnp.where(stored, slots, cache.values.rows.shape[-2])
+    rows = heads_first(value)
+    fresh = summarize_values(jnp.where(stored[..., None], rows, 0))
+    rows, sketch = put_rows(cache.values.rows, slots, rows), cache.values.sketch
+    if sketch is not None:
+        first = cache.index.size // WORD
+        sketch = tails.sketch_again(sketch, rows, first, new)
+    values = Values(
+        rows=rows,
+        bound=jnp.maximum(cache.values.bound, fresh.bound),
+        poison=cache.values.poison + fresh.poison,
+        sketch=sketch,
+    )
+    return KVCache(index, values, cache.max_length)
+
+
+def reindex(cache: KVCache) -> KVCache:
+    """Puts what the cache holds into spatial order: the same tokens, found faster.
+
+    For head sizes up to 8, where a bound on 128 keys that are near each other rules
+    them out together, so that the time of a decode step grows far slower than the
+    cache. Larger heads gain only if their keys lie in few dimensions, and lose little.
+    It is worth its cost once a prompt is in, and again when many tokens have followed:
+    those stay in the order they came in, where they are found no faster than before.
+
+    Args:
+      cache: from `extend`; rows may differ in length.
+
+    Returns:
+      KVCache, in which every token keeps its position: outputs are the same up to
+      the order of summation. Cost O(P log^2 P) for the P tokens there is room for; P
+      int32 more per key head.
+
+    Raises:
+      TypeError: cache is not a KVCache.
+
+    Example:
+      >>> import jax.numpy as jnp, hsrjax
+      >>> token = jnp.ones((1, 3, 2, 4))
+      >>> cache = hsrjax.extend(hsrjax.init_cache(1, 8, 2, 4), token, token)
+      >>> hsrjax.reindex(cache).length
+      Array([3], dtype=int32)
+
+    Source: Chen et al. 2024, Algorithm 1 (Init), over keys that are there already.
+    """
+    _check_cache(cache)
+    return _reindex(cache)
+
+
+@jax.jit
+def _reindex(cache):
+    index, order = group_keys(cache.index)
+    rows = jnp.take_along_axis(cache.values.rows, order[..., None], axis=-2)
+    sketch = cache.values.sketch
+    if sketch is not None:
+        group = tails.group_of(sketch, rows)
+        sketch = tails.sketch_values(rows, group)
+    values = cache.values._replace(rows=rows, sketch=sketch)
+    return dataclasses.replace(cache, index=index, values=values)
+
+
+def decode_attention(
+    query: jax.Array,
+    cache: KVCache,
+    *,
+    activation: Activation,
+    method: Method = "auto",
+    implementation: str | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    scale: jax.typing.ArrayLike | None = None,
+    positions: jax.Array | None = None,
+    capacity: int | None = None,
+) -> tuple[jax.Array, Info]:
+    """Attention of the newest positions over the cache (Algorithm 1, Inference).
+
+    Args:
+      query: f[B, T, N, H]; query t of a row stands at position length - T + t and sees
+        the keys up to and including that position.
+      cache: holds the keys of these positions already.
+      activation: `hsrjax.ReLU`, `Softmax`, `Entmax` or one of your own; the others have
+        closed forms over all keys, for which a cache would have to keep running sums.
+      method: "dense", "hsr" or "auto", as in `attention`.
+      implementation: the code that runs, as in `attention`.
+      window: static; a query at position p sees positions p - window + 1 to p.
+      sinks: static; the first so many tokens of each row stay visible outside the
+        window, and under Softmax(top_r or epsilon) are always kept, as in `attention`.
+      scale: multiplies the scores, None is 1/sqrt(H). May be traced.
+      positions: i32[B, T] to place the queries elsewhere; needed after an `extend` with
+        ragged `lengths`. Negative positions see nothing.
+      capacity: slots of one gather, None chooses. It changes speed, never the result.
+
+    Returns:
+      (f[B, T, N, D] in the query's dtype, `Info` with fields [B, T, N]). Cost of "hsr":
+      one int8 product with the sketch, P H bytes per key head for the P tokens there
+      is room for, or of what the balls of a reindexed cache leave of it, then (H + D)
+      multiplications per query and reported key.
+
+    Raises:
+      ValueError: shapes that do not fit, unknown names, capacity < 1, window < 1,
+        sinks where nothing leaves keys out, sizes that do not fit into memory.
+      TypeError: unsupported dtypes, or an activation of another kind.
+
+    Example:
+      >>> import jax.numpy as jnp, hsrjax
+      >>> token = jnp.ones((1, 1, 2, 4))
+      >>> cache = hsrjax.extend(hsrjax.init_cache(1, 8, 2, 4), token, token)
+      >>> query = jnp.ones((1, 1, 6, 4))
+      >>> out, info = hsrjax.decode_attention(query, cache, activation=hsrjax.ReLU())
+      >>> out.shape, int(info.count[0, 0, 0])
+      ((1, 1, 6, 4), 1)
+
+    Source: Chen et al. 2024, Algorithm 1, Theorem 4.1.
+    """
+    query = jnp.asarray(query)
+    positions = None if positions is None else jnp.asarray(positions)
+    shape, choice = plan_call(
+        query,
+        cache,
+        activation=activation,
+        method=method,
+        implementation=implementation,
+        window=window,
+        sinks=sinks,
+        positions=positions,
+        capacity=capacity,
+    )
+    planner.refuse(shape, choice.plan)
+    return _decode(
+        query,
+        cache,
+        activation,
+        scale,
+        positions,
+        choice.expected,
+        window=window,
+        sinks=sinks,
+        plan=choice.plan,
+    )
+
+
+def plan_call(
+    query: jax.Array,
+    cache: KVCache,
+    *,
+    activation: Activation,
+    method: Method = "auto",
+    implementation: str | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    positions: jax.Array | None = None,
+    capacity: int | None = None,
+) -> tuple[Shape, Choice]:
+    """Static checks of a call of `decode_attention`, its sizes and its plan."""
+    _check_decode(query, cache, activation, positions)
+    visible.check_options(activation, is_causal=True, window=window, sinks=sinks)
+    keys, values = cache.index.keys, cache.values.rows
+    shape = planner.of_decode(query, keys, values, devices=memory.devices(query, keys))
+    choice = planner.plan(
+        activation,
+        method,
+        shape,
+        implementations=implementations_for(implementation, costs.platform()),
+        capacity=capacity,
+    )
+    if choice.plan.method != "dense":
+        _check_sketch(cache, activation.tail)
+    return shape, choice
+
+
+@functools.partial(jax.jit, static_argnames=("window", "sinks", "plan"))
+def _decode(
+    query, cache, activation, scale, positions, expected, *, window, sinks, plan
+):
+    t = query.shape[1]
+    length = cache.length[:, None]
+    if positions is None:
+        positions = length - t + jnp.arange(t, dtype=jnp.int32)[None, :]
+    out, info = run.attend(
+        query,
+        cache.index.keys,
+        cache.values,
+        cache.index,
+        visible.of_decode(positions, length, window=window, sinks=sinks),
+        activation=activation,
+        scale=scale,
+        plan=plan,
+        expected=expected,
+    )
+    return out.astype(query.dtype), info
+
+
+def _check_extension(cache, key, value) -> None:
+    _check_cache(cache)
+    b, kv_heads, _, h = cache.index.keys.shape
+    value_dim = cache.values.rows.shape[-1]
+    for name, x, layout, size in (
+        ("key", key, "[B, U, K, H]", h),
+        ("value", value, "[B, U, K, D]", value_dim),
+    ):
+        checks.check_float(name, x)
+        checks.check_rank(name, x, layout)
+        checks.check_nonempty(name, x)
+        expected = (b, key.shape[1], kv_heads, size)
+        checks.check_equal(f"{name}.shape", x.shape, expected, "to fit the cache")
+        checks.check_same_dtype(name, x, cache.values.rows)
+
+
+def _check_lengths(cache, lengths) -> None:
+    checks.check_integer("lengths", lengths)
+    expected = cache.length.shape
+    checks.check_equal("lengths.shape", lengths.shape, expected, "one per row")
+    if checks.concrete(cache.length, lengths):
+        full = int((cache.length + lengths).max())
+        if full > cache.max_length:
+            raise ValueError(
+                f"the cache has room for {cache.max_length} tokens per row, got "
+                f"{full}; create it with a larger max_length."
+            )
+
+
+def _check_decode(query, cache, activation, positions) -> None:
+    _check_cache(cache)
+    check_activation(activation)
+    checks.check_query(query)
+    b, kv_heads, _, h = cache.index.keys.shape
+    if activation.closed_form:
+        raise TypeError(
+            "decode_attention takes hsrjax.ReLU, Softmax or Entmax, got "
+            f"{activation!r}: its closed form needs running sums that a cache does not "
+            "keep; use hsrjax.attention."
+        )
+    checks.check_equal("query.shape[0]", query.shape[0], b, "the cache's batch size")
+    checks.check_heads(query, kv_heads, h)
+    if positions is not None:
+        checks.check_integer("positions", positions)
+        expected = query.shape[:2]
+        checks.check_equal("positions.shape", positions.shape, expected, "[B, T]")
+
+
+def _check_sketch(cache, tail) -> None:
+    values = cache.values
+    found = None
+    if values.sketch is not None:
+        found = tails.group_of(values.sketch, values.rows)
+    if tail is not None and found != tail:
+        raise ValueError(
+            f"activation has tail={tail}, which needs mean values of so many tokens in "
+            f"the cache, got a cache with tail={found}; make it with "
+            f"hsrjax.init_cache(..., tail={tail})."
+        )
+
+
+def _check_cache(cache) -> None:
+    if not isinstance(cache, KVCache):
+        raise TypeError(
+            f"cache must come from hsrjax.init_cache, got {type(cache).__name__}."
+        )

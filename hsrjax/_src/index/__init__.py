@@ -1,0 +1,1 @@
+"""Keys ready for half-space reporting, and certified bounds on their scores."""

@@ -1,0 +1,1 @@
+"""The implementation that runs everywhere: plain JAX, compiled by XLA."""

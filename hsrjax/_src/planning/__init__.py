@@ -1,0 +1,1 @@
+"""What a call will cost, and therefore how it is carried out."""
