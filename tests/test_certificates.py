@@ -92,3 +92,35 @@ def test_the_bound_covers_what_is_left_out():
     full = weights @ values / weights.sum(-1, keepdims=True)
     sparse = kept @ values / kept.sum(-1, keepdims=True)
     assert (np.abs(full - sparse).max(-1) <= np.asarray(bound)).all()
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+@pytest.mark.parametrize("nearest", [None, 0.9])
+def test_keys_that_were_not_looked_at_count_as_left_out(nearest, decoding):
+    """The sketch lets exactly the r best past it, or one that scores far less.
+
+    Key 10 shares its block with a huge one, beside which its 39 is rounded to nothing:
+    all of that block are looked at.
+    """
+    key = jnp.zeros((1, 96, 1, 8)).at[0, 64:68, 0, 0].set(1.0)
+    if nearest is not None:
+        key = key.at[0, 10, 0, :2].set(jnp.array([nearest - 0.6, 39.0]))
+        key = key.at[0, 11, 0, 1].set(1e4)
+        key = key.at[0, 32:64, 0, 0].set(nearest)
+    value = jnp.where(key[..., :1] == 1.0, 1.0, -1.0)
+    query = jnp.zeros((1, 1, 1, 8)).at[..., 0].set(1.0)
+    options = {"activation": hsrjax.Softmax(top_r=4), "method": "hsr", "scale": 1.0}
+    if decoding:
+        cache = hsrjax.init_cache(1, 96, 1, 8, value_dim=1)
+        cache = hsrjax.extend(cache, key, value)
+        out, info = hsrjax.decode_attention(query, cache, **options)
+    else:
+        out, info = hsrjax.attention(query, key, value, return_info=True, **options)
+    weights = np.exp(np.asarray(key, np.float64)[0, :, 0, 0])
+    weights /= weights.sum()
+    kept = np.arange(96) // 4 == 16
+    assert int(info.candidates[0, 0, 0]) == (4 if nearest is None else 36)
+    assert int(info.count[0, 0, 0]) == 4 and float(out[0, 0, 0, 0]) == 1.0
+    assert 1 - weights[kept].sum() <= float(info.missed_mass[0, 0, 0]) <= 1.0
+    error = abs(1.0 - float(weights @ np.asarray(value)[0, :, 0, 0]))
+    assert error <= float(info.error_bound[0, 0, 0])

@@ -116,7 +116,7 @@ class Softmax(Activation):
     def select(self, sight: Sight) -> tuple[jax.Array | None, Any, Any]:
         """The sets to look at, which keys of them are kept, and what is left out."""
         lower, upper, sinks = sight.lower, sight.upper, sight.sinks
-        words, offset = None, jnp.zeros(lower.shape[:-1], jnp.float32)
+        words, offset = None, jnp.full(lower.shape[:-1], -jnp.inf, jnp.float32)
         share = jnp.ones_like(offset)  # left out at most, beforehand
         if self.epsilon is not None:
             share = jnp.asarray(self.epsilon, jnp.float32)
@@ -124,21 +124,23 @@ class Softmax(Activation):
         elif self.top_r is not None and sight.scores is None:
             offset = certificates.top_r_offset(self.top_r, lower, sinks)
         if sight.scores is None:
-            kept = Kept(offset[..., None], offset).fires(upper, sinks=sinks)
+            reported = Kept(offset[..., None], offset).fires(upper, sinks=sinks)
             if self.tail is not None:
-                kept |= ~tails.whole(sight.visible, self.tail)
-            words = sight.look_at(kept)
+                reported |= ~tails.whole(sight.visible, self.tail)
+            words = sight.look_at(reported)
         peak, best = sight.best(words, 0 if self.tail else self.top_r or 0)
         shift, rounding = finite_or_zero(peak), sight.rounding()
         if self.tail is not None:
             out = sight.left_out(words)
             tail = tails.sum_left_out(sight.values, lower, upper, out, shift, rounding)
             return words, Kept(jnp.full_like(shift, -jnp.inf), shift), tail
-        if best is not None:
-            offset = certificates.between(best)
-        mass = certificates.mass_below(offset, shift, lower, upper, sinks)
+        # Keys that were not looked at are below the offset of the bounds, wherever the
+        # best that were looked at leave off.
+        kept = offset if best is None else certificates.between(best)
+        below = jnp.maximum(kept, offset)
+        mass = certificates.mass_below(below, shift, lower, upper, sinks)
         left_out = certificates.LeftOut(mass, share, rounding)
-        return words, *remember((Kept(offset, shift), left_out))
+        return words, *remember((Kept(kept, shift), left_out))
 
     def finish(self, sums: Partial, certificate, *, length, value_bound, slots):
         """Divides by the mass, and bounds the error of what is left out."""
