@@ -16,7 +16,7 @@ from hsrjax._src.core.tiles import cut_queries
 from hsrjax._src.core.visible import of_decode
 from hsrjax._src.planning import costs
 from hsrjax._src.planning.plan import Plan
-from tests.contract import AttentionContract, inputs, relative_error
+from tests.contract import AttentionContract, inputs, relative_error, slow
 from tests.test_decode import fill
 
 pytestmark = pytest.mark.usefixtures("made_up_costs")
@@ -64,7 +64,7 @@ def chose_dense(info, seen=KEYS):
 
 
 @pytest.mark.parametrize("share", BIASES)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [2, *slow((1,))])
 def test_decoding_takes_the_cheaper_way(share, batch):
     query, cache = cached(batch=batch)
     bias = jnp.float32(BIASES[share])

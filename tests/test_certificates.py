@@ -7,6 +7,7 @@ import pytest
 
 import hsrjax
 from hsrjax._src.activations import certificates
+from tests.contract import slow
 
 pytestmark = pytest.mark.exact
 
@@ -94,7 +95,7 @@ def test_the_bound_covers_what_is_left_out():
     assert (np.abs(full - sparse).max(-1) <= np.asarray(bound)).all()
 
 
-@pytest.mark.parametrize("decoding", [False, True])
+@pytest.mark.parametrize("decoding", [False, *slow((True,))])
 @pytest.mark.parametrize("nearest", [None, 0.9])
 def test_keys_that_were_not_looked_at_count_as_left_out(nearest, decoding):
     """The sketch lets exactly the r best past it, or one that scores far less.

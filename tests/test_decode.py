@@ -72,7 +72,7 @@ BIG = (3, 5, 1500, 4, 2)
 """Rows long enough for cells of 128 slots."""
 
 
-@pytest.mark.parametrize("visible", [{}, {"window": 700, "sinks": 3}])
+@pytest.mark.parametrize("visible", [{"window": 700, "sinks": 3}, *slow(({},))])
 @pytest.mark.parametrize("h", [8, *slow((4,), (24,))])
 @pytest.mark.parametrize("fire", ["few", "many"])
 def test_reindexed_rows_attend_to_what_they_did_before(h, fire, visible):
@@ -122,7 +122,9 @@ def test_softmax_over_a_reindexed_cache(activation):
     assert (jnp.abs(out - expected).max(-1) <= 2 * info.error_bound + 1e-5).all()
 
 
-@pytest.mark.parametrize("activation", [hsrjax.Softmax(), hsrjax.ReLU(2, -0.2, "none")])
+@pytest.mark.parametrize(
+    "activation", [hsrjax.ReLU(2, -0.2, "none"), *slow((hsrjax.Softmax(),))]
+)
 def test_dense_attention_of_a_reindexed_cache_in_chunks(monkeypatch, activation):
     monkeypatch.setattr(planner, "_SCORES_AT_ONCE", 0)
     monkeypatch.setattr(planner, "_CHUNK_SCORES", 1)

@@ -131,7 +131,7 @@ def test_spatial_order_keeps_its_leaves_small_despite_an_outlier():
     assert np.median(extent) < 0.3 and (extent > 1.0).sum() == 1
 
 
-@pytest.mark.parametrize("keys", [100, 2000])
+@pytest.mark.parametrize("keys", [100, *slow((2000,))])
 def test_spatial_order_changes_no_id(keys):
     """Also when it is made again, after inserts and deletes in between."""
     rng = np.random.default_rng(0)

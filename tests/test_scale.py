@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from tests.contract import slow
 from train import data, processes, step
 from train.__main__ import Command, main
 from train.config import PRESETS
@@ -193,7 +194,7 @@ def shapes_on(monkeypatch):
     return used
 
 
-@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("before", "after"), [(True, False), *slow((False, True))])
 def test_a_checkpoint_goes_on_with_another_number_of_devices(
     config, finished, tmp_path, ctrl_c_before_batch, shapes_on, before, after
 ):

@@ -93,7 +93,7 @@ def decode_rows(q, k, v):
     return hsrjax.decode_attention(q[:, -1:], cache, activation=RELU, method="hsr")
 
 
-@pytest.mark.parametrize("name", ["report", "decode", *slow(("relu",))])
+@pytest.mark.parametrize("name", ["decode", *slow(("relu",), ("report",))])
 def test_scan_and_vmap(name):
     function = FUNCTIONS[name]
     rows = arrays(lead=(3,))
