@@ -323,7 +323,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(
     np.testing.assert_array_equal(losses(out), losses(finished[0]))
 
 
-@pytest.mark.parametrize("what", ["metrics", "checkpoint"])
+@pytest.mark.parametrize("what", ["checkpoint", *slow(("metrics",))])
 def test_what_cannot_be_written_says_how_to_go_on(
     config, finished, tmp_path, capsys, monkeypatch, what
 ):

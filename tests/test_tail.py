@@ -186,6 +186,7 @@ def test_a_cache_that_grew_is_as_good(tail):
     assert (np.asarray(info.candidates) < 90).any()
 
 
+@pytest.mark.slow
 def test_a_cache_in_spatial_order():
     query, key, value, _ = inputs((1, 2, 90, 2, 1, 4, 8))
     cache = hsrjax.reindex(grown(key, value, 8))
@@ -198,6 +199,7 @@ def test_a_cache_in_spatial_order():
     ).all()
 
 
+@pytest.mark.slow
 def test_gradients_take_the_tail_for_constant():
     """Weights of a row add up to one, but those of the tail move nothing."""
     query, key, value, _ = inputs((1, 40, 40, 2, 1, 16, 8))

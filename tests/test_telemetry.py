@@ -11,6 +11,7 @@ from flax import nnx
 from models.network.config import ModelConfig
 from models.network.operands import as_relu
 from models.network.transformer import Transformer, abstract_model
+from tests.contract import slow
 from train import telemetry
 
 # Long enough for a head that fires in its first row alone to be dead.
@@ -66,11 +67,9 @@ def brute_force(model, tokens):
 @pytest.mark.parametrize(
     "kind",
     [
-        "softmax",
         "threshold_relu",
-        "differential_relu",
         "entmax",
-        pytest.param("relu", marks=pytest.mark.slow),
+        *slow(("softmax",), ("differential_relu",), ("relu",)),
     ],
 )
 def test_equals_brute_force(kind):
