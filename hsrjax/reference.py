@@ -56,7 +56,7 @@ def attention(
     group = n // key.shape[2]
     k = jnp.repeat(key.astype(jnp.float32), group, axis=2)
     v = jnp.repeat(value.astype(jnp.float32), group, axis=2)
-    factor = 1.0 / np.sqrt(h) if scale is None else scale
+    factor = h**-0.5 if scale is None else scale
     scores = factor * jnp.einsum(
         "btnh,bsnh->btns", query.astype(jnp.float32), k, precision="highest"
     )

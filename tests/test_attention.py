@@ -365,6 +365,9 @@ def test_every_shape_of_bias():
         assert relative_error(hsr, dense) <= 1e-5
 
 
+SWAPPED = jnp.ones((1, 2, 7, 4))
+
+
 def arrays_for_errors():
     x = jnp.ones((1, 3, 4, 8))
     return {"query": x, "key": x[:, :, :2], "value": x[:, :, :2]}
@@ -380,12 +383,17 @@ def arrays_for_errors():
             ValueError,
             "multiple of the 3 key heads, got 4",
         ),
+        (
+            {"query": jnp.ones((1, 8, 9, 4)), "key": SWAPPED, "value": SWAPPED},
+            ValueError,
+            r"look like \[B, N, T, H\].* jnp.swapaxes\(x, 1, 2\)",
+        ),
         ({"key": jnp.ones((1, 3, 2, 9))}, ValueError, "head size of the keys"),
         ({"key": jnp.ones((2, 3, 2, 8))}, ValueError, "batch size"),
         ({"value": jnp.ones((1, 2, 2, 8))}, ValueError, "value.shape"),
         ({"query": jnp.ones((1, 3, 4, 8), int)}, TypeError, "got int32"),
         ({"query": jnp.ones((1, 0, 4, 8))}, ValueError, "not be empty"),
-        ({"capacity": 0}, ValueError, "capacity must be a Python integer >= 1"),
+        ({"capacity": 0}, ValueError, "capacity must be an integer >= 1"),
         ({"method": "fast"}, ValueError, "method must be one of"),
         ({"activation": "relu"}, TypeError, "activation must be"),
         (

@@ -90,6 +90,7 @@ def test_full_softmax_has_no_other_way():
         ({}, ValueError, "key and value, or cache in their place"),
         ({"key": 1}, ValueError, "key=ShapeDtypeStruct, value=None, cache=None"),
         ({"key": 1, "value": 1, "cache": 1}, ValueError, "got key=ShapeDtypeStruct"),
+        ({"key": 1, "cache": 1}, ValueError, "value=None, cache=ShapeDtypeStruct"),
         ({"key": 1, "value": 1, "capacity": 0}, ValueError, "capacity"),
         ({"key": 1, "value": 1, "window": 3}, ValueError, "is_causal=True"),
         ({"key": 1, "value": 1, "activation": None}, TypeError, "activation"),

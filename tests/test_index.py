@@ -78,6 +78,14 @@ def test_pads_with_one_past_the_end():
     assert report.indices.tolist() == [[7, 7]]
 
 
+def test_what_query_reports_can_be_deleted_padding_and_all():
+    index = hsrjax.build(jnp.eye(4), max_keys=8)
+    report = hsrjax.query(index, jnp.eye(4)[:1], 0.5, capacity=2)
+    assert report.indices.tolist() == [[0, 8]]
+    left = hsrjax.delete(index, report.indices[0])
+    assert hsrjax.count(left, jnp.ones((1, 4)), 0.5).tolist() == [3]
+
+
 def test_ids_out_of_range():
     index = hsrjax.build(jnp.eye(4), max_keys=8)
     for ids in ([4], [-1], [100]):

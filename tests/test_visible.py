@@ -130,8 +130,8 @@ def test_windows_wider_than_any_integer():
             ValueError,
             "window=4 needs is_causal=True",
         ),
-        ({"window": 0}, ValueError, "window must be a Python integer >= 1, got 0"),
-        ({"window": 2.0}, ValueError, "window must be a Python integer"),
+        ({"window": 0}, ValueError, "window must be an integer >= 1, got 0"),
+        ({"window": 2.0}, ValueError, "window must be an integer"),
         ({"window": 2, "sinks": -1}, ValueError, "sinks must be .* >= 0, got -1"),
         ({"sinks": 3}, ValueError, "sinks must be 0 .* sinks=3.*ReLU.*give a window"),
         (

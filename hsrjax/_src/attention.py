@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hsrjax._src import run
 from hsrjax._src.activations import tail as tails
 from hsrjax._src.activations.base import Activation, check_activation
-from hsrjax._src.core import checks, visible
+from hsrjax._src.core import checks, meshes, visible
 from hsrjax._src.core.tiles import Info, heads_first, summarize_values
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels.base import implementations_for
@@ -127,6 +127,7 @@ def attention(  # pyright: ignore[reportInconsistentOverload]
     Source: Chen et al. 2024, Definition 1.2 and Algorithm 2; softmax: Theorem 4.3.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    window, sinks, capacity = map(checks.as_integer, (window, sinks, capacity))
     if segment_ids is not None:
         segment_ids = jnp.asarray(segment_ids)
     choose = functools.partial(
@@ -146,7 +147,11 @@ def attention(  # pyright: ignore[reportInconsistentOverload]
     shape, choice = choose()
     planner.refuse(shape, choice.plan)
     seen = _Seen(is_causal, window, sinks)
-    attend = functools.partial(_attend, seen=seen, counted=return_info)
+
+    def attend(*arrays, plan):
+        run = functools.partial(_attend, seen=seen, counted=return_info, plan=plan)
+        return meshes.automatic(run, query, lead=3)(*arrays)
+
     arrays = query, key, value, segment_ids, activation, scale
     _, differentiated = choose(gradients=True)
     if choice == differentiated or choice.plan.chunk is None:
@@ -273,4 +278,4 @@ def _check(query, key, value) -> None:
     checks.check_equal(
         "value.shape[:3]", value.shape[:3], key.shape[:3], "the key's B, S, K"
     )
-    checks.check_heads(query, key.shape[2], key.shape[3])
+    checks.check_heads(query, *key.shape[2:], swapped=key.shape[1])

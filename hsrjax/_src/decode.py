@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hsrjax._src import run
 from hsrjax._src.activations import tail as tails
 from hsrjax._src.activations.base import Activation, check_activation
-from hsrjax._src.core import checks, visible
+from hsrjax._src.core import checks, meshes, visible
 from hsrjax._src.core.arrays import positions as steps
 from hsrjax._src.core.arrays import put_rows
 from hsrjax._src.core.bitset import WORD
@@ -97,15 +99,13 @@ def init_cache(
 
     Source: Chen et al. 2024, Algorithm 1.
     """
+    batch = checks.check_positive("batch", batch)
+    max_length = checks.check_positive("max_length", max_length)
+    num_kv_heads = checks.check_positive("num_kv_heads", num_kv_heads)
+    head_dim = checks.check_positive("head_dim", head_dim)
     value_dim = head_dim if value_dim is None else value_dim
-    for name, size in (
-        ("batch", batch),
-        ("max_length", max_length),
-        ("num_kv_heads", num_kv_heads),
-        ("head_dim", head_dim),
-        ("value_dim", value_dim),
-    ):
-        checks.check_positive(name, size)
+    value_dim = checks.check_positive("value_dim", value_dim)
+    tail = checks.as_integer(tail)
     checks.check_float_dtype("dtype", jnp.dtype(dtype))
     checks.check_head_dim("head_dim", head_dim)
     if tail is not None:
@@ -146,11 +146,13 @@ def extend(
       implementation: the code that runs, as in `attention`.
 
     Returns:
-      KVCache. Tokens beyond `max_length` are not stored and are counted in `dropped`.
+      KVCache. Under jit, where lengths are not known, tokens beyond `max_length` are
+      not stored and are counted in `dropped`.
       Cost O((U + 64) (H + D)) per row and head, whatever the length.
 
     Raises:
-      ValueError: shapes that do not fit, U > max_length, or (outside jit) no room.
+      ValueError: shapes that do not fit, U > max_length without lengths, or (outside
+        jit) no room.
       TypeError: another dtype than the cache's.
 
     Example:
@@ -164,12 +166,18 @@ def extend(
     """
     key, value = jnp.asarray(key), jnp.asarray(value)
     _check_extension(cache, key, value)
+    given: Any = lengths
     if lengths is None:
-        lengths = jnp.full(key.shape[:1], key.shape[1], jnp.int32)
-    lengths = jnp.asarray(lengths)
+        _check_room(cache, key.shape[1])
+        given = np.full(key.shape[:1], key.shape[1], np.int32)
+    known, lengths = checks.values(cache.index.size, given), jnp.asarray(given)
     _check_lengths(cache, lengths)
+    if known is not None:
+        _check_room(cache, int(np.max(known[0][:, 0] + known[1], initial=0)))
     names = implementations_for(implementation, costs.platform())
-    return _extend(cache, key, value, lengths, implementations=names)
+    run = functools.partial(_extend, implementations=names)
+    arrays = cache, key, value, lengths
+    return meshes.automatic(run, cache.index.size, lead=2)(*arrays)
 
 
 @functools.partial(jax.jit, static_argnames="implementations")
@@ -228,7 +236,7 @@ def reindex(cache: KVCache) -> KVCache:
     Source: Chen et al. 2024, Algorithm 1 (Init), over keys that are there already.
     """
     _check_cache(cache)
-    return _reindex(cache)
+    return meshes.automatic(_reindex, cache.index.size, lead=2)(cache)
 
 
 @jax.jit
@@ -298,6 +306,7 @@ def decode_attention(
     """
     query = jnp.asarray(query)
     positions = None if positions is None else jnp.asarray(positions)
+    window, sinks, capacity = map(checks.as_integer, (window, sinks, capacity))
     shape, choice = plan_call(
         query,
         cache,
@@ -310,17 +319,9 @@ def decode_attention(
         capacity=capacity,
     )
     planner.refuse(shape, choice.plan)
-    return _decode(
-        query,
-        cache,
-        activation,
-        scale,
-        positions,
-        choice.expected,
-        window=window,
-        sinks=sinks,
-        plan=choice.plan,
-    )
+    run = functools.partial(_decode, window=window, sinks=sinks, plan=choice.plan)
+    arrays = query, cache, activation, scale, positions, choice.expected
+    return meshes.automatic(run, query, lead=3)(*arrays)
 
 
 def plan_call(
@@ -394,13 +395,14 @@ def _check_lengths(cache, lengths) -> None:
     checks.check_integer("lengths", lengths)
     expected = cache.length.shape
     checks.check_equal("lengths.shape", lengths.shape, expected, "one per row")
-    if checks.concrete(cache.length, lengths):
-        full = int((cache.length + lengths).max())
-        if full > cache.max_length:
-            raise ValueError(
-                f"the cache has room for {cache.max_length} tokens per row, got "
-                f"{full}; create it with a larger max_length."
-            )
+
+
+def _check_room(cache, tokens: int) -> None:
+    if tokens > cache.max_length:
+        raise ValueError(
+            f"the cache has room for {cache.max_length} tokens per row, got {tokens}; "
+            "create it with a larger max_length."
+        )
 
 
 def _check_decode(query, cache, activation, positions) -> None:
@@ -415,7 +417,7 @@ def _check_decode(query, cache, activation, positions) -> None:
             "keep; use hsrjax.attention."
         )
     checks.check_equal("query.shape[0]", query.shape[0], b, "the cache's batch size")
-    checks.check_heads(query, kv_heads, h)
+    checks.check_heads(query, kv_heads, h, swapped=kv_heads)
     if positions is not None:
         checks.check_integer("positions", positions)
         expected = query.shape[:2]

@@ -11,6 +11,7 @@ import numpy as np
 
 from hsrjax._src.activations.base import Activation
 from hsrjax._src.attention import plan_call as plan_attention
+from hsrjax._src.core import checks
 from hsrjax._src.decode import KVCache
 from hsrjax._src.decode import plan_call as plan_decode
 from hsrjax._src.planning import costs, memory
@@ -140,12 +141,13 @@ def explain(
 
     Source: not in the paper.
     """
-    if (cache is None) == (key is None or value is None):
+    given = tuple(x is not None for x in (key, value, cache))
+    if given not in ((True, True, False), (False, False, True)):
         raise ValueError(
             "explain needs key and value, or cache in their place, got "
             f"key={_kind(key)}, value={_kind(value)}, cache={_kind(cache)}."
         )
-    options = {name: _shaped(x) for name, x in options.items()}
+    options = {name: checks.as_integer(_shaped(x)) for name, x in options.items()}
     for changes_nothing in ("scale", "return_info"):
         options.pop(changes_nothing, None)
     if cache is None:

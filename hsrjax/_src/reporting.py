@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hsrjax._src.core import bitset, checks
+from hsrjax._src.core import bitset, checks, meshes
 from hsrjax._src.core.arrays import dot, positions, put_rows, take_rows
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.index.index import Index, group_keys, ids_of
@@ -80,8 +81,8 @@ def build(
     keys = jnp.asarray(keys)
     _check_keys("keys", keys)
     count = keys.shape[-2]
-    max_keys = count if max_keys is None else max_keys
-    checks.check_positive("max_keys", max_keys)
+    given = count if max_keys is None else max_keys
+    max_keys = checks.check_positive("max_keys", given)
     if max_keys < count:
         raise ValueError(
             f"max_keys must be at least the number of keys, {count}, got {max_keys}; "
@@ -90,7 +91,8 @@ def build(
     memory.check_room("max_keys", max_keys, keys.shape[:-2], keys.shape[-1], keys.dtype)
     if reorder is None:
         reorder = keys.shape[-1] <= MAX_SPATIAL_DIM
-    return _build(keys, max_keys=max_keys, reorder=reorder)
+    run = functools.partial(_build, max_keys=max_keys, reorder=reorder)
+    return meshes.automatic(run, keys, keys.ndim - 2)(keys)
 
 
 @functools.partial(jax.jit, static_argnames=("max_keys", "reorder"))
@@ -111,8 +113,9 @@ def insert(index: Index, keys: jax.Array) -> Index:
       keys: f[*B, U, H] in the index's dtype.
 
     Returns:
-      Index with U more keys. Keys beyond `max_keys` are not stored and are counted in
-      `dropped`. Cost O((U + 64) H), whatever the number of keys stored.
+      Index with U more keys. Under jit, where the size is not known, keys beyond
+      `max_keys` are not stored and are counted in `dropped`. Cost
+      O((U + 64) H), whatever the number of keys stored.
 
     Raises:
       ValueError: shapes do not fit the index, U > max_keys, or (outside jit, where the
@@ -133,14 +136,15 @@ def insert(index: Index, keys: jax.Array) -> Index:
     expected = (*lead, keys.shape[-2], index.keys.shape[-1])
     checks.check_equal("keys.shape", keys.shape, expected, "to fit the index")
     checks.check_same_dtype("keys", keys, index.keys)
-    new = keys.shape[-2]
-    if checks.concrete(index.size) and int(index.size.max()) + new > index.max_keys:
+    new, held = keys.shape[-2], checks.values(index.size)
+    most = 0 if held is None else int(np.max(held, initial=0))
+    if most + new > index.max_keys:
         raise ValueError(
             f"keys must fit into the index: it has room for {index.max_keys} keys and "
-            f"holds {int(index.size.max())}, got {new} more; build with a larger "
-            "max_keys."
+            f"holds {most}, got {new} more; build with a larger max_keys."
         )
-    return _insert(index, keys, implementations=_implementations())
+    run = functools.partial(_insert, implementations=_implementations())
+    return meshes.automatic(run, index.size, index.size.ndim)(index, keys)
 
 
 @functools.partial(jax.jit, static_argnames="implementations")
@@ -154,13 +158,15 @@ def delete(index: Index, ids: jax.Array) -> Index:
 
     Args:
       index: from `build`.
-      ids: i32[*B, U], ids as reported. Deleting a key twice does nothing.
+      ids: i32[*B, U], ids as reported: padding, `max_keys`, is no key. Deleting a key
+        twice does nothing.
 
     Returns:
       Index. Under jit ids out of range do nothing. Cost O(max_keys).
 
     Raises:
-      ValueError: shape does not fit, or (outside jit) an id is not in [0, size).
+      ValueError: shape does not fit, or (outside jit) an id is neither in [0, size) nor
+        padding.
       TypeError: ids are not integers.
 
     Example:
@@ -171,20 +177,21 @@ def delete(index: Index, ids: jax.Array) -> Index:
 
     Source: Chen et al. 2024, Theorem B.11 (dynamic half-space reporting).
     """
-    ids = jnp.asarray(ids)
+    known, ids = checks.values(ids, index.size), jnp.asarray(ids)
     checks.check_integer("ids", ids)
     lead = index.size.shape
     checks.check_rank("ids", ids, "[*B, U]")
     checks.check_equal("ids.shape[:-1]", ids.shape[:-1], lead, "the index's batch axes")
-    if checks.concrete(ids, index.size) and ids.size:
-        low, high = int(ids.min()), int((ids - index.size[..., None]).max())
-        if low < 0 or high >= 0:
+    if known is not None:
+        given, size = known
+        wrong = (given < 0) | ((given >= size[..., None]) & (given != index.max_keys))
+        if wrong.any():
             raise ValueError(
-                f"ids must lie in [0, size) of their row, got ids from {low} to "
-                f"{int(ids.max())} with size {index.size.tolist()}; pass ids that "
-                "`query` reported."
+                "ids must lie in [0, size) of their row, or be the padding "
+                f"{index.max_keys} of a report, got {given[wrong][:5].tolist()} with "
+                f"size {size.tolist()}; pass ids that `query` reported."
             )
-    return _delete(index, ids)
+    return meshes.automatic(_delete, index.size, index.size.ndim)(index, ids)
 
 
 @jax.jit
@@ -235,10 +242,11 @@ def query(
 
     Source: Chen et al. 2024, Algorithm 3 (Query) and Corollary 3.1.
     """
-    checks.check_positive("capacity", capacity)
+    capacity = checks.check_positive("capacity", capacity)
     normals, offsets = _check(index, normals, offsets)
     names = _implementations(implementation)
-    return _report(index, normals, offsets, capacity=capacity, implementations=names)
+    run = functools.partial(_report, capacity=capacity, implementations=names)
+    return meshes.automatic(run, normals, normals.ndim - 1)(index, normals, offsets)
 
 
 def count(
@@ -271,7 +279,8 @@ def count(
     """
     normals, offsets = _check(index, normals, offsets)
     frozen = jax.lax.stop_gradient((index, normals, offsets))
-    return _count(*frozen, implementations=_implementations(implementation))
+    run = functools.partial(_count, implementations=_implementations(implementation))
+    return meshes.automatic(run, normals, normals.ndim - 1)(*frozen)
 
 
 # Jitted, as is every entry to this package that runs more than a few operations: called
@@ -324,6 +333,7 @@ def _members(index, normals, offsets, words, *, capacity):
 
     nothing = jnp.full((*lead, capacity), past, jnp.int32)
     start = (nothing, nothing, jnp.zeros(lead, jnp.int32))
+    start = meshes.varying(start, index.keys, normals, offsets, words)
     _, slots, total = jax.lax.fori_loop(
         0, bitset.passes(words, slots_a_pass), one_pass, start
     )

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from hsrjax._src import sparse
 from hsrjax._src.activations.base import Activation
+from hsrjax._src.core import meshes
 from hsrjax._src.core.tiles import Info, Partial, Tiles, Values, cut_queries, from_tiles
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.index.index import Index
@@ -55,6 +56,11 @@ def attend(
       f32[B, T, N, D] and Info, each [B, T, N]. Under vmap one choice is made for all
       that is mapped over.
     """
+    # Gradients of what is the same on all devices are then summed over them.
+    arrays = query, keys, values, index, visible, activation, scale
+    query, keys, values, index, visible, activation, scale = meshes.varying(
+        arrays, arrays
+    )
     kernels = operations(plan.implementations)
     prepared = activation.prepare(query.shape[:3])
 
@@ -141,6 +147,7 @@ def _look(kernels: InTurn, index, values, tiles, plan, expected):
         dense_wins = _together(excess) > 0
         shapes = jax.eval_shape(report)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        nothing = meshes.varying(nothing, index, values, tiles)
         sets = jax.lax.cond(dense_wins, lambda: nothing, report)
     else:
         # Runs of keys in spatial order are no sample, and balls look sooner.

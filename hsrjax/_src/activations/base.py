@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from hsrjax._src.core import checks
 from hsrjax._src.core.tiles import Partial
 from hsrjax._src.core.visible import Visible
 
@@ -290,9 +291,11 @@ def check_normalize(activation: Any, choices: tuple[str, ...], why: str = "") ->
         )
 
 
-def is_integer(value: Any) -> bool:
-    """Whether a static field is an integer."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def integers(activation: Any, *names: str) -> None:
+    """Makes integers of NumPy's, in static fields, Python's."""
+    for name in names:
+        value = checks.as_integer(getattr(activation, name))
+        object.__setattr__(activation, name, value)  # frozen, but just made
 
 
 def per_row(name: str, x: jax.typing.ArrayLike, rows: tuple[int, ...]) -> jax.Array:

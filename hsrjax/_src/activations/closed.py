@@ -21,6 +21,7 @@ from hsrjax._src.activations.base import (
     per_row,
 )
 from hsrjax._src.activations.relu import ReLU
+from hsrjax._src.core import meshes
 from hsrjax._src.core.arrays import take_rows
 from hsrjax._src.core.tiles import heads_first, scale_query
 from hsrjax._src.core.visible import Visible
@@ -276,7 +277,9 @@ def _lines(a, key, value, seen):
 
     pairs = jnp.moveaxis(a, -1, 0), jnp.moveaxis(key, -1, 0)
     start = jnp.zeros((*a.shape[:-1], value.shape[-1]), jnp.float32)
-    total, _ = jax.lax.scan(coordinate, start, pairs)
+    total, _ = jax.lax.scan(
+        coordinate, meshes.varying(start, pairs, value, seen), pairs
+    )
     spoiled = sum_ranges(wrong.astype(jnp.float32), seen)[:, :, :, None] > 0.5
     return jnp.where(spoiled, jnp.nan, total)
 

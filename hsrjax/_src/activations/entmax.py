@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from hsrjax._src.activations.base import Activation, Sight, remember
 from hsrjax._src.activations.relu import Excess
-from hsrjax._src.core import bitset
+from hsrjax._src.core import bitset, meshes
 from hsrjax._src.core.arrays import guard
 from hsrjax._src.core.tiles import Partial
 
@@ -145,7 +145,7 @@ def threshold(scores: jax.Array, power: int) -> jax.Array:
 
     +inf for rows that see nothing. Cost O(S) a step, mostly four to eight.
     """
-    start = jnp.full(scores.shape[:-1], -jnp.inf, jnp.float32)
+    start = jnp.full_like(scores[..., 0], -jnp.inf)
     return _found(*_rise(lambda tau: _look(power, tau, scores), start, power))
 
 
@@ -163,7 +163,7 @@ def safe_threshold(lower: jax.Array, power: int) -> jax.Array:
     two that matter, and cheaper. -inf where nothing is known.
     """
     best = jnp.max(lower.reshape(*lower.shape[:-1], -1, bitset.WORD), axis=-1)
-    start = jnp.full(best.shape[:-1], -jnp.inf, jnp.float32)
+    start = jnp.full_like(best[..., 0], -jnp.inf)
     tau, _ = _rise(lambda tau: _look(power, tau, best), start, power)
     return tau - (guard(best.shape[-1]) - 1.0) * (1.0 + jnp.abs(tau))
 
@@ -193,7 +193,7 @@ def _rise(
         new = jnp.maximum(tau + jnp.maximum(rise, 0.0), peak - 1.0)
         return new, peak, jnp.any(new - tau > _CLOSE * (1.0 + jnp.abs(new)))
 
-    begun = start, start, jnp.ones((), jnp.bool_)
+    begun = start, start, meshes.varying(jnp.ones((), jnp.bool_), start)
     tau, peak, _ = jax.lax.while_loop(goes_on, step, begun)
     return tau, peak
 

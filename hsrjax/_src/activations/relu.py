@@ -12,8 +12,9 @@ from hsrjax._src.activations.base import (
     Activation,
     Normalize,
     check_normalize,
-    is_integer,
+    integers,
 )
+from hsrjax._src.core import checks
 
 _static = {"static": True}
 
@@ -67,7 +68,8 @@ class ReLU(Excess):
     normalize: Normalize = dataclasses.field(default="row_sum", metadata=_static)
 
     def __post_init__(self):
-        if not is_integer(self.power) or self.power < 1:
+        integers(self, "power")
+        if not checks.is_integer(self.power) or self.power < 1:
             raise ValueError(
                 f"ReLU: power must be an integer >= 1, got {self.power!r}; "
                 "use power=1 or 2."

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from hsrjax._src.activations import certificates
 from hsrjax._src.activations import tail as tails
-from hsrjax._src.activations.base import Activation, Sight, is_integer, remember
+from hsrjax._src.activations.base import Activation, Sight, integers, remember
+from hsrjax._src.core import checks
 from hsrjax._src.core.arrays import finite_or_zero
 from hsrjax._src.core.tiles import Partial
 
@@ -54,9 +55,11 @@ class Softmax(Activation):
     tail: int | None = dataclasses.field(default=None, metadata=_static)
 
     def __post_init__(self):
-        if self.top_r is not None and (not is_integer(self.top_r) or self.top_r < 1):
+        integers(self, "top_r", "tail")
+        r = self.top_r
+        if r is not None and (not checks.is_integer(r) or r < 1):
             raise ValueError(
-                f"Softmax: top_r must be an integer >= 1 or None, got {self.top_r!r}."
+                f"Softmax: top_r must be an integer >= 1 or None, got {r!r}."
             )
         if isinstance(self.epsilon, (int, float)) and not 0.0 < self.epsilon < 1.0:
             raise ValueError(

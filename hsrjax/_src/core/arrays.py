@@ -186,7 +186,7 @@ def take_windows(table: jax.Array, windows: jax.Array, size: int) -> jax.Array:
     lead = table.shape[:-2]
 
     def one(table, window):
-        return jax.lax.dynamic_slice(table, (0, window * size), (rows, size))
+        return jax.lax.dynamic_slice_in_dim(table, window * size, size, axis=1)
 
     take = jax.vmap(one, (None, 0))
     for _ in lead:

@@ -6,6 +6,9 @@ about values are never checked here: they are fields of results.
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -67,16 +70,46 @@ def check_head_dim(name: str, head_dim: int) -> None:
         )
 
 
-def check_positive(name: str, value) -> None:
-    """Raises ValueError unless value is a Python integer >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a Python integer >= 1, got {value!r}.")
+def check_positive(name: str, value: Any) -> int:
+    """The integer as Python's; raises ValueError unless it is >= 1."""
+    return _check_at_least(1, name, value)
 
 
-def check_natural(name: str, value) -> None:
-    """Raises ValueError unless value is a Python integer >= 0."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name} must be a Python integer >= 0, got {value!r}.")
+def check_natural(name: str, value: Any) -> int:
+    """The integer as Python's; raises ValueError unless it is >= 0."""
+    return _check_at_least(0, name, value)
+
+
+def _check_at_least(least: int, name: str, value: Any) -> int:
+    value = as_integer(value)
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} must be an integer that is known when the call is traced, got a "
+            f'traced {value.dtype}; use jax.jit(f, static_argnames="{name}"), or close '
+            "over it."
+        )
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+    return value
+
+
+def is_integer(value) -> bool:
+    """Whether value is an integer of Python's."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def as_integer(value: Any) -> Any:
+    """NumPy's integers, and arrays of one, as Python's; anything else as it is.
+
+    NumPy's would promote what they are added to, and equal options of two kinds would
+    compile two programs.
+    """
+    if isinstance(value, (bool, np.bool_, jax.core.Tracer)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
@@ -100,13 +133,29 @@ def check_query(query: jax.Array) -> None:
     check_head_dim("query", query.shape[3])
 
 
-def check_heads(query: jax.Array, kv_heads: int, head_dim: int) -> None:
-    """Raises ValueError unless the query's heads fit the keys'."""
+def check_heads(
+    query: jax.Array, kv_heads: int, head_dim: int, *, swapped: int
+) -> None:
+    """Raises ValueError unless the query's heads fit the keys'.
+
+    Args:
+      query: f[B, T, N, H].
+      kv_heads: K.
+      head_dim: H of the keys.
+      swapped: what K would be if heads and positions had changed places.
+    """
     check_equal("query.shape[3]", query.shape[3], head_dim, "the head size of the keys")
-    if query.shape[2] % kv_heads:
+    t, heads = query.shape[1:3]
+    if heads % kv_heads:
+        fix = "use N = G * K heads"
+        if t < heads and t % swapped == 0:
+            fix = (
+                "the arrays look like [B, N, T, H], and hsrjax takes [B, T, N, H], as "
+                "jax.nn does: use jnp.swapaxes(x, 1, 2)"
+            )
         raise ValueError(
-            f"query heads must be a multiple of the {kv_heads} key heads, got "
-            f"{query.shape[2]}; use N = G * K heads."
+            f"query heads must be a multiple of the {kv_heads} key heads, got {heads} "
+            f"with query.shape={query.shape}; {fix}."
         )
 
 
@@ -120,5 +169,17 @@ def check_same_dtype(name: str, x: jax.Array, stored: jax.Array) -> None:
 
 
 def concrete(*arrays) -> bool:
-    """Whether values are at hand (not being traced), so that they can be checked."""
-    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
+    """Whether values are at hand: not traced, nor on devices of other processes."""
+    return not any(
+        isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True)
+        for x in arrays
+    )
+
+
+def values(*arrays: jax.typing.ArrayLike) -> tuple[np.ndarray, ...] | None:
+    """The values as NumPy's, or None where they are not at hand.
+
+    To be asked of arrays as they were given: while a function is traced, all that jax
+    makes of arrays that it closes over, and of NumPy's, is traced as well.
+    """
+    return tuple(map(np.asarray, arrays)) if concrete(*arrays) else None

@@ -93,5 +93,5 @@ def _sorted_places(values: jax.Array, inside: jax.Array) -> jax.Array:
     ordered = jnp.where(raw < 0, raw ^ jnp.int32(2**31 - 1), raw)
     ordered = jnp.where(inside, ordered, 2**31 - 1)
     place = jnp.arange(size, dtype=jnp.int32)[None]
-    keyed = jax.lax.shift_left(jax.lax.shift_right_arithmetic(ordered, bits), bits)
+    keyed = (ordered >> bits) << bits
     return jnp.sort(keyed | place, axis=-1) & (2**bits - 1)

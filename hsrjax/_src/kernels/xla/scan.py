@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from hsrjax._src.core import bitset
+from hsrjax._src.core import bitset, meshes
 from hsrjax._src.core.arrays import positions, put_rows, take_windows
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.visible import Visible
@@ -111,6 +111,7 @@ def _scan_cells(index, queries, offsets, ranges, cells):
         return put_rows(words, chosen, bitset.pack(passing))
 
     words = jnp.zeros((*lead, parts, number, size // WORD), jnp.uint32)
+    words = meshes.varying(words, cells, queries, offsets, index.sketch)
     words = jax.lax.fori_loop(0, bitset.passes(cells, a_pass), one_pass, words)
     return words.reshape(*lead, parts, -1)
 
@@ -145,6 +146,7 @@ def _scan_in_chunks(sketch, queries, offsets, visible, parts):
         return jax.lax.dynamic_update_slice_in_dim(words, packed, block, axis=-1)
 
     words = jnp.zeros((*lead, parts, size // WORD), jnp.uint32)
+    words = meshes.varying(words, queries, offsets, sketch)
     every = (jnp.zeros((), jnp.int32), jnp.asarray(size, jnp.int32))
     for low, high in [every] if visible is None else visible.spans():
         last = (high + (chunk - 1)) // chunk

@@ -8,8 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from hsrjax._src.activations import search
-from hsrjax._src.core import bitset
-from hsrjax._src.core.arrays import dot, gather_rows, positions, score_rounding
+from hsrjax._src.core import bitset, meshes
+from hsrjax._src.core.arrays import (
+    dot,
+    gather_rows,
+    positions,
+    score_rounding,
+)
 from hsrjax._src.core.tiles import Tiles, cut_parts, join_parts
 from hsrjax._src.index.index import Index, ids_of
 
@@ -85,7 +90,8 @@ class SketchSight:
         lowest = jnp.full(lead, -jnp.inf, jnp.float32)
         row = jnp.full((*lead, size), -jnp.inf, jnp.float32)
         number = bitset.passes(words, self.capacity)
-        peak, row = jax.lax.fori_loop(0, number, one_pass, (lowest, row))
+        start = meshes.varying((lowest, row), self.tile, words, self.index.keys)
+        peak, row = jax.lax.fori_loop(0, number, one_pass, start)
         best = None
         if picked:
             best = row[..., -2], row[..., -1]

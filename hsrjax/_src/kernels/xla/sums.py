@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hsrjax._src.core import meshes
 from hsrjax._src.core.arrays import dot, finite_or_zero, product, sum_both
 from hsrjax._src.core.tiles import Partial, Tiles
 
@@ -72,6 +73,7 @@ def _forward(plan, counted, tiles, keys, values, ids, words):
             values.shape[-1],
             relative=tile.activation.relative,
         )
+        start = meshes.varying(start, tile, tile_words, keys, values)
         return walk.by_row(walk.over(tile.visible, tile_words, one_piece, start))
 
     return jax.lax.map(one_tile, (tiles, words))
@@ -118,12 +120,15 @@ def _sums_backward(plan, _, residuals, cotangents):
             new = product("...qc,...ch->...qh", scores_bar, k), law_bar
             return piece.add(row_grads, new), key_grads
 
-        start = jax.tree.map(jnp.zeros_like, rows[:2]), key_grads
+        row_grads = jax.tree.map(jnp.zeros_like, rows[:2])
+        start = meshes.varying(row_grads, key_grads), key_grads
         found = walk.over(tile.visible, tile_words, one_piece, start)
         return found[1], walk.by_row(found[0])
 
     bars = cotangents.weighted, cotangents.total
-    found = jax.lax.scan(one_tile, walk.no_key_grads(), (tiles, words, peaks, *bars))
+    over = tiles, words, peaks, *bars
+    start = meshes.varying(walk.no_key_grads(), over, keys, values)
+    found = jax.lax.scan(one_tile, start, over)
     key_grads, (queries_bar, law_bar) = found
     keys_bar, values_bar = (
         walk.key_grads(bar, x) for bar, x in zip(key_grads, (keys, values), strict=True)
