@@ -125,9 +125,14 @@ def epsilon_offset(
 
 
 def between(best: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Between the r-th best score and the next: no rounding changes the set."""
+    """Between the r-th best score and the next: no rounding changes the set.
+
+    The r-th itself where nothing lies between.
+    """
     last, next_best = best
-    middle = next_best + 0.5 * (last - next_best)
+    # Their sum may overflow, and without the barrier XLA would halve that.
+    middle = 0.5 * next_best + jax.lax.optimization_barrier(0.5 * last)
+    middle = jnp.where(middle > next_best, middle, last)
     return jnp.where(next_best == -jnp.inf, -jnp.inf, middle)
 
 

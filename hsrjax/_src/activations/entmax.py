@@ -38,6 +38,8 @@ from hsrjax._src.core.tiles import Partial
 
 _CLOSE = 2.0**-20
 """A step of less than this, times 1 + |tau|, is the last."""
+_FAR = 2.0**40
+"""Scores further above a first tau than this count as so far above it."""
 _EXPECTED_SHARE = 0.05
 """Keys that a row is expected to keep, as of Softmax(epsilon)."""
 
@@ -104,17 +106,17 @@ class Entmax(Activation):
         """How many of so many keys a row is expected to keep."""
         return _EXPECTED_SHARE * keys
 
-    def select(self, sight: Sight) -> tuple[jax.Array | None, Excess, None]:
+    def select(self, sight: Sight) -> tuple[jax.Array | None, _Gap, None]:
         """The sets to look at, and ReLU^p with tau for a bias."""
         if sight.scores is not None:
             tau = remember(threshold(sight.lower, self.power))
             tau = implicit(sight.scores, tau, self.power)
-            return None, Excess(self.power, tau), None
+            return None, _Gap(self.power, tau), None
         low = safe_threshold(sight.lower, self.power)
         words = sight.look_at(~(sight.upper <= low[..., None]))
         fold = sight.fold(words)
         look = lambda tau: _Sums(*fold(functools.partial(_look, self.power), tau))
-        return words, Excess(self.power, _found(*_rise(look, low, self.power))), None
+        return words, _Gap(self.power, _found(*_rise(look, low, self.power))), None
 
     def settle(
         self, sums: Partial, sum_sets: Callable[..., Partial], arrays: tuple
@@ -138,6 +140,20 @@ class Entmax(Activation):
         settled.defvjp(lambda sums, arrays: (sums, arrays), backward)
         weighted, total = settled((sums.weighted, sums.total), arrays)
         return sums._replace(weighted=weighted, total=total)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Gap(Excess):
+    """ReLU^p above tau, which no score passes by more than one.
+
+    But where the numbers next to a score are further away than that: the keys that tie
+    with the best one share the row.
+    """
+
+    def weigh(self, scores: jax.Array) -> jax.Array:
+        over = jax.nn.relu(scores - self.bias)
+        return jnp.where(over > 2.0, 1.0, over) ** self.power
 
 
 def threshold(scores: jax.Array, power: int) -> jax.Array:
@@ -171,6 +187,7 @@ def safe_threshold(lower: jax.Array, power: int) -> jax.Array:
 def _look(power: int, tau: jax.Array, scores: jax.Array) -> _Sums:
     """The sums over scores f32[..., S]; zero where tau is infinite."""
     over = jax.nn.relu(scores - jnp.where(tau == -jnp.inf, jnp.inf, tau)[..., None])
+    over = jnp.where(over > _FAR, _FAR, over)  # squares are finite; NaN stays
     slopes = over if power == 2 else (over > 0).astype(jnp.float32)
     total = jnp.sum(over**power, axis=-1)
     return _Sums(jnp.max(scores, axis=-1), total, jnp.sum(slopes, axis=-1))

@@ -189,7 +189,9 @@ class Sketch(Bound):
 
     def key_norm(self) -> jax.Array:
         """At least the norm of every key, f32[*B]."""
-        return norm(self.centre) + jnp.max(self.spread + self.radius, axis=-1)
+        reach = self.spread + self.radius
+        reach = jnp.where(jnp.isnan(reach), jnp.inf, reach)  # of overflowed blocks
+        return norm(self.centre) + jnp.max(reach, axis=-1)
 
     def runs(self, firsts: list[jax.Array], count: int) -> Self:
         """Runs of `count` blocks side by side, which begin with blocks i32 scalars."""
