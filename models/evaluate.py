@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from models.command import exit_status, parse
+from models.compilation import keep_programs
 from models.evaluation import retrieval, tasks
 from models.evaluation.perplexity import Perplexity, perplexity, rows_of, table
 from models.files.atomic import write_atomic
@@ -105,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 failed while running, 2 refused, 130 Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    keep_programs()
     return exit_status(functools.partial(_run, words), doing="evaluation")
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 
 from models.command import carry_out
+from models.compilation import keep_programs
 from models.decoding.generation import MAX_LENGTH, Generation, generate
 from models.decoding.sampling import check_sampling
 from models.decoding.session import Sampling, check_request
@@ -28,6 +29,8 @@ class Options(ModelOptions):
 
     Prints the text as it is drawn, tokens per second without compilation, the share
     of the visible keys whose exact score was computed, and the share that fired.
+    Compiled programs are kept in ~/.cache/hsrjax for the next start; HSRJAX_CACHE names
+    another folder, or is "off".
     """
 
     prompt: Annotated[
@@ -69,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       Exit status: 0 done, 1 failed while running, 2 refused, 130 interrupted.
     """
+    keep_programs()
     return carry_out(
         Options,
         arguments,

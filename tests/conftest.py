@@ -23,6 +23,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda,cpu tests a GPU
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+os.environ["HSRJAX_CACHE"] = "off"  # what the user's commands compiled is no test's
+
 # The packaged costs, whatever the shell says: another table may be one of elsewhere.
 for name in ("HSRJAX_COSTS", "HSRJAX_MEMORY"):
     os.environ.pop(name, None)

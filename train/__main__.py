@@ -19,6 +19,7 @@ from pathlib import Path
 import tyro
 
 from models.command import JsonOption, carry_out, early_value, exit_status, parse
+from models.compilation import keep_programs
 from train import processes
 from train.commands import compare, export, length, report, speed, study
 from train.config import PRESETS, TrainConfig
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 failed, 2 refused or diverged, 130 stopped by Ctrl-C.
     """
+    keep_programs()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and (command := _COMMANDS.get(words[0])):
         prog = f"python -m train {words[0]}"

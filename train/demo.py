@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.command import JsonOption, carry_out
+from models.compilation import keep_programs
 from models.decoding.generation import Generation, generate
 from models.files.runs import load_run
 from models.network.transformer import Transformer
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 dense and hsr differ, 2 refused, 130 Ctrl-C.
     """
+    keep_programs()
     return carry_out(
         Command,
         arguments,

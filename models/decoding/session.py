@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-import hsrjax
-from models.decoding.sampling import sample
-from models.network.transformer import Caches, Transformer
+from models.decoding.programs import Counts, Drawn, Reader, Sampling, Step
+from models.network.transformer import Transformer
 
 _SHORTEST_PIECE = 32
 _LONGEST_PIECE = 1024
-
-
-class Sampling(NamedTuple):
-    """The static options of `models.decoding.sampling.sample`."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-
-class Counts(NamedTuple):
-    """What attention did in one call: sums over real queries, heads and layers.
-
-    Attributes:
-      visible: f32[], keys the queries could see.
-      looked_at: f32[], keys whose exact score was computed.
-      fired: f32[], keys with a weight that is not zero.
-      finite: bool[], whether the logits tokens were drawn from are finite.
-    """
-
-    visible: jax.Array
-    looked_at: jax.Array
-    fired: jax.Array
-    finite: jax.Array
 
 
 class Session:
@@ -73,34 +44,37 @@ class Session:
         longest = max(map(len, rows))
         piece = bucket(longest, at_least=_SHORTEST_PIECE, at_most=_LONGEST_PIECE)
         cache_length = bucket(longest + max_tokens, at_least=piece)
-        graphdef, self._state = nnx.split(model)
-        self._caches = model.init_caches(len(rows), cache_length)
-        self._key = jax.random.key(seed)
-        self._token = jnp.zeros(len(rows), jnp.int32)
-        self._draws = jnp.zeros((), jnp.int32)
-        self._pieces = _pad(rows, piece)
         self._sampling = sampling
+        self._reader = Reader(model, sampling)
+        self._caches = model.init_caches(len(rows), cache_length)
+        self._pieces = _pad(rows, piece)
+        self._drawn = Drawn(
+            token=jnp.zeros(len(rows), jnp.int32),
+            draws=jnp.zeros((), jnp.int32),
+            key=jax.random.key(seed),
+        )
+        self._prefill = self._compile(self._pieces[0][0])
+        self._one = jnp.ones(len(rows), jnp.int32)
+        self._decode = self._compile(self._drawn.token)
 
-        started = time.perf_counter()
-        programs = _programs(graphdef, sampling)
-        tokens, lengths = self._pieces[0]
-        self._prefill = programs.prefill(*self._arguments(), tokens, lengths)
-        self._decode = programs.decode(*self._arguments())
-        compiled = programs.newly_compiled()
-        self.compile_seconds = time.perf_counter() - started if compiled else 0.0
+    @property
+    def compile_seconds(self) -> float:
+        """Time spent compiling; 0 for shapes seen before."""
+        return self._reader.compile_seconds
 
     def prefill(self) -> tuple[jax.Array, list[Counts]]:
         """Reads the prompts; the first new token i32[B] of each, and the counts."""
-        counts = []
+        counts, first = [], self._drawn.draws
         for tokens, lengths in self._pieces:
+            # Every piece draws with the same number: only one draw per row is kept.
+            self._drawn = self._drawn._replace(draws=first)
             counts.append(self._advance(self._prefill, tokens, lengths))
-        self._draws = jnp.ones((), jnp.int32)
-        return self._token, counts
+        return self._drawn.token, counts
 
     def decode(self) -> tuple[jax.Array, list[Counts]]:
         """Reads the tokens drawn last; the next i32[B], and the counts."""
-        counts = self._advance(self._decode)
-        return self._token, [counts]
+        counts = self._advance(self._decode, self._drawn.token, self._one)
+        return self._drawn.token, [counts]
 
     def fork(self, model: Transformer) -> Session:
         """The same prompts, read already, continued by another implementation.
@@ -112,24 +86,21 @@ class Session:
           A session of its own that stands where this one does.
         """
         other = object.__new__(Session)
-        graphdef, other._state = nnx.split(model)
-        other._caches = jax.tree.map(jnp.copy, self._caches)
-        other._key, other._token, other._draws = self._key, self._token, self._draws
-        other._pieces = []
-        started = time.perf_counter()
-        programs = _programs(graphdef, self._sampling)
+        other._reader = Reader(model, self._sampling)
         other._sampling = self._sampling
-        other._decode = programs.decode(*other._arguments())
-        compiled = programs.newly_compiled()
-        other.compile_seconds = time.perf_counter() - started if compiled else 0.0
+        other._caches = jax.tree.map(jnp.copy, self._caches)
+        other._drawn = self._drawn
+        other._pieces = []
+        other._one = self._one
+        other._decode = other._compile(other._drawn.token)
         return other
 
-    def _arguments(self) -> tuple[Any, ...]:
-        return self._state, self._caches, self._token, self._draws, self._key
+    def _compile(self, tokens: jax.Array) -> Step:
+        return self._reader.compile(self._caches, tokens, self._drawn)
 
-    def _advance(self, program: Callable[..., Any], *inputs: jax.Array) -> Counts:
-        self._caches, self._token, self._draws, counts = program(
-            *self._arguments(), *inputs
+    def _advance(self, step: Step, tokens: jax.Array, lengths: jax.Array) -> Counts:
+        self._caches, self._drawn, counts = step(
+            self._caches, tokens, lengths, self._drawn
         )
         return counts
 
@@ -197,117 +168,6 @@ def _check_row(number: int, row: list[int], vocabulary: int) -> None:
                 f"prompt {number} holds token {token}, outside the model's vocabulary "
                 f"of {vocabulary}; use tokens from 0 to {vocabulary - 1}."
             )
-
-
-class _Programs:
-    """The compiled functions of one model shape and one way of sampling."""
-
-    def __init__(self, graphdef: nnx.GraphDef[Transformer], sampling: Sampling):
-        self._jitted = tuple(
-            jax.jit(
-                functools.partial(function, graphdef, sampling),
-                donate_argnames=("caches",),
-            )
-            for function in (_prefill, _decode)
-        )
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-        self._new = 0
-
-    def prefill(self, *args: Any) -> Callable[..., Any]:
-        return self._compile(0, args)
-
-    def decode(self, *args: Any) -> Callable[..., Any]:
-        return self._compile(1, args)
-
-    def newly_compiled(self) -> int:
-        """How many functions were compiled since the last call."""
-        new, self._new = self._new, 0
-        return new
-
-    def _compile(self, which: int, args: tuple[Any, ...]) -> Callable[..., Any]:
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
-        if (which, shapes) not in self._compiled:
-            lowered = self._jitted[which].lower(*args)
-            self._compiled[which, shapes] = lowered.compile()
-            self._new += 1
-        return self._compiled[which, shapes]
-
-
-@functools.lru_cache(maxsize=8)
-def _programs(graphdef: nnx.GraphDef[Transformer], sampling: Sampling) -> _Programs:
-    return _Programs(graphdef, sampling)
-
-
-def _prefill(
-    graphdef: nnx.GraphDef[Transformer],
-    sampling: Sampling,
-    state: nnx.State,
-    caches: Caches,
-    token: jax.Array,
-    draws: jax.Array,
-    key: jax.Array,
-    tokens: jax.Array,
-    lengths: jax.Array,
-) -> tuple[Caches, jax.Array, jax.Array, Counts]:
-    """Reads tokens i32[B, T]; draws for the rows with lengths > 0, others keep theirs.
-
-    A row's last piece with a token in it is the one whose draw stands, because later
-    pieces hold only its padding.
-    """
-    model = nnx.merge(graphdef, state)
-    start = caches[0].length
-    stream, caches, infos = model.advance(tokens, caches, lengths=lengths)
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    logits = model.unembed(jnp.take_along_axis(stream, last, axis=1)[:, 0])
-    # Every piece draws with number 0: only one draw per row is kept.
-    drawn = sample(logits, jax.random.fold_in(key, 0), **sampling._asdict())
-    real = lengths > 0
-    counts = _count(infos, start, lengths, tokens.shape[1], logits, real)
-    return caches, jnp.where(real, drawn, token), draws, counts
-
-
-def _decode(
-    graphdef: nnx.GraphDef[Transformer],
-    sampling: Sampling,
-    state: nnx.State,
-    caches: Caches,
-    token: jax.Array,
-    draws: jax.Array,
-    key: jax.Array,
-) -> tuple[Caches, jax.Array, jax.Array, Counts]:
-    """Reads token i32[B], the last drawn, and draws number `draws`."""
-    model = nnx.merge(graphdef, state)
-    start = caches[0].length
-    stream, caches, infos = model.advance(token[:, None], caches)
-    logits = model.unembed(stream[:, 0])
-    drawn = sample(logits, jax.random.fold_in(key, draws), **sampling._asdict())
-    real = jnp.ones(token.shape, bool)
-    counts = _count(infos, start, real.astype(jnp.int32), 1, logits, real)
-    return caches, drawn, draws + 1, counts
-
-
-def _count(
-    infos: tuple[hsrjax.Info, ...],
-    start: jax.Array,
-    lengths: jax.Array,
-    new: int,
-    logits: jax.Array,
-    real: jax.Array,
-) -> Counts:
-    offsets = jnp.arange(new, dtype=jnp.int32)[None, :]
-    inside = (offsets < lengths[:, None])[..., None]  # [B, T, 1]
-    visible = (start[:, None] + offsets + 1)[..., None]
-
-    def total(field: jax.Array) -> jax.Array:  # float32: int32 sums would overflow
-        return jnp.sum(jnp.where(inside, field.astype(jnp.float32), 0.0))
-
-    heads = infos[0].count.shape[-1]
-    return Counts(
-        visible=total(visible) * (heads * len(infos)),
-        looked_at=sum((total(i.candidates) for i in infos), jnp.float32(0)),
-        fired=sum((total(i.count) for i in infos), jnp.float32(0)),
-        finite=jnp.all(jnp.isfinite(logits) | ~real[:, None]),
-    )
 
 
 def _pad(
