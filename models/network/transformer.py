@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -90,6 +91,7 @@ class Transformer(nnx.Module):
     Args:
       config: the model's shape.
       rngs: `params` stream that draws all parameters.
+      blocks: in place of new ones.
 
     Example:
       >>> config = ModelConfig(num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=1,
@@ -99,7 +101,13 @@ class Transformer(nnx.Module):
       (1, 8, 256)
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        blocks: Sequence[Block] | None = None,
+    ):
         self.config = config
         self.embed = nnx.Embed(
             config.vocab_size,
@@ -109,9 +117,10 @@ class Transformer(nnx.Module):
             param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
         )
-        self.blocks = nnx.List(
-            [Block(config, layer, rngs=rngs) for layer in range(config.num_layers)]
-        )
+        if blocks is None:
+            layers = range(config.num_layers)
+            blocks = [Block(config, layer, rngs=rngs) for layer in layers]
+        self.blocks = nnx.List(list(blocks))
         self.final_norm = RMSNorm(config.embed_dim, config, rngs=rngs)
         if not config.tie_embeddings:
             self.head = nnx.Linear(
@@ -315,8 +324,22 @@ def with_config(model: Transformer, config: ModelConfig) -> Transformer:
 
 
 def abstract_model(config: ModelConfig) -> Transformer:
-    """A model of shapes only: nothing is drawn and no memory is taken."""
-    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    """A model of shapes only: nothing is drawn and no memory is taken.
+
+    Blocks that are alike are made once: the time to trace them all grows with the
+    square of their number.
+    """
+    kinds: dict[Any, Block] = {}
+    blocks = []
+    for layer in range(config.num_layers):
+        kind = config.layer_window(layer), config.layer_turns(layer)
+        if kind not in kinds:
+            make = functools.partial(Block, config, layer)
+            kinds[kind] = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
+        blocks.append(nnx.clone(kinds[kind]))
+    ends = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), blocks=()))
+    ends.blocks = nnx.List(blocks)
+    return ends
 
 
 def _check_tokens(tokens: jax.Array) -> None:
