@@ -101,6 +101,19 @@ def test_wide_range_outlier_and_worst_signs(h):
     check(halves, np.ones((QUERIES, h)) * (1 + np.arange(QUERIES)[:, None]))
 
 
+@pytest.mark.parametrize("h", [64, *slow((2,), (1024,))])
+def test_keys_that_the_sketch_holds_exactly(h):
+    """Nothing but the rounding of the scores themselves is left to bound."""
+    rng = np.random.default_rng(h)
+    one = rng.standard_normal((1, h)).astype(np.float32)
+    queries = rng.standard_normal((QUERIES, h))
+    same = np.repeat(one, KEYS, axis=0)
+    direction = np.float32(np.where(rng.random((KEYS, h)) < 0.5, -np.inf, np.inf))
+    check(same, queries)
+    check(np.nextafter(same, direction), queries)
+    check(1e4 + 1e-3 * rng.standard_normal((KEYS, h)), queries)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 def test_bad_keys_and_queries_are_never_ruled_out(bad):
     rng = np.random.default_rng(1)

@@ -223,6 +223,17 @@ def test_a_grown_cache_has_the_sketch_of_one_built_at_once():
     np.testing.assert_array_equal(grown.index.keys, at_once.index.keys)
 
 
+def test_what_is_known_of_values_outlives_later_pieces():
+    """The largest value, and one that is no number, in the first piece of three."""
+    _, key, value, _ = inputs((1, 1, 30, 1, 2, 8, 4))
+    value = value.at[0, 3, 0, 1].set(-50.0).at[0, 5, 1, 2].set(jnp.nan)
+    for chunk in (None, 10):
+        values = fill(key, value, chunk=chunk).values
+        np.testing.assert_array_equal(values.bound[0, 0], 50.0)
+        spoiled = np.isnan(np.asarray(values.poison))
+        assert spoiled.sum() == 1 and spoiled[0, 1, 2]
+
+
 def test_the_newest_positions_by_default():
     query, key, value, _ = inputs((1, 3, 20, 2, 1, 8, 8))
     cache = fill(key, value, room=10)

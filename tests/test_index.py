@@ -93,6 +93,9 @@ def test_ids_out_of_range():
             hsrjax.delete(index, jnp.array(ids))
         same = jax.jit(hsrjax.delete)(index, jnp.array(ids))
         assert int(hsrjax.count(same, jnp.ones((1, 4)), 0.0)[0]) == 4
+    full = hsrjax.build(jnp.eye(32))  # the last slot is a key's
+    same = jax.jit(hsrjax.delete)(full, jnp.array([-1, -32]))
+    assert int(hsrjax.count(same, jnp.ones((1, 32)), 0.5)[0]) == 32
 
 
 @pytest.mark.parametrize("h", [8, *slow((2,), (4,))])

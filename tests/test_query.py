@@ -303,6 +303,11 @@ def test_a_tile_in_chunks_reports_unions_of_its_queries(
     expected = np.asarray(bitset.unpack(jnp.asarray(expected))) & inside
     np.testing.assert_array_equal(bitset.unpack(together), expected)
     assert 0 < int(bitset.size(together).min()) < 640
+    scores = np.einsum("bqh,bsh->bqs", normals[:, rows], keys)
+    members = (scores >= 13.0) & np.asarray(tile.mask(slots[None, None, :700]))
+    members = members.reshape(2, parts, size, -1).any(axis=2)
+    found = np.asarray(bitset.unpack(together))[..., :700]
+    assert members[..., 512:].any() and not (members & ~found).any()
 
 
 def spatial_survivors(monkeypatch, offset, parts, visible=None, **patched):
