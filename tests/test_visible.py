@@ -120,6 +120,21 @@ def test_spans_hold_what_is_seen_and_padding_does_not_widen_them():
 def test_windows_wider_than_any_integer():
     ranges = visible.of_prefill(3, 3, is_causal=True, window=2**40, sinks=2**40)
     assert ranges.count().tolist() == [[1, 2, 3]]
+    ids = jnp.array([[0, 0, 1]])
+    ranges = visible.of_prefill(
+        3, 3, is_causal=True, window=2**40, sinks=2**40, segment_ids=ids
+    )
+    assert ranges.count().tolist() == [[1, 2, 1]]
+
+
+def test_the_largest_cache():
+    most, window = 2**31 - 32, 2**30 + 7
+    last = jnp.array([[most - 1, -1, -(2**31)]], jnp.int32)
+    seen = visible.of_decode(last, jnp.array([[most]]), window=window, sinks=2**31 - 1)
+    assert seen.low.tolist() == [[most, 0, 0]]  # all others are sinks
+    seen = visible.of_decode(last, jnp.array([[most]]), window=window)
+    assert seen.low.tolist() == [[most - window, 0, 0]]
+    assert seen.count().tolist() == [[window, 0, 0]]
 
 
 @pytest.mark.parametrize(

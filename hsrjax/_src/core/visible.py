@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hsrjax._src.core import bitset, checks
 
-_FAR = 2**30
+_FAR = 2**31 - 1
 """Farther apart than any two keys: a larger window or more sinks see no more."""
 
 
@@ -214,11 +214,14 @@ def _ranges(start, high, position, *, window, sinks) -> Visible:
     """Ranges of queries that see start <= j < high but for window and sinks."""
     low = start
     if window is not None:
-        oldest = position - (min(window, _FAR) - 1)
+        oldest = jnp.maximum(position, -1) - (min(window, _FAR) - 1)
         low = jnp.clip(oldest, 0 if start is None else start, high)
     if not sinks:
         return Visible(high, low)
     sinks = min(sinks, _FAR)
-    sink_high = jnp.minimum(sinks if start is None else start + sinks, high)
+    if start is None:
+        sink_high = jnp.minimum(sinks, high)
+    else:
+        sink_high = start + jnp.minimum(sinks, high - start)
     low = sink_high if low is None else jnp.maximum(low, sink_high)
     return Visible(high, low, sink_high, start)
