@@ -121,11 +121,27 @@ def test_a_tail_is_planned_like_what_it_corrects():
     for limit in ({"top_r": 64}, {"epsilon": 0.1}):
         plain, tailed = (hsrjax.Softmax(**limit, **more) for more in ({}, {"tail": 8}))
         assert plan("hsr", tailed) == plan("hsr", plain)
-        assert plan("auto", tailed).method == plan("auto", plain).method
+        # Full softmax has nothing to choose, so that it is cheaper here.
+        assert plan("auto", tailed).method == "dense"
     # Dense attention has all scores: no tail, and it may cut them into chunks.
     sizes = {"queries": 9000, "keys": 9000, "heads": 4}
     assert plan("dense", hsrjax.Softmax(top_r=64), **sizes).chunk is None
     assert plan("dense", hsrjax.Softmax(top_r=64, tail=8), **sizes).chunk < 9000
+
+
+def test_a_tail_costs_what_it_does():
+    """Dense attention chooses no keys then; hsr weighs the mean value of each group."""
+
+    def expected(activation):
+        laid_out = planner.lay_out(activation, DECODE)
+        return planner.expect(activation, DECODE, laid_out, table=TABLE)
+
+    full, plain = expected(RELU), expected(hsrjax.Softmax(top_r=8))
+    fine, coarse = (expected(hsrjax.Softmax(top_r=8, tail=x)) for x in (1, 32))
+    assert fine.dense == coarse.dense == full.dense < plain.dense
+    groups = DECODE.sets * DECODE.keys * DECODE.rows
+    assert fine.hsr == pytest.approx(plain.hsr + groups * 64 * 0.02)
+    assert plain.hsr < coarse.hsr < fine.hsr
 
 
 def test_where_an_index_does_not_fit_dense_is_chosen(monkeypatch):

@@ -348,7 +348,12 @@ def expect(
         kept = activation.expected_keys(shape.keys)
         kept = min(shape.keys, kept * part_rows)
         scores = keys * rows
-        dense += scores * (table.epsilon_dense if top_r is None else table.top_r_dense)
+        if activation.dense_form.whole_rows:
+            choose = table.epsilon_dense if top_r is None else table.top_r_dense
+            dense += scores * choose
+        tail = getattr(activation, "tail", None)
+        if tail is not None:  # mean values of all groups, weighted
+            hsr += scores * shape.value_dim / tail * table.dense_product
         hsr += scores * (table.epsilon_hsr if top_r is None else table.top_r_hsr)
         survivors = -(-kept // plan.capacity) * sets(shape, plan) * one_run
     return Expected(dense, hsr, one_run, survivors, table.probe)
