@@ -1,14 +1,14 @@
-"""GGUF files: header checked before it is believed, tensors dequantized one at a time.
+"""GGUF files: a header that is checked as it is read, tensors dequantized as needed.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf`
-package parses and dequantizes; it trusts what the header says, so that is walked first.
+package dequantizes. Its reader believes the header, and takes seconds for a vocabulary.
 """
 
 from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import gguf
 import numpy as np
@@ -21,11 +21,21 @@ _LONGEST_TEXT = 1 << 24
 _LONGEST_LIST = 1 << 21
 _DTYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 _DTYPES += ("Q4_K", "Q5_K", "Q6_K")
-# Bytes of a value by its type's number; 8 is a text and 9 a list.
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# How a value is stored, by its type's number; 8 is a text and 9 a list.
+_NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4"}
+_NUMBERS |= {7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _TEXT, _LIST = 8, 9
 # Stored bytes that are dequantized at a time.
 _AT_ONCE = 1 << 20
+
+
+class _Tensor(NamedTuple):
+    """Where a tensor lies: its shape, outermost first, and kind; bytes from offset."""
+
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    offset: int
+    length: int
 
 
 class GGUFFile:
@@ -42,82 +52,65 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path) -> None:
-        _check_header(path)
-        try:
-            reader = gguf.GGUFReader(path)
-            self.fields: dict[str, Any] = {
-                name: field.contents() for name, field in reader.fields.items()
-            }
-        except Exception as error:  # whatever a header can still make it do
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise ValueError(f"{path} is not a whole GGUF file ({reason})") from error
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.fields, self._tensors = _read_header(path)
+        self._bytes = np.memmap(path, np.uint8, "r")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape; matrices are [outputs, inputs]."""
-        return {
-            name: tuple(int(size) for size in reversed(tensor.shape))
-            for name, tensor in self._tensors.items()
-        }
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str, start: int, rows: int) -> np.ndarray:
         """Rows of a tensor, f32."""
-        tensor = self._tensors[name]
-        stored = tensor.data[start : start + rows]
-        values = np.empty((len(stored), *self.shapes()[name][1:]), np.float32)
+        shape, kind, offset, length = self._tensors[name]
+        stored = self._bytes[offset : offset + length].reshape(shape[0], -1)
+        stored = stored[start : start + rows]
+        values = np.empty((len(stored), *shape[1:]), np.float32)
         # What `dequantize` takes on the way is several times its result.
         step = max(1, _AT_ONCE // stored[:1].nbytes)
         for i in range(0, len(stored), step):
-            part = stored[i : i + step]
-            values[i : i + step] = dequantize(part, tensor.tensor_type)
+            part = values[i : i + step]
+            part[...] = dequantize(stored[i : i + step], kind).reshape(part.shape)
         return values
 
 
-def _check_header(path: Path) -> None:
-    """Walks the header and refuses what points or counts beyond the file."""
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+    """Reads fields and tensors; refuses what points or counts beyond the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            walk = _Walk(file, size)
-            if walk.take(4) != _MAGIC:
+            header = _Header(file, size)
+            if header.take(4) != _MAGIC:
                 raise ValueError("it does not begin with GGUF")
-            version = walk.number("<I")
+            version = header.number("<I")
             if version not in _VERSIONS:
                 raise ValueError(f"version is {version}, not one of {_VERSIONS}")
-            tensors = walk.count("tensor_count", _MOST_ENTRIES)
-            entries = walk.count("kv_count", _MOST_ENTRIES)
-            alignment = 32
-            for _ in range(entries):
-                name, value = walk.entry()
-                if name == "general.alignment":
-                    alignment = value
+            tensors = header.count("tensor_count", _MOST_ENTRIES)
+            entries = header.count("kv_count", _MOST_ENTRIES)
+            fields = dict(header.entry() for _ in range(entries))
+            alignment = fields.get("general.alignment", 32)
             if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 16:
                 raise ValueError(f"general.alignment is {alignment}")
-            places = [walk.tensor() for _ in range(tensors)]
+            found = dict(header.tensor() for _ in range(tensors))
             begin = -(-file.tell() // alignment) * alignment
-            for name, offset, length in places:
+            for name, (_, _, offset, length) in found.items():
                 if offset % alignment or begin + offset + length > size:
                     raise ValueError(f"{name} lies outside the file")
     except (OSError, ValueError, struct.error) as error:
         raise ValueError(f"{path} is not a whole GGUF file ({error})") from None
+    placed = {k: x._replace(offset=begin + x.offset) for k, x in found.items()}
+    return fields, placed
 
 
-class _Walk:
+class _Header:
     """Reads a header from its start, never more than what is there."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
 
     def take(self, length: int) -> bytes:
-        found = self.file.read(length)
-        if len(found) != length:
-            raise ValueError("the header ends early")
-        return found
-
-    def skip(self, length: int) -> None:
         if self.file.tell() + length > self.size:
             raise ValueError("the header ends early")
-        self.file.seek(length, 1)
+        return self.file.read(length)
 
     def number(self, kind: str) -> int:
         return struct.unpack(kind, self.take(struct.calcsize(kind)))[0]
@@ -130,30 +123,30 @@ class _Walk:
 
     def text(self, name: str) -> str:
         length = self.count(f"the length of {name}", _LONGEST_TEXT)
-        return self.take(length).decode("utf-8", "replace")
+        return self.take(length).decode()
 
-    def entry(self) -> tuple[str, int | None]:
-        """A name, and its value where that is one whole number of 4 bytes."""
+    def entry(self) -> tuple[str, Any]:
+        """A name and its value."""
         name = self.text("a name")
         kind = self.number("<I")
-        if kind == _LIST:
-            kind, length = self.number("<I"), self.count(name, _LONGEST_LIST)
-            if kind == _TEXT:
-                for _ in range(length):
-                    self.skip(self.count(f"a text of {name}", _LONGEST_TEXT))
-            else:
-                self.skip(length * self._size(name, kind))
-            return name, None
         if kind == _TEXT:
-            self.skip(self.count(f"the text of {name}", _LONGEST_TEXT))
-            return name, None
-        if kind == 4:
-            return name, self.number("<I")
-        self.skip(self._size(name, kind))
-        return name, None
+            return name, self.text(f"the text of {name}")
+        if kind != _LIST:
+            return name, self.numbers(name, kind, 1)[0]
+        kind, length = self.number("<I"), self.count(name, _LONGEST_LIST)
+        if kind == _TEXT:
+            label = f"a text of {name}"
+            return name, [self.text(label) for _ in range(length)]
+        return name, self.numbers(name, kind, length)
 
-    def tensor(self) -> tuple[str, int, int]:
-        """Name, offset and bytes of a tensor."""
+    def numbers(self, name: str, kind: int, length: int) -> list[Any]:
+        if kind not in _NUMBERS:
+            raise ValueError(f"{name} is of an unknown type {kind}")
+        dtype = np.dtype(_NUMBERS[kind])
+        return np.frombuffer(self.take(length * dtype.itemsize), dtype).tolist()
+
+    def tensor(self) -> tuple[str, _Tensor]:
+        """Name of a tensor and what is known of it."""
         name = self.text("a tensor's name")
         axes = self.number("<I")
         if not 1 <= axes <= 4:
@@ -165,15 +158,12 @@ class _Walk:
             raise ValueError(
                 f"{name} is {names.get(kind, kind)}, not one of {', '.join(_DTYPES)}"
             )
-        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        quantized = gguf.GGMLQuantizationType(kind)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[quantized]
         values = 1
         for size in sizes:
             values *= size
         if not values or sizes[0] % block:
             raise ValueError(f"{name} has a shape of {sizes}, in blocks of {block}")
-        return name, offset, values // block * block_bytes
-
-    def _size(self, name: str, kind: int) -> int:
-        if kind not in _SIZES:
-            raise ValueError(f"{name} is of an unknown type {kind}")
-        return _SIZES[kind]
+        shape = tuple(reversed(sizes))
+        return name, _Tensor(shape, quantized, offset, values // block * block_bytes)
