@@ -53,7 +53,7 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.fields, self._tensors = _read_header(path)
-        self._bytes = np.memmap(path, np.uint8, "r")
+        self._bytes = np.asarray(np.memmap(path, np.uint8, "r"))  # slices are cheaper
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape; matrices are [outputs, inputs]."""
