@@ -40,18 +40,13 @@ def restored():
 def test_layers_that_are_alike_are_compiled_once(lenient_promotion, count_compiles):
     """Two kinds of layers, with a window and without, are two programs a shape."""
     programs._program.cache_clear()
-    compiled = {}
-    for layers in (4, 8):
-        config = ModelConfig(num_layers=layers, window=8, window_from=2, **CONFIG)
-        model = Transformer(config, rngs=nnx.Rngs(0))
-        with count_compiles() as counted:
-            session = Session(
-                model, [[1, 2, 3]], max_tokens=4, sampling=Sampling(), seed=0
-            )
-            session.prefill()
-            session.decode()
-        compiled[layers] = counted["_read"]
-    assert compiled == {4: 4, 8: 4}  # two kinds, two shapes
+    config = ModelConfig(num_layers=4, window=8, window_from=2, **CONFIG)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    with count_compiles() as counted:
+        session = Session(model, [[1, 2]], max_tokens=4, sampling=Sampling(), seed=0)
+        session.prefill()
+        session.decode()
+    assert counted["_read"] == 4  # of two shapes each
 
 
 def test_where_programs_are_kept(monkeypatch, tmp_path, restored):

@@ -66,7 +66,7 @@ def case(function, *, marks=(), **options):
 
 CASES = [
     case(report),
-    case(attend, name="relu", method="hsr"),
+    case(attend, marks=pytest.mark.slow, name="relu", method="hsr"),
     case(gradients, name="relu", method="hsr"),
     case(decode, name="relu", method="hsr"),
     case(decode, marks=pytest.mark.slow, name="relu", reindexed=True),
