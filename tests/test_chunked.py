@@ -239,9 +239,8 @@ def test_second_derivatives_where_all_is_scored_at_once():
     np.testing.assert_allclose(second, numerical, rtol=2e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "activation", [hsrjax.ReLU(2, 0.5), *slow((hsrjax.Softmax(),))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", [hsrjax.ReLU(2, 0.5), hsrjax.Softmax()])
 def test_memory_is_linear(activation):
     """Forward and backward, against 4 GiB for one array of all scores."""
 

@@ -97,11 +97,13 @@ def test_reindexed_rows_attend_to_what_they_did_before(h, fire, visible):
     assert (out[3] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "activation",
     [
         hsrjax.Softmax(top_r=9),
-        *slow((hsrjax.Softmax(),), (hsrjax.Softmax(epsilon=0.1),)),
+        hsrjax.Softmax(),
+        hsrjax.Softmax(epsilon=0.1),
     ],
 )
 def test_softmax_over_a_reindexed_cache(activation):

@@ -80,9 +80,8 @@ def losses(run):
 @pytest.mark.parametrize(
     "options",
     [
-        {"accumulate": 2, "remat": True},
-        pytest.param({"accumulate": 4}, marks=pytest.mark.slow),
-        pytest.param({"remat": True}, marks=pytest.mark.slow),
+        {"remat": True},
+        *slow(({"accumulate": 4},), ({"accumulate": 2, "remat": True},)),
     ],
 )
 def test_parts_and_remat_change_rounding_alone(config, options):
@@ -194,7 +193,8 @@ def shapes_on(monkeypatch):
     return used
 
 
-@pytest.mark.parametrize(("before", "after"), [(True, False), *slow((False, True))])
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
 def test_a_checkpoint_goes_on_with_another_number_of_devices(
     config, finished, tmp_path, ctrl_c_before_batch, shapes_on, before, after
 ):

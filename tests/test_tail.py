@@ -79,7 +79,8 @@ def test_within_its_bound_of_full_softmax(limit, tail, visible):
     assert (np.asarray(info.missed_mass) <= 1).all()
 
 
-@pytest.mark.parametrize("limit", [LIMITS[0], *slow((LIMITS[1],))])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", LIMITS)
 def test_every_value_of_its_own_is_nearly_exact(limit):
     query, key, value, _ = inputs((1, 200, 200, 4, 2, 16, 24))
     query = 2 * query

@@ -86,6 +86,7 @@ def test_scan_and_vmap(name):
     close(scanned, mapped)
 
 
+@pytest.mark.slow
 def test_grad_through_scan_and_remat():
     rows = arrays(lead=(2,))
 
