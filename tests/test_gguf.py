@@ -327,6 +327,14 @@ HOSTILE = {
         header(tensors=1) + text(b"w") + struct.pack("<IQIQ", 1, 256, 16, 0),
         "w is IQ2_XXS, not one of",
     ),
+    "a field twice": (
+        header(entries=2) + 2 * entry(b"a", 4, struct.pack("<I", 1)),
+        "a is there twice",
+    ),
+    "a tensor twice": (
+        header(tensors=2) + 2 * (text(b"w") + struct.pack("<IQIQ", 1, 32, 0, 0)),
+        "w is there twice",
+    ),
     "alignment zero": (
         header(entries=1) + entry(b"general.alignment", 4, struct.pack("<I", 0)),
         "general.alignment is 0",

@@ -7,6 +7,7 @@ package dequantizes. Its reader believes the header, and takes seconds for a voc
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -86,11 +87,11 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
                 raise ValueError(f"version is {version}, not one of {_VERSIONS}")
             tensors = header.count("tensor_count", _MOST_ENTRIES)
             entries = header.count("kv_count", _MOST_ENTRIES)
-            fields = dict(header.entry() for _ in range(entries))
+            fields = _by_name(header.entry() for _ in range(entries))
             alignment = fields.get("general.alignment", 32)
             if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 16:
                 raise ValueError(f"general.alignment is {alignment}")
-            found = dict(header.tensor() for _ in range(tensors))
+            found = _by_name(header.tensor() for _ in range(tensors))
             begin = -(-file.tell() // alignment) * alignment
             for name, (_, _, offset, length) in found.items():
                 if offset % alignment or begin + offset + length > size:
@@ -99,6 +100,15 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         raise ValueError(f"{path} is not a whole GGUF file ({error})") from None
     placed = {k: x._replace(offset=begin + x.offset) for k, x in found.items()}
     return fields, placed
+
+
+def _by_name(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} is there twice")
+        found[name] = value
+    return found
 
 
 class _Header:
