@@ -8,7 +8,7 @@ import os
 
 # Read by jax when it makes its first backend, so set before anything imports jax.
 # Most of the time goes into compiling programs that run once on a few numbers:
-# these compile them many times as fast. What is marked exact is run as users compile it,
+# these make it several times faster. What is marked exact is run as users compile it,
 # where XLA fuses multiplications and additions, by HSRJAX_TEST_OPTIMIZED=1 pytest -m
 # exact. (A jaxlib that does not know a flag ends with its name: then it can go.)
 _FLAGS = "--xla_force_host_platform_device_count=8"
