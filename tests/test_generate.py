@@ -19,7 +19,7 @@ from models.decoding.session import Counts, Sampling, Session, bucket
 from models.files import runs
 from models.generate import main
 from models.network.config import ModelConfig
-from models.network.transformer import Transformer, with_attention
+from models.network.transformer import Block, Transformer, with_attention
 from models.text.tokenizer import ByteTokenizer
 
 # The time of these tests is that of compiling. Two rows, the longer of 33 to 40 tokens,
@@ -151,17 +151,18 @@ def test_prompt_read_in_pieces_gives_the_same(model, monkeypatch):
 
 @pytest.mark.slow
 def test_one_compile_per_shape_bucket(monkeypatch):
-    model, traced = make_model("relu", norm_eps=2e-6), []
-    advance = Transformer.advance
+    model, traced = make_model("relu", norm_eps=2e-6, num_layers=3), []
+    step = Block.step
 
-    def counted(self, tokens, caches, **options):
-        traced.append((tokens.shape, caches[0].max_length))
-        return advance(self, tokens, caches, **options)
+    def counted(self, stream, cache, *place, **options):
+        traced.append((stream.shape, cache.max_length))
+        return step(self, stream, cache, *place, **options)
 
-    monkeypatch.setattr(Transformer, "advance", counted)
+    monkeypatch.setattr(Block, "step", counted)
     first = generate(model, [b"abc"], max_tokens=20)
     again = generate(model, [b"another prompt"], max_tokens=17)
-    assert traced == [((1, 32), 32), ((1, 1), 32)]
+    # Equal layers share a program.
+    assert traced == [((1, 32, 32), 32), ((1, 1, 32), 32)]
     assert first.compile_seconds > 0 == again.compile_seconds
 
 
