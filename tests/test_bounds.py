@@ -181,9 +181,9 @@ def test_balls_hold_keys_that_come_later():
         balls = Balls.build(keys, slot < first, jnp.ones(6), size=32)
         for last in range(first, KEYS):
             block = last // 32
-            valid = (slot <= last).reshape(-1, 32)[block][None]
-            blocks = keys.reshape(-1, 32, 6)[block][None]
-            balls = append(balls, blocks, valid, np.array([block], np.int32))
+            valid = (slot <= last).reshape(-1, 32)[block]
+            held = keys.reshape(-1, 32, 6)[block]
+            balls = append(balls, held, valid, jnp.int32(block))
         return np.asarray(balls.upper(queries))
 
     scores = np.asarray(arrays.dot(queries, keys))

@@ -189,12 +189,14 @@ class Norms(Bound):
         )
         return cls(jnp.max(norms.reshape(*norms.shape[:-1], -1, size), axis=-1), size)
 
-    def append(self, blocks, valid, block):
-        norms = jnp.linalg.norm(blocks.astype(jnp.float32), axis=-1)
-        new = jnp.max(jnp.where(valid, norms, 0.0), axis=-1)
-        put = lambda longest, cell, new: longest.at[cell].max(new, mode="drop")
-        for _ in range(block.ndim - 1):
+    def append(self, keys, valid, first):
+        norms = jnp.linalg.norm(keys.astype(jnp.float32), axis=-1)
+        norms = jnp.where(valid, norms, 0.0).reshape(*valid.shape[:-1], -1, 32)
+        new = jnp.max(norms, axis=-1)
+        put = lambda longest, cell, new: longest.at[cell].max(new)
+        for _ in range(first.ndim):
             put = jax.vmap(put)
+        block = first[..., None] + jnp.arange(new.shape[-1])
         return dataclasses.replace(
             self, longest=put(self.longest, block * 32 // self.size, new)
         )

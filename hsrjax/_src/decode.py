@@ -19,10 +19,8 @@ import numpy as np
 from hsrjax._src import run
 from hsrjax._src.activations import tail as tails
 from hsrjax._src.activations.base import Activation, check_activation
-from hsrjax._src.core import checks, meshes, visible
+from hsrjax._src.core import checks, meshes, visible, windows
 from hsrjax._src.core.arrays import positions as steps
-from hsrjax._src.core.arrays import put_rows
-from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.tiles import Info, Values, heads_first, summarize_values
 from hsrjax._src.index.index import Index, group_keys
 from hsrjax._src.kernels.base import implementations_for, operations
@@ -182,25 +180,20 @@ def extend(
 
 @functools.partial(jax.jit, static_argnames="implementations")
 def _extend(cache, key, value, lengths, *, implementations):
-    b, new, kv_heads = key.shape[:3]
-    kernels = operations(implementations)
-    lengths = jnp.clip(lengths.astype(jnp.int32), 0, new)
-    per_head = jnp.broadcast_to(lengths[:, None], (b, kv_heads))
-    index = kernels.append(cache.index, heads_first(key), per_head)
-    step = steps(new, 3)
-    slots = cache.index.size[..., None] + step
-    stored = (step < per_head[..., None]) & (slots < cache.max_length)
-    slots = jnp.where(stored, slots, cache.values.rows.shape[-2])
-    rows = heads_first(value)
-    fresh = summarize_values(jnp.where(stored[..., None], rows, 0))
-    rows, sketch = put_rows(cache.values.rows, slots, rows), cache.values.sketch
+    lengths = jnp.clip(lengths.astype(jnp.int32), 0, key.shape[1])[:, None]
+    index = operations(implementations).append(cache.index, heads_first(key), lengths)
+    held = cache.index.size[:, :1]  # of all heads
+    fits = index.size[:, :1] - held
+    fresh, sketch = heads_first(value), cache.values.sketch
+    rows = windows.append(cache.values.rows, held, fresh, fits)
     if sketch is not None:
-        first = cache.index.size // WORD
-        sketch = tails.sketch_again(sketch, rows, first, new)
+        sketch = tails.sketch_again(sketch, rows, held, key.shape[1])
+    stored = steps(key.shape[1], 3) < fits[..., None]
+    facts = summarize_values(jnp.where(stored[..., None], fresh, 0))
     values = Values(
         rows=rows,
-        bound=jnp.maximum(cache.values.bound, fresh.bound),
-        poison=cache.values.poison + fresh.poison,
+        bound=jnp.maximum(cache.values.bound, facts.bound),
+        poison=cache.values.poison + facts.poison,
         sketch=sketch,
     )
     return KVCache(index, values, cache.max_length)

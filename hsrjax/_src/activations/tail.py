@@ -24,6 +24,7 @@ adds as much of V.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,14 +32,8 @@ import jax.numpy as jnp
 
 from hsrjax._src.activations import search
 from hsrjax._src.activations.certificates import weight_error
-from hsrjax._src.core.arrays import (
-    UNIT,
-    guard,
-    positions,
-    product,
-    put_rows,
-    take_rows,
-)
+from hsrjax._src.core import windows
+from hsrjax._src.core.arrays import UNIT, guard, product
 from hsrjax._src.core.bitset import WORD, blocks_touched
 
 TAILS = (1, 2, 4, 8, 16, 32)
@@ -106,22 +101,25 @@ def sketch_values(rows: jax.Array, group: int) -> ValueSketch:
 
 
 def sketch_again(
-    sketch: ValueSketch, rows: jax.Array, first: jax.Array, new: int
+    sketch: ValueSketch, rows: jax.Array, held: jax.Array, new: int
 ) -> ValueSketch:
-    """The sketch of values f[*B, P, D] of which `new` from block i32[*B] on changed."""
-    lead, group = first.shape, group_of(sketch, rows)
-    touched = blocks_touched(new, rows.shape[-2])
+    """The sketch of values f[*B, P, D] of which `new` behind the `held` ones changed.
 
-    def slots(unit):
-        a_block = WORD // unit
-        return first[..., None] * a_block + positions(touched * a_block, len(lead) + 1)
-
-    fresh = sketch_values(take_rows(rows, slots(1)), group)
-    put = lambda old, new: put_rows(old, slots(group), new)
+    Args:
+      sketch: of the values before.
+      rows: f[*B, P, D], the values now.
+      held: i32 that broadcasts against *B, as in `windows.read`.
+      new: at least so many changed.
+    """
+    group, slots = group_of(sketch, rows), rows.shape[-2]
+    touched = blocks_touched(new, slots)
+    first = jnp.minimum(held // WORD, slots // WORD - touched) * WORD
+    fresh = sketch_values(windows.read(rows, first, touched * WORD), group)
+    put = functools.partial(windows.write, start=first // group)
     return ValueSketch(
-        codes=put(sketch.codes, fresh.codes),
-        scale=put(sketch.scale[..., None], fresh.scale[..., None])[..., 0],
-        radius=put(sketch.radius[..., None], fresh.radius[..., None])[..., 0],
+        codes=put(sketch.codes, rows=fresh.codes),
+        scale=put(sketch.scale, rows=fresh.scale, axis=-1),
+        radius=put(sketch.radius, rows=fresh.radius, axis=-1),
     )
 
 

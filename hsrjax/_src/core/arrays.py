@@ -100,6 +100,21 @@ def norm(x: jax.Array) -> jax.Array:
     return up * jnp.sqrt(jnp.sum(scaled * scaled, axis=-1))
 
 
+def reach(x: jax.Array) -> jax.Array:
+    """The largest |coordinate| over the last axis, in one pass that XLA can fuse."""
+    both = lambda a, b: (jnp.maximum(a[0], b[0]), jnp.minimum(a[1], b[1]))
+    ends = jnp.float32(-jnp.inf), jnp.float32(jnp.inf)
+    high, low = jax.lax.reduce((x, x), ends, both, (x.ndim - 1,))
+    return jnp.maximum(high, -low)
+
+
+def sums_of_squares(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of f32[..., H] each, over the last axis, in one pass that XLA can fuse."""
+    add = lambda a, b: (a[0] + b[0], a[1] + b[1])
+    zeros = jnp.float32(0), jnp.float32(0)
+    return tuple(jax.lax.reduce((x * x, y * y), zeros, add, (x.ndim - 1,)))
+
+
 def inflation(h: int) -> float:
     """Factor that covers the rounding of a norm, and of a handful of terms of it."""
     return 1.0 + (2 * h + 64) * UNIT

@@ -41,6 +41,7 @@ from hsrjax._src.core.arrays import (
     inflation,
     max_rows,
     norm,
+    positions,
     product,
     take_windows,
 )
@@ -100,8 +101,11 @@ class Balls(Bound):
             size=size,
         )
 
-    def append(self, blocks: jax.Array, valid: jax.Array, block: jax.Array) -> Self:
+    def append(self, keys: jax.Array, valid: jax.Array, first: jax.Array) -> Self:
         """As `Bound.append`: balls grow, their middles stay."""
+        valid = valid.reshape(*valid.shape[:-1], -1, WORD)
+        blocks = keys.reshape(*valid.shape, keys.shape[-1])
+        block = first[..., None] + positions(valid.shape[-2], valid.ndim - 1)
         cell = block // (self.size // WORD)
         middle = take_windows(self.middles, cell, 1)[..., 0]
         common = jnp.broadcast_to(self.centre[..., None, :], middle.shape)

@@ -37,13 +37,13 @@ class Bound:
         """
         raise NotImplementedError
 
-    def append(self, blocks: jax.Array, valid: jax.Array, block: jax.Array) -> Self:
-        """With blocks of keys that changed.
+    def append(self, keys: jax.Array, valid: jax.Array, first: jax.Array) -> Self:
+        """With consecutive blocks of 32 keys that changed.
 
         Args:
-          blocks: f[*B, U, 32, H], all keys of these blocks, old and new.
-          valid: bool[*B, U, 32]; other slots are ignored.
-          block: i32[*B, U], which blocks they are; past the end for none.
+          keys: f[*B, U, H], all keys of these blocks, old and new.
+          valid: bool[*B, U]; other slots are ignored.
+          first: i32[*B], the number of the first of them.
         """
         raise NotImplementedError
 

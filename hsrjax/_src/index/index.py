@@ -15,8 +15,8 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from hsrjax._src.core import bitset
-from hsrjax._src.core.arrays import positions, put_rows, take_rows
+from hsrjax._src.core import bitset, windows
+from hsrjax._src.core.arrays import positions
 from hsrjax._src.core.bitset import WORD, blocks_touched
 from hsrjax._src.index.balls import Balls
 from hsrjax._src.index.bound import Bound
@@ -112,40 +112,45 @@ class Index:
 
 
 def append(index: Index, keys: jax.Array, lengths: jax.Array) -> Index:
-    """Adds keys f[*B, U, H], of which only the first lengths i32[*B] are real.
+    """Adds keys f[*B, U, H], of which only the first lengths are real.
 
     Only the blocks that they fall into are sketched again. Keys beyond the room are
     counted in `dropped`. Cost O((U + 64) H).
+
+    Args:
+      index: batch axes *B.
+      keys: f[*B, U, H].
+      lengths: i32 that broadcasts against *B. Along its axes of size 1 rows hold
+        equally many keys, as the heads of a cache do, and are written together.
     """
-    new, h = keys.shape[-2:]
-    lead, padded = index.size.shape, index.keys.shape[-2]
-    step = positions(new, len(lead) + 1)
-    slots = index.size[..., None] + step
-    stored = (step < lengths[..., None]) & (slots < index.max_keys)
-    all_keys = put_rows(index.keys, jnp.where(stored, slots, padded), keys)
-    size = index.size + jnp.sum(stored, axis=-1, dtype=jnp.int32)
-
-    touched = blocks_touched(new, padded)
-    block = (index.size // WORD)[..., None] + positions(touched, len(lead) + 1)
-    slot = block[..., None] * WORD + positions(WORD, len(lead) + 2)
-    fresh = (slot >= index.size[..., None, None]) & (slot < size[..., None, None])
-    old = take_rows(index.alive[..., None], block)[..., 0]
-    words = old | bitset.pack(fresh.reshape(*lead, -1))
-    valid = bitset.unpack(words).reshape(*lead, touched, WORD)
-
-    flat = take_rows(jax.lax.stop_gradient(all_keys), slot.reshape(*lead, -1))
-    blocks = flat.reshape(*lead, touched, WORD, h)
+    held = index.size[tuple(map(slice, lengths.shape))]
+    fits = jnp.minimum(lengths, index.max_keys - held)
+    new, blocks = keys.shape[-2], index.alive.shape[-1]
+    stored = windows.append(index.keys, held, keys, fits)
     centre = _first_centre(index, jax.lax.stop_gradient(keys), lengths)
     sketch = dataclasses.replace(index.sketch, centre=centre)
-    alive = put_rows(index.alive[..., None], block, words[..., None])[..., 0]
+
+    touched = blocks_touched(new, blocks * WORD)
+    first = jnp.minimum(held // WORD, blocks - touched)
+    slot = first[..., None] * WORD + positions(touched * WORD, held.ndim + 1)
+    fresh = (slot >= held[..., None]) & (slot < (held + fits)[..., None])
+    words = windows.read(index.alive, first, touched, axis=-1) | bitset.pack(fresh)
+    # What is written is read again, not kept: no copy of what it replaces.
+    alive = windows.write(index.alive, first, words, axis=-1)
+    words = windows.read(alive, first, touched, axis=-1)
+    changed = windows.read(jax.lax.stop_gradient(stored), first * WORD, touched * WORD)
+    valid = bitset.unpack(words)
     return dataclasses.replace(
         index,
-        keys=all_keys,
-        sketch=sketch.append(blocks, valid, block),
-        cells=index.cells and index.cells.append(blocks, valid, block),
+        keys=stored,
+        sketch=sketch.append(changed, valid, first),
+        cells=index.cells
+        and index.cells.append(
+            changed, valid, jnp.broadcast_to(first, index.size.shape)
+        ),
         alive=alive,
-        size=size,
-        dropped=index.dropped + jnp.maximum(lengths - (size - index.size), 0),
+        size=index.size + fits,
+        dropped=index.dropped + (lengths - fits),
     )
 
 
@@ -194,7 +199,7 @@ def _first_centre(index: Index, keys: jax.Array, lengths: jax.Array) -> jax.Arra
     if keys.shape[-2] < WORD:
         return index.sketch.centre
     first = (index.size == 0) & (lengths >= keys.shape[-2] // 2)
-    every = jnp.full_like(lengths, keys.shape[-2])
+    every = jnp.full_like(index.size, keys.shape[-2])
     return jnp.where(first[..., None], sample_median(keys, every), index.sketch.centre)
 
 

@@ -5,31 +5,34 @@ s and int8 codes k8, every key is k = c + s k8 + e; a query is a = t a8 + f. The
 
     <a, k> = <a, c> + s t <a8, k8> + s <f, k8> + <a, e>,
 
-so with `spread` >= |s k8| and `radius` >= |e| over the block, Cauchy-Schwarz gives
+so with `spread` >= |s k8| and E >= |e| over the block, Cauchy-Schwarz gives
 
-    | <a, k> - <a, c> - s t <a8, k8> |  <=  |f| spread + |a| radius.
+    | <a, k> - <a, c> - s t <a8, k8> |  <=  |f| spread + |a| E.
 
 **Rounding (u = 2^-24, float32, any summation order, subnormals may be flushed).**
 Membership is about the *float32* score S, so the bound must also hold for S and for
-the float32 evaluation of itself. Write K = |c| + spread + radius >= |k|.
+the float32 evaluation of itself. Write K = |c| + spread + E >= |k|.
 
 1.  |S - <a, k>| <= g |a| K and the computed centre score C has
     |C - <a, c>| <= g |a| |c|, for g = H u / (1 - H u), each plus at most H 2^-126 from
-    flushed products (Higham 2002, section 3.1).
-2.  The stored radius is a float32 norm of e' = fl(fl(k - c) - fl(s k8)). Coordinatewise
-    |e - e'| <= 2u (|fl(k - c)| + |s k8|) + u |e'| to first order, which `_error_norm`
-    adds, as it adds 2^-122 for flushed coordinates. The query's |f| likewise.
-3.  A float32 norm, computed after scaling by a power of two (so that neither overflow
-    nor underflow of squares matters), has relative error <= (H + 4) u;
-    products and sums of the handful of terms below add less than 24 u.
-    `_inflate` multiplies by 1 + (2H + 64) u and so covers both.
+    flushed products (Higham 2002, section 3.1). The stored `radius` is therefore
+    E + (2H + 32) u (2 K + |c|), to be multiplied by |a| once.
+2.  Codes are whole numbers near y = fl(x / s) for x = fl(k - c): y - k8 is exact, and y
+    is x / s up to 8u on every platform. So, coordinate by coordinate,
+    |e| <= s (|y - k8| + 16u |y|); likewise f, with x = a. A coordinate of the largest
+    key of a block, or of the query, has |y| = 127, and there the 16u |y| are more than
+    all that is flushed. Where nothing is larger than 1e-35 all codes are zero and
+    the norm of x is below 2^-108, which is added to E, |f| and |a|.
+3.  The squares of k8 sum up exactly for H <= 1024, those of y and of y - k8 with a
+    relative error of (H + 4) u; products and sums of the handful of terms below add
+    less than 24 u. `inflation` is 1 + (2H + 64) u and so covers both.
 4.  The product <a8, k8> is an integer of at most 127^2 H < 2^14 H: exact in int32, and
     in float32 for H <= 1024, also from codes in bfloat16, which holds them all.
 
 Hence for every key of the block
 
     | S - C - s t <a8, k8> | <= slack,
-    slack = inflate(|f| spread + |a| radius + (2H + 32) u |a| (2 K + |c|)) + 2^-110.
+    slack = inflation (|f| spread + |a| radius) + 2^-110.
 
 **Thresholds.** If S >= b then s t <a8, k8> >= b - C - slack, that is
 <a8, k8> >= z = (b - C - slack) / (s t). The float32 value of b - C - slack is off by at
@@ -37,9 +40,10 @@ most 2u (|b - C| + slack). If |b - C| <= 4 |a| K this is covered by the 32 u |a|
 in the slack. Otherwise, b - C > 0 means that no key of the block can reach b and
 b - C < 0 that all do, and a relative error of 2u changes neither. The quotient has
 relative error 4u, an absolute error below 1 + H/256 where |z| <= 2^14 H, so testing
-<a8, k8> >= ceil(z) - 1 - floor(H/256) never drops a key. Wherever something is not
-finite, or s t is not a normal number, the threshold is the smallest integer: the block
-passes whole. NaN never fails the test.
+<a8, k8> >= ceil(z) - 1 - floor(H/256) never drops a key. Where s t is not a normal
+number, or slack is not below 2^108 (it is, unless |a| K is below 2^126 and nothing
+overflows), slack is set to infinity and the threshold is the smallest integer: the
+block passes whole. NaN never fails the test.
 
 The same slack bounds S from both sides (`intervals`), which is what the softmax
 certificates are computed from.
@@ -54,6 +58,7 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
+from hsrjax._src.core import windows
 from hsrjax._src.core.arrays import (
     TINY,
     UNIT,
@@ -61,17 +66,19 @@ from hsrjax._src.core.arrays import (
     inflation,
     integer_product,
     norm,
-    put_rows,
+    reach,
+    sums_of_squares,
     take_windows,
 )
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.index.bound import Bound
 
-_FLUSHED = 2.0**-122
+_UNCODED = 2.0**-108
 _SMALLEST_RANGE = 1e-35
 _SMALLEST_PRODUCT = 2.0**-125
-_LARGEST = 2.0**126
+_LARGEST = 2.0**108
 _LEVELS = 127
+_INEXACT = 16 * UNIT
 _PASS = -(2**30)
 _STOP = 2**30
 
@@ -89,7 +96,8 @@ class Sketch(Bound):
       codes: i8[*B, H, S], key coordinates in units of the block's scale.
       scale: f32[*B, S/32].
       spread: f32[*B, S/32], at least the norm of scale * codes of each key.
-      radius: f32[*B, S/32], at least the norm of what the codes leave out.
+      radius: f32[*B, S/32], at least the norm of what the codes leave out, and what
+        a score may be off by rounding, per unit of the query's norm.
       centre: f32[*B, H], subtracted before coding; any value is sound.
     """
 
@@ -105,13 +113,8 @@ class Sketch(Bound):
         cls, keys: jax.Array, valid: jax.Array, centre: jax.Array, *, size: int = 1
     ) -> Self:
         """As `Bound.build`, of keys f[*B, S, H] in blocks of 32. Cost O(S H)."""
-        *lead, _, h = keys.shape
-        blocks = keys.reshape(*lead, -1, WORD, h)
-        valid = valid.reshape(*lead, -1, WORD)
-        codes, *facts = _sketch_blocks(blocks, valid, centre)
-        return cls(
-            jnp.moveaxis(codes.reshape(*lead, -1, h), -1, -2), *facts, centre=centre
-        )
+        codes, *facts = _sketch(keys, valid, centre)
+        return cls(jnp.moveaxis(codes, -1, -2), *facts, centre=centre)
 
     @classmethod
     def empty(cls, lead: tuple[int, ...], head_dim: int, slots: int) -> Self:
@@ -125,20 +128,17 @@ class Sketch(Bound):
             centre=jnp.zeros((*lead, head_dim), jnp.float32),
         )
 
-    def append(self, blocks: jax.Array, valid: jax.Array, block: jax.Array) -> Self:
-        """As `Bound.append`."""
-        *lead, h, slots = self.codes.shape
-        codes, scale, spread, radius = _sketch_blocks(blocks, valid, self.centre)
-        codes = jnp.moveaxis(codes, -1, -3)  # [*B, H, U, 32]
-        column = jnp.broadcast_to(block[..., None, :], codes.shape[:-1])
-        columns = self.codes.reshape(*lead, h, -1, WORD)
-        put = lambda old, new: put_rows(old[..., None], block, new[..., None])[..., 0]
+    def append(self, keys: jax.Array, valid: jax.Array, first: jax.Array) -> Self:
+        """As `Bound.append`; batch axes of size 1 of `first` share it."""
+        codes, *facts = _sketch(keys, valid, self.centre)
+        put = functools.partial(windows.write, axis=-1)
+        old = self.scale, self.spread, self.radius
+        scale, spread, radius = (
+            put(x, first, new) for x, new in zip(old, facts, strict=True)
+        )
+        codes = put(self.codes, first * WORD, jnp.moveaxis(codes, -1, -2))
         return dataclasses.replace(
-            self,
-            codes=put_rows(columns, column, codes).reshape(*lead, h, slots),
-            scale=put(self.scale, scale),
-            spread=put(self.spread, spread),
-            radius=put(self.radius, radius),
+            self, codes=codes, scale=scale, spread=spread, radius=radius
         )
 
     def upper(self, queries: jax.Array) -> jax.Array:
@@ -149,10 +149,11 @@ class Sketch(Bound):
         """Lower and upper bounds f32[*B, Q, S] of every float32 score."""
         coded = self.code(queries)
         products = integer_product(coded.codes, self.codes)
-        step, slack, sound = map(_per_key, (coded.step, coded.slack, coded.sound))
+        step, slack = _per_key(coded.step), _per_key(coded.slack)
         middle = coded.centre_score + step * products.astype(jnp.float32)
-        lower = jnp.where(sound, middle - slack, -jnp.inf)
-        upper = jnp.where(sound, middle + slack, jnp.inf)
+        bounded = slack < jnp.inf
+        lower = jnp.where(bounded, middle - slack, -jnp.inf)
+        upper = jnp.where(bounded, middle + slack, jnp.inf)
         return lower, upper
 
     def passing(self, queries: jax.Array, offsets: jax.Array) -> jax.Array:
@@ -169,23 +170,24 @@ class Sketch(Bound):
     def code(self, queries: jax.Array) -> CodedQueries:
         """Codes queries f[*B, Q, H] and bounds the error against every block."""
         a = queries.astype(jnp.float32)
-        h = a.shape[-1]
-        reach = jnp.max(jnp.abs(a), axis=-1)
-        scale = jnp.where(reach > _SMALLEST_RANGE, reach / _LEVELS, 1.0)
-        codes, coded, error = _round_to_codes(a, scale[..., None])
-        centre = self.centre[..., None, :]
-        lengths = norm(jnp.concatenate([a, coded, error, centre], axis=-2))[..., None]
-        length, coded_norm, lost = jnp.split(lengths[..., :-1, :], 3, axis=-2)
-        lost = _widen_error(lost, length, coded_norm)
-        centre_norm = lengths[..., -1:, :]
-        spread, radius = self.spread[..., None, :], self.radius[..., None, :]
-        key_norm = centre_norm + spread + radius
-        rounding = (2 * h + 32) * UNIT * length * (2 * key_norm + centre_norm)
-        slack = lost * spread + length * radius + rounding
-        slack = inflation(h) * slack + TINY
-        step = scale[..., None] * self.scale[..., None, :]
-        sound = (step > _SMALLEST_PRODUCT) & (length * key_norm + slack < _LARGEST)
-        return CodedQueries(codes, dot(a, centre), step, slack, sound)
+        scale = _scale(jnp.max(jnp.abs(a), axis=-1, keepdims=True))
+        units = a / scale
+        codes = _whole(units)
+        facts = jnp.stack([units, units - codes], axis=-2)
+        norms = scale * jnp.sqrt(jnp.sum(facts * facts, axis=-1))
+        length, lost = norms[..., :1], norms[..., 1:]
+        lost = lost + _INEXACT * length + _UNCODED
+        slack = lost * self.spread[..., None, :]
+        slack += (length + _UNCODED) * self.radius[..., None, :]
+        slack = inflation(a.shape[-1]) * slack + TINY
+        step = scale * self.scale[..., None, :]
+        sound = (step > _SMALLEST_PRODUCT) & (slack < _LARGEST)
+        return CodedQueries(
+            codes=codes.astype(jnp.int8),
+            centre_score=dot(a, self.centre[..., None, :]),
+            step=step,
+            slack=jnp.where(sound, slack, jnp.inf),
+        )
 
     def key_norm(self) -> jax.Array:
         """At least the norm of every key, f32[*B]."""
@@ -239,15 +241,14 @@ class CodedQueries(NamedTuple):
       codes: i8[*B, Q, H].
       centre_score: f32[*B, Q, 1].
       step: f32[*B, Q, S/32], score per unit of the int8 product.
-      slack: f32[*B, Q, S/32], how far the float32 score may be from its estimate.
-      sound: bool[*B, Q, S/32], whether the two numbers above may be relied on.
+      slack: f32[*B, Q, S/32], how far the float32 score may be from its estimate;
+        infinite where nothing is known of it.
     """
 
     codes: jax.Array
     centre_score: jax.Array
     step: jax.Array
     slack: jax.Array
-    sound: jax.Array
 
     def thresholds(self, offsets: jax.Array) -> jax.Array:
         """Integers i32[*B, Q, S/32]: a key below its block's integer is not a member.
@@ -255,53 +256,50 @@ class CodedQueries(NamedTuple):
         Args:
           offsets: f32[*B, Q].
         """
-        lowest = offsets[..., None] - self.centre_score - self.slack
+        lowest = (offsets[..., None] - self.centre_score) - self.slack
+        level = jnp.minimum(lowest / self.step, _STOP)
         margin = 1.0 + self.codes.shape[-1] // 256
-        level = jnp.ceil(jnp.clip(lowest / self.step, _PASS, _STOP)) - margin
-        usable = self.sound & ~jnp.isnan(level)
-        return jnp.where(usable, level, float(_PASS)).astype(jnp.int32)
+        level = jnp.where(level > _PASS, jnp.ceil(level) - margin, _PASS)  # NaN is not
+        return level.astype(jnp.int32)
 
 
-def _sketch_blocks(
-    blocks: jax.Array, valid: jax.Array, centre: jax.Array
+def _sketch(
+    keys: jax.Array, valid: jax.Array, centre: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Codes, scale, spread and radius of blocks of 32 keys.
 
     Args:
-      blocks: f[*B, W, 32, H], keys; may hold NaN and infinities.
-      valid: bool[*B, W, 32]; other slots are ignored.
+      keys: f[*B, S, H]; may hold NaN and infinities.
+      valid: bool[*B, S]; other slots are ignored.
       centre: f32[*B, H].
 
     Returns:
-      codes i8[*B, W, 32, H] and scale, spread, radius f32[*B, W]. Cost O(W 32 H).
+      codes i8[*B, S, H] and scale, spread, radius f32[*B, S/32]. Cost O(S H).
     """
-    rest = blocks.astype(jnp.float32) - centre[..., None, None, :]
+    h = keys.shape[-1]
+    rest = keys.astype(jnp.float32) - centre[..., None, :]
     rest = jnp.where(valid[..., None], rest, 0.0)
-    reach = jnp.max(jnp.abs(rest), axis=(-2, -1))
-    scale = jnp.where(reach > _SMALLEST_RANGE, reach / _LEVELS, 1.0)
-    scale = jnp.where(jnp.isnan(reach), reach, scale)
-    codes, coded, error = _round_to_codes(rest, scale[..., None, None])
-    factor = inflation(rest.shape[-1])
-    spread = factor * jnp.max(norm(coded), axis=-1)
-    radius = factor * jnp.max(_error_norm(rest, coded, error), axis=-1)
-    return codes, scale, spread, radius
+    by_block = lambda x: jnp.max(x.reshape(*x.shape[:-1], -1, WORD), axis=-1)
+    scale = _scale(by_block(reach(rest)))
+    units = rest / _per_key(scale)[..., None]
+    codes = _whole(units)
+    coded, lost = (jnp.sqrt(by_block(x)) for x in sums_of_squares(codes, units - codes))
+    lost = lost + _INEXACT * (coded + lost)
+    spread = inflation(h) * scale * coded
+    radius = inflation(h) * scale * lost + _UNCODED
+    from_centre = norm(centre)[..., None]
+    rounding = (2 * h + 32) * UNIT * (3 * from_centre + 2 * (spread + radius))
+    return codes.astype(jnp.int8), scale, spread, inflation(h) * (radius + rounding)
 
 
-def _round_to_codes(x, scale):
-    """Codes i8, their value scale * codes, and the float32 remainder."""
-    ratio = jnp.round(x / scale)
-    ratio = jnp.where(jnp.isfinite(ratio), jnp.clip(ratio, -_LEVELS, _LEVELS), 0.0)
-    coded = scale * ratio
-    return ratio.astype(jnp.int8), coded, x - coded
+def _scale(reach: jax.Array) -> jax.Array:
+    """The unit of codes of numbers up to `reach`; NaN of what is not finite."""
+    return jnp.where(reach <= _SMALLEST_RANGE, 1.0, reach / _LEVELS)
 
 
-def _error_norm(x, coded, error):
-    return _widen_error(norm(error), norm(x), norm(coded))
-
-
-def _widen_error(error_norm, x_norm, coded_norm):
-    rounding = 4 * UNIT * (x_norm + coded_norm + error_norm)
-    return error_norm + rounding + _FLUSHED
+def _whole(units: jax.Array) -> jax.Array:
+    """Codes as float32: the nearest whole numbers, of NaN zero."""
+    return jnp.where(jnp.isnan(units), 0.0, jnp.round(units))
 
 
 def _per_key(block_values: jax.Array) -> jax.Array:

@@ -165,7 +165,10 @@ class Implementation:
         raise NotImplementedError(f"{self.name} has no sum_all")
 
     def append(self, index: Index, keys: jax.Array, lengths: jax.Array) -> Index:
-        """Adds keys f[*B, U, H], of which the first lengths i32[*B] are real."""
+        """Adds keys f[*B, U, H], of which the first lengths are real.
+
+        Lengths i32 broadcast against *B: where an axis is 1, rows hold equally many.
+        """
         raise NotImplementedError(f"{self.name} has no append")
 
 
