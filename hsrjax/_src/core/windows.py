@@ -67,9 +67,29 @@ def append(
         rows = read(jnp.pad(rows, padding), new - ahead, new)
     place = positions(new, held.ndim + 1) - ahead[..., None]
     fresh = (place >= 0) & (place < count[..., None])
-    return write(
-        table, start, jnp.where(fresh[..., None], rows, read(table, start, new))
+    rows = jnp.where(fresh[..., None], rows, read(table, start, new))
+    return jax.lax.platform_dependent(
+        table, start, rows, cpu=_write_apart, default=write
     )
+
+
+def _write_apart(table: jax.Array, start: jax.Array, rows: jax.Array) -> jax.Array:
+    """`write` as a scatter, of two windows or more: one would be a slice again.
+
+    XLA's CPU backend fuses a slice that is written with each of those that read the
+    table, and writes the whole table for each.
+    """
+    every = jnp.broadcast_to(start, table.shape[:-2])
+    if every.size > 1:
+        return write(table, every, rows)
+    twice = jnp.broadcast_to(rows, (2, *rows.shape))
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, twice.ndim)),
+        inserted_window_dims=(),
+        scatter_dims_to_operand_dims=(table.ndim - 2,),
+    )
+    at = jnp.broadcast_to(start.reshape(1, 1), (2, 1))
+    return jax.lax.scatter(table, at, twice, numbers, mode="clip")
 
 
 def _over_starts(
