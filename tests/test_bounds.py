@@ -160,9 +160,9 @@ def test_products_of_codes_on_a_gpu(h, codes):
 
     assert f"x{codes}>" in program("cuda") and "xi8>" in program("cpu")
     extreme = jnp.full((2, h), -127, jnp.int8).at[1, ::2].set(127)
-    worst = rng.choice([-127, 127], (h, 96)).astype(np.int8)
+    worst = rng.choice([-127, 127], (96, h)).astype(np.int8)
     for left, right in [(codes_of_queries, index.sketch.codes), (extreme, worst)]:
-        exact = np.asarray(left, np.int64) @ np.asarray(right, np.int64)
+        exact = np.asarray(left, np.int64) @ np.asarray(right, np.int64).T
         for way in (arrays.whole_product, arrays.floating_product):
             np.testing.assert_array_equal(way(left, jnp.asarray(right)), exact)
 

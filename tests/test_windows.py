@@ -89,4 +89,4 @@ def test_one_more_token_touches_what_it_writes(batch, tail):
             assert 0 < touched < (0.02 if tail is None else 0.04) * size(cache)
     (less, few), (more, many) = found
     assert less == more < 2**19
-    assert few == many or batch > 1
+    assert batch > 1 or abs(few - many) < 0.01 * few

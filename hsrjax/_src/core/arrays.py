@@ -51,7 +51,7 @@ def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def integer_product(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Products i32[*B, Q, S] of codes i8[*B, Q, H] and i8[*B, H, S].
+    """Products i32[*B, Q, S] of codes i8[*B, Q, H] and i8[*B, S, H].
 
     Off the CPU small heads go by bfloat16: the integers are the same.
     """
@@ -71,14 +71,14 @@ def integer_product(queries: jax.Array, keys: jax.Array) -> jax.Array:
 def whole_product(queries: jax.Array, keys: jax.Array) -> jax.Array:
     """`integer_product` of as many rows as a fast product needs."""
     return jnp.einsum(
-        "...qh,...hs->...qs", queries, keys, preferred_element_type=jnp.int32
+        "...qh,...sh->...qs", queries, keys, preferred_element_type=jnp.int32
     )
 
 
 def floating_product(queries: jax.Array, keys: jax.Array) -> jax.Array:
     """The same integers from codes in bfloat16, which holds them, added in float32."""
     products = jnp.einsum(
-        "...qh,...hs->...qs",
+        "...qh,...sh->...qs",
         queries.astype(jnp.bfloat16),
         keys.astype(jnp.bfloat16),
         preferred_element_type=jnp.float32,
@@ -191,23 +191,25 @@ def gather_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(table, rows, cpu=vectorized, default=batched)
 
 
-def take_windows(table: jax.Array, windows: jax.Array, size: int) -> jax.Array:
-    """Windows of columns of table[*B, R, S] at i32[*B, ..., C]: [*B, ..., C, R, size].
+def take_windows(
+    table: jax.Array, windows: jax.Array, size: int, *, axis: int = -1
+) -> jax.Array:
+    """Windows along an axis of table[*B, R, S] at i32[*B, ..., C].
 
-    Window i begins at column i * size; windows past the end are the last one. Copied as
-    whole runs of memory, whatever the dtype: int8 rows are copied byte by byte instead.
+    [*B, ..., C, R, size], or for axis -2 [*B, ..., C, size, S]. Window i begins at
+    i * size; windows past the end are the last one. Copied as whole runs of memory,
+    whatever the dtype: int8 rows are copied byte by byte instead.
     """
-    rows = table.shape[-2]
     lead = table.shape[:-2]
 
     def one(table, window):
-        return jax.lax.dynamic_slice_in_dim(table, window * size, size, axis=1)
+        return jax.lax.dynamic_slice_in_dim(table, window * size, size, axis)
 
     take = jax.vmap(one, (None, 0))
     for _ in lead:
         take = jax.vmap(take)
     found = take(table, windows.reshape(*lead, -1))
-    return found.reshape(*windows.shape, rows, size)
+    return found.reshape(*windows.shape, *found.shape[-2:])
 
 
 def put_rows(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:

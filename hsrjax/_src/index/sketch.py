@@ -93,7 +93,7 @@ class Sketch(Bound):
     """The 8-bit picture of the keys; S is a multiple of 32.
 
     Attributes:
-      codes: i8[*B, H, S], key coordinates in units of the block's scale.
+      codes: i8[*B, S, H], key coordinates in units of the block's scale.
       scale: f32[*B, S/32].
       spread: f32[*B, S/32], at least the norm of scale * codes of each key.
       radius: f32[*B, S/32], at least the norm of what the codes leave out, and what
@@ -114,14 +114,14 @@ class Sketch(Bound):
     ) -> Self:
         """As `Bound.build`, of keys f[*B, S, H] in blocks of 32. Cost O(S H)."""
         codes, *facts = _sketch(keys, valid, centre)
-        return cls(jnp.moveaxis(codes, -1, -2), *facts, centre=centre)
+        return cls(codes, *facts, centre=centre)
 
     @classmethod
     def empty(cls, lead: tuple[int, ...], head_dim: int, slots: int) -> Self:
         """Of no keys; fresh arrays each: a cache is donated whole, no buffer twice."""
         zeros = functools.partial(jnp.zeros, (*lead, slots // WORD), jnp.float32)
         return cls(
-            codes=jnp.zeros((*lead, head_dim, slots), jnp.int8),
+            codes=jnp.zeros((*lead, slots, head_dim), jnp.int8),
             scale=jnp.ones((*lead, slots // WORD), jnp.float32),
             spread=zeros(),
             radius=zeros(),
@@ -131,12 +131,12 @@ class Sketch(Bound):
     def append(self, keys: jax.Array, valid: jax.Array, first: jax.Array) -> Self:
         """As `Bound.append`; batch axes of size 1 of `first` share it."""
         codes, *facts = _sketch(keys, valid, self.centre)
-        put = functools.partial(windows.write, axis=-1)
         old = self.scale, self.spread, self.radius
         scale, spread, radius = (
-            put(x, first, new) for x, new in zip(old, facts, strict=True)
+            windows.write(x, first, new, axis=-1)
+            for x, new in zip(old, facts, strict=True)
         )
-        codes = put(self.codes, first * WORD, jnp.moveaxis(codes, -1, -2))
+        codes = windows.write(self.codes, first * WORD, codes)
         return dataclasses.replace(
             self, codes=codes, scale=scale, spread=spread, radius=radius
         )
@@ -198,28 +198,28 @@ class Sketch(Bound):
     def runs(self, firsts: list[jax.Array], count: int) -> Self:
         """Runs of `count` blocks side by side, which begin with blocks i32 scalars."""
 
-        def cut(x, unit=1):
+        def cut(x, unit=1, axis=-1):
             size = count * unit
-            take = functools.partial(jax.lax.dynamic_slice_in_dim, axis=-1)
-            return jnp.concatenate([take(x, i * unit, size) for i in firsts], axis=-1)
+            take = functools.partial(jax.lax.dynamic_slice_in_dim, axis=axis)
+            return jnp.concatenate([take(x, i * unit, size) for i in firsts], axis)
 
-        return self._of(cut, codes=cut(self.codes, WORD))
+        return self._of(cut, codes=cut(self.codes, WORD, -2))
 
     def chunk(self, start: jax.Array, size: int) -> Self:
         """The codes of `size` slots; of their blocks as they were: use `reach`."""
-        codes = jax.lax.dynamic_slice_in_dim(self.codes, start, size, axis=-1)
+        codes = jax.lax.dynamic_slice_in_dim(self.codes, start, size, axis=-2)
         return dataclasses.replace(self, codes=codes)
 
     def cells(self, chosen: jax.Array, number: int) -> Self:
         """Of each chosen cell i32[*B, J, C] of `number`, batch axes [*B, J, C]."""
-        lead = chosen.shape[:-2]
+        slots = self.codes.shape[-2] // number
+        codes = take_windows(self.codes, chosen, slots, axis=-2)
 
         def take(x):
-            flat = x.reshape(*lead, -1, x.shape[-1])
-            return take_windows(flat, chosen, x.shape[-1] // number)
+            return take_windows(x[..., None, :], chosen, slots // WORD)[..., 0, :]
 
+        taken = self._of(take, codes=codes)
         centre = self.centre[..., None, None, :]
-        taken = self._of(lambda x: take(x)[..., 0, :], codes=take(self.codes))
         centre = jnp.broadcast_to(centre, (*chosen.shape[:-1], 1, centre.shape[-1]))
         return dataclasses.replace(taken, centre=centre)
 

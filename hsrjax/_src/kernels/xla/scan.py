@@ -130,7 +130,7 @@ def _scan_in_chunks(sketch, queries, offsets, visible, parts):
     Q S are ever in memory. The thresholds are made before the loop: inside it XLA would
     work out a block's threshold again for each of its keys.
     """
-    lead, rows, size = queries.shape[:-2], queries.shape[-2], sketch.codes.shape[-1]
+    lead, rows, size = queries.shape[:-2], queries.shape[-2], sketch.codes.shape[-2]
     chunk = _CHUNK_PRODUCTS // (math.prod(lead) * rows) // WORD * WORD
     chunk = min(max(chunk, _LEAST_CHUNK), size)
     coded = sketch.code(queries)
