@@ -59,13 +59,14 @@ def run(command: Command) -> Results:
     """Measures everything."""
     quick = command.quick
     keys = (512,) if quick else KEYS
-    middle, far, sequence = (512, 512, 256) if quick else (16384, 131072, 2048)
+    near, middle, far = (512,) * 3 if quick else (8192, 16384, 131072)
+    sequence = 256 if quick else 2048
     steps = len(keys) + 5
     with tqdm(total=steps * command.rounds, unit="round") as bar:
         timed = functools.partial(_timed, rounds=command.rounds, bar=bar)
         curves = _curves(timed, keys, command.seed)
         wide, narrow = (_slot(timed, far, h, command.seed) for h in (64, 16))
-        probe = _probe(timed, middle, command.seed)
+        probe = _probe(timed, near, command.seed)
         select = _select(timed, middle, command.seed)
         found = _prefill(timed, sequence, command.seed)
     dense, scan = curves
@@ -171,7 +172,7 @@ def _slot(timed, keys: int, head_dim: int, seed: int) -> float:
 
 
 def _probe(timed, keys: int, seed: int) -> float:
-    """Nanoseconds for a look at a sample."""
+    """Nanoseconds for a look at a sample, over few keys: it is the same over many."""
     cache = _Cache(Shape(keys=keys), seed)
     ns = timed({way: cache.call(way, NONE) for way in ("hsr", "auto")})
     return max(0.0, ns["auto"] - ns["hsr"])
