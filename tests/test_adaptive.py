@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import chex
 import jax
@@ -284,3 +285,34 @@ def test_auto_reports_where_gradients_are_asked_for(monkeypatch):
     eager, _ = gradient(arrays, bias, "auto")
     for one, other in zip(*map(jax.tree.leaves, (eager, got)), strict=True):
         assert relative_error(one, other) <= 1e-5
+
+
+@pytest.mark.parametrize("cheaper", ["dense", *slow(("hsr",))])
+def test_what_approximates_keeps_its_bounds_whichever_way(
+    cheaper, made_up_costs, tmp_path, monkeypatch
+):
+    """Full softmax is as far as Info says, and a row is one of the two ways' own."""
+    table = made_up_costs | {"scan": [[1.0, 1e15 if cheaper == "dense" else 1e-6]]}
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps({costs.this_machine().backend: table}))
+    monkeypatch.setenv("HSRJAX_COSTS", str(file))
+    query, key, value, _ = inputs((1, 1, 512, 4, 2, 16, 8))
+    cache = hsrjax.init_cache(1, 512, 2, 16, value_dim=8, tail=4)
+    cache = hsrjax.extend(cache, key, value)
+    step = functools.partial(hsrjax.decode_attention, 4 * query, cache)
+    full, _ = step(activation=hsrjax.Softmax(), method="dense")
+    for activation in (
+        hsrjax.Softmax(top_r=8),
+        hsrjax.Softmax(epsilon=0.1),
+        hsrjax.Softmax(epsilon=0.1, tail=4),
+    ):
+        ways = {x: step(activation=activation, method=x) for x in ("dense", "hsr")}
+        out, info = step(activation=activation)
+        np.testing.assert_allclose(out, ways[cheaper][0], rtol=1e-6)
+        assert relative_error(*(x[0] for x in ways.values())) < 0.2
+        for found, told in (*ways.values(), (out, info)):
+            distance = jnp.max(jnp.abs(found - full), axis=-1)
+            assert (distance <= told.error_bound + 1e-6).all()
+            if activation.epsilon is not None and activation.tail is None:
+                assert (told.missed_mass <= activation.epsilon).all()
+        assert (info.candidates == 512).all() == (cheaper == "dense")

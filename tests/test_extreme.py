@@ -1,6 +1,8 @@
 """Selections among scores that are neighbours, that tie, and that nearly overflow."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -96,3 +98,63 @@ def test_what_is_kept_and_what_is_promised(name, method):
         if isinstance(activation, hsrjax.Softmax):
             full = weights_of(exact, np.ones(60, bool))
             assert np.abs(out - full).max() <= info.error_bound[0, 0, 0], case
+
+
+WEIGHTS = {
+    "relu": hsrjax.ReLU(bias=0.3),
+    "relu squared": hsrjax.ReLU(power=2, bias=0.3, normalize="none"),
+    "top 4": hsrjax.Softmax(top_r=4),
+    "entmax": hsrjax.Entmax(),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["relu", *slow(("relu squared",), ("top 4",), ("entmax",))]
+)
+def test_gradients_are_not_finite_only_where_those_of_dense_are_not(name):
+    """One number is no number; in a dense product it reaches whole rows and columns."""
+    rng = np.random.default_rng(0)
+    shapes = (1, 40, 2, 8), (1, 40, 1, 8), (1, 40, 1, 4), (40, 2), (1, 40, 2, 4)
+    *given, cotangent = (np.float32(rng.standard_normal(shape)) for shape in shapes)
+    places = ("query", "key", "value", "bias")[: 4 if "relu" in name else 3]
+    spots = (0, 20, 1, 3), (0, 11, 0, 2), (0, 11, 0, 2), (20, 1)
+
+    @functools.partial(jax.jit, static_argnames="method")
+    def gradients(*arrays, method):
+        def attend(query, key, value, bias=None):
+            own = WEIGHTS[name]
+            if bias is not None:
+                own = dataclasses.replace(own, bias=bias)
+            options = {"activation": own, "method": method, "is_causal": True}
+            return hsrjax.attention(query, key, value, **options)
+
+        return jax.vjp(attend, *arrays)[1](cotangent)
+
+    for place, bad in itertools.product(places, (np.nan, np.inf, -np.inf)):
+        arrays = {key: x.copy() for key, x in zip(places, given, strict=False)}
+        arrays[place][spots[places.index(place)]] = bad
+        pair = [gradients(*arrays.values(), method=way) for way in ("dense", "hsr")]
+        dense, hsr = jax.device_get(pair)
+        assert any(np.isfinite(x).any() for x in dense)
+        for of, x, y in zip(arrays, dense, hsr, strict=True):
+            fine, case = np.isfinite(x), f"{bad} in {place}, of {of}"
+            np.testing.assert_allclose(
+                y[fine], x[fine], rtol=1e-4, atol=1e-5, err_msg=case
+            )
+
+
+@pytest.mark.exact
+def test_members_among_numbers_too_small_to_be_normal():
+    """Flushed or not: what is a member stays one, and what becomes one is near zero."""
+    keys = np.float32([4e-39, -4e-39, 0.0, 2e-38, 1e-39, -2e-38, 1.0])
+    offsets = np.float32([1e-40, -1e-40, 4e-39, 0.0, 3e-38, -1.5e-38])
+    index = hsrjax.build(keys[:, None])
+    normals = jnp.ones((len(offsets), 1))
+    report = hsrjax.query(index, normals, offsets, capacity=8)
+    flush = lambda x: np.where(np.abs(x) < np.finfo(np.float32).tiny, 0.0, x)
+    for row, offset in enumerate(offsets):
+        exact = set(np.flatnonzero(np.float64(keys) >= np.float64(offset)))
+        flushed = set(np.flatnonzero(flush(keys) >= flush(offset)))
+        found = set(np.asarray(report.indices[row])[: int(report.count[row])].tolist())
+        assert exact <= found <= flushed, offset
+    np.testing.assert_array_equal(report.count, hsrjax.count(index, normals, offsets))

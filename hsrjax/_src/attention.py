@@ -87,7 +87,9 @@ def attention(  # pyright: ignore[reportInconsistentOverload]
       method: "dense" scores every key; "hsr" those that half-space reporting
         finds; "auto" takes the one expected to be faster, if need be after a look at
         how many keys fire (`hsrjax.explain` says what it will do). Under vmap it
-        takes one way for all.
+        takes one way for all. What approximates keeps its bounds (`Info`) either way:
+        `Softmax(epsilon)` may keep other keys by the other, and a tail is what hsr
+        makes of the keys it leaves out, which dense attends to in full.
       implementation: the code that runs, as in jax.nn: "xla" runs everywhere. None is
         the best there is here.
       is_causal: query i sees keys 0..i, as in `jax.nn.dot_product_attention`.

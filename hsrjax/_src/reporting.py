@@ -25,6 +25,8 @@ from hsrjax._src.planning import costs, memory
 
 MAX_SPATIAL_DIM = 8
 """Largest head size for which `build` puts keys in spatial order."""
+_COUNTED_AT_ONCE = 256
+"""Survivors of each query; `count` keeps none of them."""
 
 
 class Report(NamedTuple):
@@ -215,7 +217,9 @@ def query(
 ) -> Report:
     """Reports every key in the half-spaces {k : <normal, k> >= offset}.
 
-    Membership is the float32 inner product at highest precision, ties included.
+    Membership is the float32 inner product at highest precision, ties included. What is
+    smaller than the smallest normal number, 1.2e-38, counts as zero where the hardware
+    flushes it, in scores and in offsets.
 
     Args:
       index: from `build`, `insert`, `delete`; batch axes *B.
@@ -300,7 +304,16 @@ def _report(index, normals, offsets, *, capacity, implementations):
 @functools.partial(jax.jit, static_argnames="implementations")
 def _count(index, normals, offsets, *, implementations):
     words = operations(implementations).scan(index, normals, offsets)
-    return _members(index, normals, offsets, words, capacity=1)[1]
+    ranked = bitset.rank(words)
+
+    def one_pass(i, total):
+        member = _survivors(index, normals, offsets, ranked, i, _COUNTED_AT_ONCE)[1]
+        return total + jnp.sum(member, axis=-1, dtype=jnp.int32)
+
+    start = jnp.zeros(words.shape[:-1], jnp.int32)
+    start = meshes.varying(start, index.keys, normals, offsets, words)
+    passes = bitset.passes(words, _COUNTED_AT_ONCE)
+    return jax.lax.fori_loop(0, passes, one_pass, start)
 
 
 def _implementations(name: str | None = None) -> tuple[str, ...]:
@@ -313,17 +326,14 @@ def _members(index, normals, offsets, words, *, capacity):
     Survivors are scored in as many passes of fixed size as there are survivors, so
     the count is exact and no member is lost however many survive.
     """
-    slots_a_pass = max(WORD, -(-5 * capacity // 4))
+    a_pass = max(WORD, -(-5 * capacity // 4))
     past = index.keys.shape[-2]
     lead = words.shape[:-1]
     ranked = bitset.rank(words)
 
     def one_pass(i, carry):
         ids, slots, total = carry
-        ranks = i * slots_a_pass + positions(slots_a_pass, 1)
-        chunk = bitset.select(ranked, ranks)
-        scores = _score_slots(index, normals, chunk)
-        member = (chunk < past) & (scores >= offsets[..., None])
+        chunk, member = _survivors(index, normals, offsets, ranked, i, a_pass)
         chunk_ids = ids_of(index.ids, chunk)
         ids = jnp.concatenate([ids, jnp.where(member, chunk_ids, past)], axis=-1)
         slots = jnp.concatenate([slots, jnp.where(member, chunk, past)], axis=-1)
@@ -335,9 +345,17 @@ def _members(index, normals, offsets, words, *, capacity):
     start = (nothing, nothing, jnp.zeros(lead, jnp.int32))
     start = meshes.varying(start, index.keys, normals, offsets, words)
     _, slots, total = jax.lax.fori_loop(
-        0, bitset.passes(words, slots_a_pass), one_pass, start
+        0, bitset.passes(words, a_pass), one_pass, start
     )
     return slots, total
+
+
+def _survivors(index, normals, offsets, ranked, i, a_pass):
+    """Slots i32[*B, T, C] of pass i over what the scan left, and which are members."""
+    slots = bitset.select(ranked, i * a_pass + positions(a_pass, 1))
+    scores = _score_slots(index, normals, slots)
+    inside = slots < index.keys.shape[-2]
+    return slots, inside & (scores >= offsets[..., None])
 
 
 def _score_slots(index: Index, normals: jax.Array, slots: jax.Array) -> jax.Array:
