@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 import hsrjax
 from hsrjax._src.core import arrays
 from hsrjax._src.index.balls import Balls
+from hsrjax._src.index.sketch import Sketch
 from tests.contract import slow
 
 pytestmark = pytest.mark.exact
@@ -84,6 +85,14 @@ def test_sizes(h, size):
     check(rng.standard_normal((KEYS, h)), rng.standard_normal((QUERIES, h)) * size)
 
 
+def test_numbers_whose_squares_or_products_are_flushed():
+    rng = np.random.default_rng(0)
+    keys, queries = rng.standard_normal((KEYS, 64)), rng.standard_normal((QUERIES, 64))
+    check(keys * 1e-37, queries * 1e30)  # too small to be coded, scores are not
+    signs = np.sign(keys[:, :1]) * 8e-18
+    check(np.repeat(signs, 64, axis=1), np.full((QUERIES, 64), 8e-18))
+
+
 @pytest.mark.parametrize("h", [3, 64])
 def test_wide_range_outlier_and_worst_signs(h):
     rng = np.random.default_rng(0)
@@ -112,6 +121,22 @@ def test_keys_that_the_sketch_holds_exactly(h):
     check(same, queries)
     check(np.nextafter(same, direction), queries)
     check(1e4 + 1e-3 * rng.standard_normal((KEYS, h)), queries)
+
+
+@pytest.mark.parametrize("lost", ["of the key", "of the query"])
+def test_a_score_reaches_its_bound(lost):
+    """All that the codes leave out points one way: no smaller bound would do."""
+    key, query = np.zeros((32, 16), np.float32), np.zeros((1, 16), np.float32)
+    if lost == "of the key":
+        key[0, 0], key[1:, 1:], query[:, 1:] = 127.0, 10.4999, 127.0
+    else:
+        key[:, 1:], query[:, 0], query[:, 1:] = 127.0, 127.0, 0.4999
+    sketch = Sketch.build(key, np.ones(32, bool), jnp.zeros(16))
+    lower, upper = (np.float64(x)[0, 1] for x in sketch.intervals(query))
+    score = np.float64(query[0]) @ key[1]
+    middle, slack = (upper + lower) / 2, (upper - lower) / 2
+    assert lower <= score <= upper
+    assert score > middle + 0.9992 * slack
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])

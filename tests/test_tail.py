@@ -131,6 +131,21 @@ def test_the_bound_covers_values_that_differ_within_a_group():
     assert off.max() > 0.01 and (bound < 40 * off.max()).all()
 
 
+def test_the_bound_is_reached():
+    """The key left out has the other end's value, and all the weight it may have."""
+    value = np.float32([[[-1.0], [1.0]] + 30 * [[0.0]]])
+    sketch = tail_module.sketch_values(value, 1)
+    left_out = np.arange(32)[None, None] == 1
+    middle, half = np.log(0.01), 1.0
+    lower, upper = (np.full((1, 1, 32), middle + x, np.float32) for x in (-half, half))
+    none, one = jnp.zeros((1, 1)), jnp.ones((1, 1))
+    tail = tail_module.sum_left_out(sketch, lower, upper, left_out, none, none)
+    _, bound = tail_module.error_bound(tail, one, one, slots=32)
+    acts, true = np.exp([middle, middle + half])
+    off = (true - 1) / (true + 1) - (acts - 1) / (acts + 1)
+    assert 0.96 * bound[0, 0] < off <= bound[0, 0]
+
+
 def test_dense_has_all_scores():
     query, key, value, _ = inputs(SHAPE)
     full = hsrjax.attention(query, key, value, activation=hsrjax.Softmax())
