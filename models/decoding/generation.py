@@ -131,8 +131,12 @@ def generate(
     first = session.prefill()
     emit(*first)
     prefilled = time.perf_counter()
+    left = 0 if all(ended) else max_tokens - 1
+    if left:
+        session.ready()
+    resumed = time.perf_counter()
     steps = []
-    for _ in range(max_tokens - 1):
+    for _ in range(left):
         steps.append(session.decode())
         if len(steps) > 1:  # read one step late: the device never waits for the host
             emit(*steps[-2])
@@ -146,7 +150,7 @@ def generate(
         prefill=_phase(sum(map(len, rows)), prefilled - started, first[1]),
         decode=_phase(
             len(rows) * len(steps),
-            finished - prefilled,
+            finished - resumed,
             [part for _, counts in steps for part in counts],
         ),
         compile_seconds=session.compile_seconds,

@@ -55,7 +55,7 @@ class Session:
         )
         self._prefill = self._compile(self._pieces[0][0])
         self._one = jnp.ones(len(rows), jnp.int32)
-        self._decode = self._compile(self._drawn.token)
+        self._decode: Step | None = None
 
     @property
     def compile_seconds(self) -> float:
@@ -71,8 +71,15 @@ class Session:
             counts.append(self._advance(self._prefill, tokens, lengths))
         return self._drawn.token, counts
 
+    def ready(self) -> None:
+        """Compiles `decode`, whose first call would: the first token need not wait."""
+        if self._decode is None:
+            self._decode = self._compile(self._drawn.token)
+
     def decode(self) -> tuple[jax.Array, list[Counts]]:
         """Reads the tokens drawn last; the next i32[B], and the counts."""
+        self.ready()
+        assert self._decode is not None
         counts = self._advance(self._decode, self._drawn.token, self._one)
         return self._drawn.token, [counts]
 
@@ -92,7 +99,8 @@ class Session:
         other._drawn = self._drawn
         other._pieces = []
         other._one = self._one
-        other._decode = other._compile(other._drawn.token)
+        other._decode = None
+        other.ready()
         return other
 
     def _compile(self, tokens: jax.Array) -> Step:

@@ -254,19 +254,23 @@ class Transformer(nnx.Module):
         Returns:
           One hsrjax cache per layer.
         """
-        config = self.config
-        return tuple(
-            hsrjax.init_cache(
-                batch,
-                max_length,
-                config.views * config.num_kv_heads,
-                config.head_dim,
-                value_dim=config.value_size,
-                dtype=jnp.dtype(config.dtype),
-                tail=config.tail,
-            )
-            for _ in range(config.num_layers)
+        return _init_caches(self.config, batch, max_length)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _init_caches(config: ModelConfig, batch: int, max_length: int) -> Caches:
+    return tuple(
+        hsrjax.init_cache(
+            batch,
+            max_length,
+            config.views * config.num_kv_heads,
+            config.head_dim,
+            value_dim=config.value_size,
+            dtype=jnp.dtype(config.dtype),
+            tail=config.tail,
         )
+        for _ in range(config.num_layers)
+    )
 
 
 def _run_block(
