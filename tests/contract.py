@@ -10,10 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import extend
 
 import hsrjax
 from hsrjax import reference
 from hsrjax._src.planning import plan as planner
+
+
+def predicates(jaxpr):
+    """What the conds of a program with two sides depend on, but for the platform."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "cond":
+            if equation.params.get("branches_platforms") is None:
+                yield equation.invars[0].aval
+        else:
+            for inner in extend.core.jaxprs_in_params(equation.params):
+                yield from predicates(inner)
 
 
 def slow(*cases):

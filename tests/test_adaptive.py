@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import extend
 
 import hsrjax
 from hsrjax._src import sparse
@@ -17,7 +16,13 @@ from hsrjax._src.core.tiles import cut_queries
 from hsrjax._src.core.visible import of_decode
 from hsrjax._src.planning import costs
 from hsrjax._src.planning.plan import Plan
-from tests.contract import AttentionContract, inputs, relative_error, slow
+from tests.contract import (
+    AttentionContract,
+    inputs,
+    predicates,
+    relative_error,
+    slow,
+)
 from tests.test_decode import fill
 
 pytestmark = pytest.mark.usefixtures("made_up_costs")
@@ -197,17 +202,6 @@ def test_under_vmap_one_choice_is_made_for_all():
     assert [x.shape for x in predicates(jaxpr.jaxpr)] == [(), ()]
 
 
-def predicates(jaxpr):
-    """What the conds of a program with two sides depend on, but for the platform."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "cond":
-            if equation.params.get("branches_platforms") is None:
-                yield equation.invars[0].aval
-        else:
-            for inner in extend.core.jaxprs_in_params(equation.params):
-                yield from predicates(inner)
-
-
 def test_under_scan_every_step_chooses_for_itself():
     query, cache = cached()
 
@@ -316,3 +310,18 @@ def test_what_approximates_keeps_its_bounds_whichever_way(
             if activation.epsilon is not None and activation.tail is None:
                 assert (told.missed_mass <= activation.epsilon).all()
         assert (info.candidates == 512).all() == (cheaper == "dense")
+
+
+def test_cells_under_vmap_are_read_apart_or_not_for_all():
+    """Keys in spatial order: where few cells are left only those are read."""
+    keys = jax.random.normal(jax.random.key(0), (2, 4096, 4))
+    normals = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    index = jax.vmap(hsrjax.build)(keys)
+    assert index.cells is not None
+    report = jax.vmap(functools.partial(hsrjax.query, capacity=64))
+    for offset in (8.0, 1.0):
+        found = report(index, normals, jnp.full((2, 3), offset))
+        expected = hsrjax.query(hsrjax.build(keys), normals, offset, capacity=64)
+        chex.assert_trees_all_close(found, expected, rtol=1e-6)
+    jaxpr = jax.make_jaxpr(report)(index, normals, jnp.zeros((2, 3)))
+    assert [x.shape for x in predicates(jaxpr.jaxpr)] == [()]

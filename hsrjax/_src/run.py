@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from hsrjax._src import sparse
 from hsrjax._src.activations.base import Activation
 from hsrjax._src.core import meshes
+from hsrjax._src.core.batching import together
 from hsrjax._src.core.tiles import Info, Partial, Tiles, Values, cut_queries, from_tiles
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.index.index import Index
@@ -144,7 +145,7 @@ def _look(kernels: InTurn, index, values, tiles, plan, expected):
     if index.ids is None:
         number = sparse.expected_runs(index, tiles, plan)
         excess = expected.hsr + expected.one_run * number - expected.dense
-        dense_wins = _together(excess) > 0
+        dense_wins = together(excess) > 0
         shapes = jax.eval_shape(report)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         nothing = meshes.varying(nothing, index, values, tiles)
@@ -154,17 +155,4 @@ def _look(kernels: InTurn, index, values, tiles, plan, expected):
         dense_wins, sets = jnp.zeros((), jnp.bool_), report()
     number = sparse.runs(sets.words, plan.capacity)
     excess = expected.one_run * number - expected.dense
-    return dense_wins | (_together(excess) > 0), sets
-
-
-@jax.custom_batching.custom_vmap
-def _together(excess: jax.Array) -> jax.Array:
-    """Under vmap the sum over what is mapped over: one choice, so a cond stays one."""
-    return excess
-
-
-@_together.def_vmap
-def _together_batched(axis_size, in_batched, excess):
-    del axis_size
-    (batched,) = in_batched
-    return _together(jnp.sum(excess, axis=0) if batched else excess), False
+    return dense_wins | (together(excess) > 0), sets

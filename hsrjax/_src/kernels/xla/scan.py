@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from hsrjax._src.core import bitset, meshes
 from hsrjax._src.core.arrays import positions, put_rows, take_windows
+from hsrjax._src.core.batching import together
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.index.index import Index
@@ -60,10 +61,10 @@ def scan(
             return words
         return words & bitset.pack(ranges.mask(index.every_id[..., None, :]))
 
-    # One predicate for the whole batch: under vmap both sides would run for each row.
     number = index.keys.shape[-2] // index.cells.size
+    many = jnp.max(bitset.size(cells)) * _CELL_SHARE - number
     words = jax.lax.cond(
-        jnp.max(bitset.size(cells)) * _CELL_SHARE <= number,
+        together(many.astype(jnp.float32)) <= 0,
         lambda: _scan_cells(index, queries, offsets, ranges, cells),
         everywhere,
     )
