@@ -84,5 +84,6 @@ def test_a_second_start_compiles_nothing(repo_root, tmp_path):
             command, cwd=repo_root, env=env, capture_output=True, text=True, check=True
         )
         said.append(done.stdout.splitlines()[0])
-        kept.append({x.name for x in tmp_path.rglob("*-cache")})
+        # Small programs are kept only where a busy machine compiled them slowly.
+        kept.append({x.name for x in tmp_path.rglob("*_read-*-cache")})
     assert said[0] == said[1] and kept[0] == kept[1] != set()

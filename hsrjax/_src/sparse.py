@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hsrjax._src.core import bitset
+from hsrjax._src.core.arrays import sum_pair
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.tiles import Partial, Tiles, Values
 from hsrjax._src.index.index import Index
@@ -144,7 +145,7 @@ def _expected_sizes(index: Index, tile: Tiles, *, parts: int) -> jax.Array:
     slots = slots.reshape((1,) * (passing.ndim - 1) + (-1,))
     alive = bitset.unpack(index.alive[..., block])[..., None, :]
     seen = tile.visible.mask(slots) & alive
-    hits, used = _sizes(passing & seen, parts), _sizes(seen, parts)
+    hits, used = sum_pair(_unions(passing & seen, parts), _unions(seen, parts))
     there = tile.visible.count()
     there = jnp.max(there.reshape(*there.shape[:-1], parts, -1), axis=-1)
     there = jnp.broadcast_to(there, hits.shape)
@@ -152,8 +153,8 @@ def _expected_sizes(index: Index, tile: Tiles, *, parts: int) -> jax.Array:
     return (hits - jnp.sqrt(hits)) * there / jnp.maximum(used, 1.0)
 
 
-def _sizes(members: jax.Array, parts: int) -> jax.Array:
-    """Sizes i32[*B, J] of the unions over the parts of bool[*B, Q, S]."""
+def _unions(members: jax.Array, parts: int) -> jax.Array:
+    """Unions over the parts of bool[*B, Q, S] as i32[*B, J, S], 0 and 1."""
     *lead, _, size = members.shape
     unions = jnp.any(members.reshape(*lead, parts, -1, size), axis=-2)
-    return jnp.sum(unions, axis=-1, dtype=jnp.int32)
+    return unions.astype(jnp.int32)

@@ -108,11 +108,11 @@ def reach(x: jax.Array) -> jax.Array:
     return jnp.maximum(high, -low)
 
 
-def sums_of_squares(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of f32[..., H] each, over the last axis, in one pass that XLA can fuse."""
+def sum_pair(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums of [..., S] each over the last axis, in one pass that XLA can fuse."""
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])
-    zeros = jnp.float32(0), jnp.float32(0)
-    return tuple(jax.lax.reduce((x * x, y * y), zeros, add, (x.ndim - 1,)))
+    zeros = jnp.zeros((), x.dtype), jnp.zeros((), y.dtype)
+    return tuple(jax.lax.reduce((x, y), zeros, add, (x.ndim - 1,)))
 
 
 def inflation(h: int) -> float:
@@ -144,10 +144,8 @@ def finite_or_zero(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def sum_both(x: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums of f32[..., S] and of i32[..., S] over the last axis, in one pass."""
-    add = lambda sums, new: tuple(a + b for a, b in zip(sums, new, strict=True))
-    zeros = jnp.zeros((), x.dtype), jnp.zeros((), numbers.dtype)
-    return jax.lax.reduce((x, numbers), zeros, add, (x.ndim - 1,))
+    """`sum_pair` of f32[..., S] and of i32[..., S], differentiable."""
+    return sum_pair(x, numbers)
 
 
 @sum_both.defjvp

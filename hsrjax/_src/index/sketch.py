@@ -67,7 +67,7 @@ from hsrjax._src.core.arrays import (
     integer_product,
     norm,
     reach,
-    sums_of_squares,
+    sum_pair,
     take_windows,
 )
 from hsrjax._src.core.bitset import WORD
@@ -170,12 +170,12 @@ class Sketch(Bound):
     def code(self, queries: jax.Array) -> CodedQueries:
         """Codes queries f[*B, Q, H] and bounds the error against every block."""
         a = queries.astype(jnp.float32)
-        scale = _scale(jnp.max(jnp.abs(a), axis=-1, keepdims=True))
+        scale = _scale(reach(a))[..., None]
         units = a / scale
         codes = _whole(units)
-        facts = jnp.stack([units, units - codes], axis=-2)
-        norms = scale * jnp.sqrt(jnp.sum(facts * facts, axis=-1))
-        length, lost = norms[..., :1], norms[..., 1:]
+        length, lost = (
+            scale * jnp.sqrt(x)[..., None] for x in _square_sums(units, units - codes)
+        )
         lost = lost + _INEXACT * length + _UNCODED
         slack = lost * self.spread[..., None, :]
         slack += (length + _UNCODED) * self.radius[..., None, :]
@@ -283,7 +283,7 @@ def _sketch(
     scale = _scale(by_block(reach(rest)))
     units = rest / _per_key(scale)[..., None]
     codes = _whole(units)
-    coded, lost = (jnp.sqrt(by_block(x)) for x in sums_of_squares(codes, units - codes))
+    coded, lost = (jnp.sqrt(by_block(x)) for x in _square_sums(codes, units - codes))
     lost = lost + _INEXACT * (coded + lost)
     spread = inflation(h) * scale * coded
     radius = inflation(h) * scale * lost + _UNCODED
@@ -300,6 +300,11 @@ def _scale(reach: jax.Array) -> jax.Array:
 def _whole(units: jax.Array) -> jax.Array:
     """Codes as float32: the nearest whole numbers, of NaN zero."""
     return jnp.where(jnp.isnan(units), 0.0, jnp.round(units))
+
+
+def _square_sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums of the squares of f32[..., H] each."""
+    return sum_pair(x * x, y * y)
 
 
 def _per_key(block_values: jax.Array) -> jax.Array:
