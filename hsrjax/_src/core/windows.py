@@ -2,7 +2,8 @@
 
 Batch rows may begin at different places. Each window is one slice of memory, so what is
 read and written is the window, however long the table, and a table that was given away
-is changed in place. (XLA copies whole tables for scatters row by row, on TPUs.)
+is changed in place. On TPUs, where XLA copies whole tables for scatters row by row, it
+still does to read windows that begin at different places.
 """
 
 from __future__ import annotations
