@@ -83,31 +83,33 @@ def attend(
             tiles, keys, values.rows, ids, chunk=plan.chunk, counted=counted
         )
         sums = sums._replace(candidates=tiles.visible.count())
-        if plan.chunk is not None:  # which skips chunks with the NaN values in them
-            sums = _poison(sums, values)
+        sums = _poison(sums, values)  # of keys that are skipped because none is seen
         return uncut(_finish(sums, certificate, values, tiles, keys.shape[-2]))
 
     if plan.method == "dense" or index is None:
         return score_all()
     tiles = cut(plan.tile)
-    sum_sets = functools.partial(
-        sparse.sum_sets, kernels, index, values, tiles, plan=plan, counted=counted
-    )
+    arrays = kernels, index, values, tiles
+    options = {"plan": plan, "counted": counted}
+    sum_sets = functools.partial(sparse.sum_sets, *arrays, **options)
 
     def finish_sets(sums, certificate, sizes):
         sums = _poison(sums, values)
-        overflow = jnp.repeat(
-            sizes > plan.capacity, sums.total.shape[-1] // sizes.shape[-1], axis=-1
-        )
+        rows, parts = sums.total.shape[-1], sizes.shape[-1]
+        overflow = jnp.repeat(sizes > plan.capacity, -(-rows // parts), axis=-1)
+        overflow = overflow[..., :rows]
         found = _finish(sums, certificate, values, tiles, keys.shape[-2], overflow)
         return uncut(found)
 
     if plan.method == "hsr" or expected is None:
         return finish_sets(*sum_sets(None))
+    found = sparse.fused(*arrays, **options, or_all=True)
+    if found is not None:
+        return finish_sets(*found)
     if plan.chunk is None:
         # Under grad a cond keeps what either side needs: now not all scores.
         score_all = jax.checkpoint(score_all)
-    dense_wins, sets = _look(kernels, index, values, tiles, plan, expected)
+    dense_wins, sets = _look(*arrays, plan, expected)
     return jax.lax.cond(dense_wins, score_all, lambda: finish_sets(*sum_sets(sets)))
 
 

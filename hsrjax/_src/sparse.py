@@ -46,7 +46,7 @@ def report(
                 index, values.sketch, tile, capacity=plan.capacity, parts=plan.parts
             )
         words = kernels.scan(
-            index, tile.queries, edges(tile), visible=tile.visible, parts=plan.parts
+            index, tile.queries, tile.edges(), visible=tile.visible, parts=plan.parts
         )
         return None, Selected(words, None, None)
 
@@ -78,30 +78,47 @@ def sum_sets(
       Partial [M, *B, Q], certificates of the keys left out, and sizes of the sets
       i32[M, *B, J].
     """
-    options = {"capacity": plan.capacity, "counted": counted}
-    if sets is None and not tiles.activation.whole_rows:
-        try:
-            sizes, sums = kernels.scan_and_sum(
-                index, tiles, values.rows, parts=plan.parts, **options
-            )
-            return sums, None, sizes
-        except NotImplementedError:
-            pass  # in two steps
     if sets is None:
+        found = fused(kernels, index, values, tiles, plan=plan, counted=counted)
+        if found is not None:
+            return found
         sets = report(kernels, index, values, tiles, plan=plan)
     words, law, certificate = sets
-    sum_keys = functools.partial(kernels.sum_sets, **options)
+    sum_keys = functools.partial(
+        kernels.sum_sets, capacity=plan.capacity, counted=counted
+    )
     weighed = tiles if law is None else tiles._replace(activation=law)
     arrays = weighed, index.keys, values.rows, index.ids, words
     sums = tiles.activation.settle(sum_keys(*arrays), sum_keys, arrays)
     return sums, certificate, bitset.size(words)
 
 
-def edges(tile: Tiles) -> jax.Array:
-    """Offsets f32[..., Q] of the half-spaces; +inf for queries that see nothing."""
-    edge = jnp.asarray(tile.activation.edge(), jnp.float32)
-    sees = tile.visible.count() > 0
-    return jnp.where(sees, jnp.broadcast_to(edge, sees.shape), jnp.inf)
+def fused(
+    kernels: InTurn,
+    index: Index,
+    values: Values,
+    tiles: Tiles,
+    *,
+    plan: Plan,
+    counted: bool,
+    or_all: bool = False,
+) -> tuple[Partial, Any, jax.Array] | None:
+    """Both halves in one, where a kernel can; `or_all` as in `scan_and_sum`."""
+    if tiles.activation.whole_rows:
+        return None
+    try:
+        sizes, sums = kernels.scan_and_sum(
+            index,
+            tiles,
+            values.rows,
+            capacity=plan.capacity,
+            parts=plan.parts,
+            counted=counted,
+            or_all=or_all,
+        )
+    except NotImplementedError:
+        return None
+    return sums, None, sizes
 
 
 def runs(words: jax.Array, capacity: int) -> jax.Array:
@@ -139,7 +156,7 @@ def _expected_sizes(index: Index, tile: Tiles, *, parts: int) -> jax.Array:
     step = (high - low) / slices
     middles = [low + ((i + 0.5) * step).astype(jnp.int32) for i in range(slices)]
     firsts = [jnp.clip(x // WORD - words // 2, 0, blocks - words) for x in middles]
-    passing = index.sketch.runs(firsts, words).passing(tile.queries, edges(tile))
+    passing = index.sketch.runs(firsts, words).passing(tile.queries, tile.edges())
     block = jnp.concatenate([x + jnp.arange(words, dtype=jnp.int32) for x in firsts])
     slots = block[:, None] * WORD + jnp.arange(WORD, dtype=jnp.int32)[None, :]
     slots = slots.reshape((1,) * (passing.ndim - 1) + (-1,))

@@ -80,6 +80,8 @@ class Activation:
     """Whether weights are relative to the best score, exp(score - peak)."""
     spares_sinks: bool = False
     """Whether sinks are kept that it would leave out otherwise."""
+    fusible: bool = False
+    """Whether a kernel may run `weigh`: arithmetic, comparisons and exp, no more."""
     closed_form: bool = False
     """Whether `complete` adds sums over all visible keys."""
     tail: int | None = None

@@ -26,6 +26,7 @@ class Excess(Activation):
 
     power: int = dataclasses.field(default=1, metadata=_static)
     bias: jax.typing.ArrayLike = 0.0
+    fusible = True
 
     def edge(self) -> jax.typing.ArrayLike:
         """The bias."""

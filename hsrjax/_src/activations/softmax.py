@@ -53,6 +53,7 @@ class Softmax(Activation):
     top_r: int | None = dataclasses.field(default=None, metadata=_static)
     epsilon: jax.typing.ArrayLike | None = None
     tail: int | None = dataclasses.field(default=None, metadata=_static)
+    fusible = True
 
     def __post_init__(self):
         integers(self, "top_r", "tail")
@@ -170,6 +171,7 @@ class Kept(Activation):
 
     offset: jax.Array
     shift: jax.Array
+    fusible = True
 
     def edge(self) -> jax.Array:
         """Scores below the offset weigh nothing."""

@@ -72,6 +72,12 @@ class Tiles(NamedTuple):
     activation: Any
     visible: Visible
 
+    def edges(self) -> jax.Array:
+        """Offsets f32[..., Q] of the half-spaces; +inf for queries that see nothing."""
+        edge = jnp.asarray(self.activation.edge(), jnp.float32)
+        sees = self.visible.count() > 0
+        return jnp.where(sees, jnp.broadcast_to(edge, sees.shape), jnp.inf)
+
 
 class Partial(NamedTuple):
     """Sums over some of the keys that a row attends to; more keys merge in any order.
@@ -112,6 +118,15 @@ class Partial(NamedTuple):
         peak = jnp.maximum(self.peak, other.peak)
         one, two = self.relative_to(peak), other.relative_to(peak)
         return jax.tree.map(jnp.add, one, two)._replace(peak=peak)
+
+    def merge_axis(self, axis: int) -> Partial:
+        """Of the keys of all along an axis of the rows."""
+        if self.peak is None:
+            return jax.tree.map(lambda x: jnp.sum(x, axis=axis), self)
+        peak = jnp.max(self.peak, axis=axis, keepdims=True)
+        parts = self.relative_to(jnp.broadcast_to(peak, self.peak.shape))
+        merged = jax.tree.map(lambda x: jnp.sum(x, axis=axis), parts)
+        return merged._replace(peak=jnp.squeeze(peak, axis))
 
     def relative_to(self, peak: jax.Array) -> Partial:
         """The same sums of weights relative to a peak f32[...] that is no lower."""

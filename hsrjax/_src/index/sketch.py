@@ -73,12 +73,12 @@ from hsrjax._src.core.arrays import (
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.index.bound import Bound
 
-_UNCODED = 2.0**-108
-_SMALLEST_RANGE = 1e-35
-_SMALLEST_PRODUCT = 2.0**-125
-_LARGEST = 2.0**108
-_LEVELS = 127
-_INEXACT = 16 * UNIT
+UNCODED = 2.0**-108
+SMALLEST_RANGE = 1e-35
+SMALLEST_PRODUCT = 2.0**-125
+LARGEST = 2.0**108
+LEVELS = 127
+INEXACT = 16 * UNIT
 _PASS = -(2**30)
 _STOP = 2**30
 
@@ -176,12 +176,12 @@ class Sketch(Bound):
         length, lost = (
             scale * jnp.sqrt(x)[..., None] for x in _square_sums(units, units - codes)
         )
-        lost = lost + _INEXACT * length + _UNCODED
+        lost = lost + INEXACT * length + UNCODED
         slack = lost * self.spread[..., None, :]
-        slack += (length + _UNCODED) * self.radius[..., None, :]
+        slack += (length + UNCODED) * self.radius[..., None, :]
         slack = inflation(a.shape[-1]) * slack + TINY
         step = scale * self.scale[..., None, :]
-        sound = (step > _SMALLEST_PRODUCT) & (slack < _LARGEST)
+        sound = (step > SMALLEST_PRODUCT) & (slack < LARGEST)
         return CodedQueries(
             codes=codes.astype(jnp.int8),
             centre_score=dot(a, self.centre[..., None, :]),
@@ -284,9 +284,9 @@ def _sketch(
     units = rest / _per_key(scale)[..., None]
     codes = _whole(units)
     coded, lost = (jnp.sqrt(by_block(x)) for x in _square_sums(codes, units - codes))
-    lost = lost + _INEXACT * (coded + lost)
+    lost = lost + INEXACT * (coded + lost)
     spread = inflation(h) * scale * coded
-    radius = inflation(h) * scale * lost + _UNCODED
+    radius = inflation(h) * scale * lost + UNCODED
     from_centre = norm(centre)[..., None]
     rounding = (2 * h + 32) * UNIT * (3 * from_centre + 2 * (spread + radius))
     return codes.astype(jnp.int8), scale, spread, inflation(h) * (radius + rounding)
@@ -294,7 +294,7 @@ def _sketch(
 
 def _scale(reach: jax.Array) -> jax.Array:
     """The unit of codes of numbers up to `reach`; NaN of what is not finite."""
-    return jnp.where(reach <= _SMALLEST_RANGE, 1.0, reach / _LEVELS)
+    return jnp.where(reach <= SMALLEST_RANGE, 1.0, reach / LEVELS)
 
 
 def _whole(units: jax.Array) -> jax.Array:

@@ -130,11 +130,22 @@ class Implementation:
         capacity: int,
         parts: int,
         counted: bool,
+        or_all: bool = False,
     ) -> tuple[jax.Array, Partial]:
         """`scan` for the edges of the activation and `sum_sets`, in one.
 
+        Args:
+          index: batch axes *B.
+          tiles: as in `sum_sets`.
+          values: f[*B, P, D].
+          capacity: slots of a gather.
+          parts: J, or as many as suit the implementation.
+          counted: whether the numbers of keys are wanted.
+          or_all: may sum over all keys where so many are reported that this costs less.
+
         Returns:
-          Sizes of the sets i32[M, *B, J], and what `sum_sets` returns.
+          Sizes of the sets i32[M, *B, J], a set for every ceil(Q / J) queries, and what
+          `sum_sets` returns.
         """
         raise NotImplementedError(f"{self.name} does not fuse scan and sums")
 

@@ -1,0 +1,76 @@
+"""The operations that fused kernels run, and for which arguments."""
+
+from __future__ import annotations
+
+import warnings
+
+from hsrjax._src.kernels.xla.implementation import XLA
+from hsrjax._src.planning import costs
+
+_WIDEST = 256
+"""Head whose queries, keys and sums fit into the registers of a program."""
+_LEAST_CAPABILITY = 8.0
+"""Of a card: Ampere, whose matrix units Triton uses."""
+
+
+class Triton(XLA):
+    """Kernels for what is worth it, and XLA for all else.
+
+    Args:
+      interpret: JAX plays the kernels on any platform, slowly.
+    """
+
+    def __init__(self, name: str = "triton", *, interpret: bool = False):
+        self.name, self.interpret = name, interpret
+
+    def unavailable(self, platform: str) -> str:
+        if self.interpret:
+            return ""
+        if platform != "gpu":
+            return "it needs an NVIDIA GPU"
+        return _old_card()
+
+    def scan_and_sum(
+        self, index, tiles, values, *, capacity, parts, counted, or_all=False
+    ):
+        del capacity, parts
+        if index.cells is not None or not _fits(tiles, index.keys, values):
+            raise NotImplementedError("XLA does it in two steps")
+        return self._launch().scan_and_sum(
+            index, tiles, values, counted=counted, or_all=or_all, interpret=self.interpret
+        )
+
+    def sum_all(self, tiles, keys, values, ids, *, chunk, counted):
+        if not _fits(tiles, keys, values):
+            return super().sum_all(
+                tiles, keys, values, ids, chunk=chunk, counted=counted
+            )
+        sums = self._launch().sum_all(
+            tiles, keys, values, ids, counted=counted, interpret=self.interpret
+        )
+        return sums, None
+
+    def _launch(self):
+        with warnings.catch_warnings():
+            # Deprecated since 0.11; `hsrjax._src.kernels.triton` says what then.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from hsrjax._src.kernels.triton import launch
+        return launch
+
+
+def _fits(tiles, keys, values) -> bool:
+    """Whether the kernels take activation, dtypes and heads."""
+    law = tiles.activation
+    narrow = max(keys.shape[-1], values.shape[-1]) <= _WIDEST
+    return law.fusible and not law.whole_rows and narrow
+
+
+def _old_card() -> str:
+    """Why the default device is too old, or ""."""
+    device = costs.default_device()
+    capability = getattr(device, "compute_capability", None)
+    try:
+        new = float(capability) >= _LEAST_CAPABILITY
+    except (TypeError, ValueError):
+        return f"{device.device_kind} is no NVIDIA GPU"
+    return "" if new else f"{device.device_kind} is older than Ampere"
