@@ -19,9 +19,8 @@ import numpy as np
 from hsrjax._src import run
 from hsrjax._src.activations import tail as tails
 from hsrjax._src.activations.base import Activation, check_activation
-from hsrjax._src.core import checks, meshes, visible, windows
-from hsrjax._src.core.arrays import positions as steps
-from hsrjax._src.core.tiles import Info, Values, heads_first, summarize_values
+from hsrjax._src.core import checks, meshes, visible
+from hsrjax._src.core.tiles import Info, Values, heads_first
 from hsrjax._src.index.index import Index, group_keys
 from hsrjax._src.kernels.base import implementations_for, operations
 from hsrjax._src.planning import costs, memory
@@ -181,20 +180,8 @@ def extend(
 @functools.partial(jax.jit, static_argnames="implementations")
 def _extend(cache, key, value, lengths, *, implementations):
     lengths = jnp.clip(lengths.astype(jnp.int32), 0, key.shape[1])[:, None]
-    index = operations(implementations).append(cache.index, heads_first(key), lengths)
-    held = cache.index.size[:, :1]  # of all heads
-    fits = index.size[:, :1] - held
-    fresh, sketch = heads_first(value), cache.values.sketch
-    rows = windows.append(cache.values.rows, held, fresh, fits)
-    if sketch is not None:
-        sketch = tails.sketch_again(sketch, rows, held, key.shape[1])
-    stored = steps(key.shape[1], 3) < fits[..., None]
-    facts = summarize_values(jnp.where(stored[..., None], fresh, 0))
-    values = Values(
-        rows=rows,
-        bound=jnp.maximum(cache.values.bound, facts.bound),
-        poison=cache.values.poison + facts.poison,
-        sketch=sketch,
+    index, values = operations(implementations).grow(
+        cache.index, cache.values, heads_first(key), heads_first(value), lengths
     )
     return KVCache(index, values, cache.max_length)
 

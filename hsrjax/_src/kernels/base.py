@@ -2,7 +2,7 @@
 
 Dense attention is `sum_all`. Attention to reported keys is `scan`, or `select` where
 all scores of a row are needed to say which keys take part, and then `sum_sets`; or
-`scan_and_sum` in one, where fusing pays. A cache grows by `append`.
+`scan_and_sum` in one, where fusing pays. An index grows by `append`, a cache by `grow`.
 
 An operation that an implementation cannot do, at all or for these arguments, raises
 NotImplementedError with a reason: the next one is tried.
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hsrjax._src.core.tiles import Partial, Tiles
+from hsrjax._src.core.tiles import Partial, Tiles, Values
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.index.index import Index
 
@@ -181,6 +181,18 @@ class Implementation:
         Lengths i32 broadcast against *B: where an axis is 1, rows hold equally many.
         """
         raise NotImplementedError(f"{self.name} has no append")
+
+
+    def grow(
+        self,
+        index: Index,
+        values: Values,
+        keys: jax.Array,
+        rows: jax.Array,
+        lengths: jax.Array,
+    ) -> tuple[Index, Values]:
+        """`append` with a value f[*B, U, D] for each key: a cache grows."""
+        raise NotImplementedError(f"{self.name} has no grow")
 
 
 class Impossible(NotImplementedError, ValueError):

@@ -26,14 +26,8 @@ from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.tiles import Partial
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.kernels.triton import sketched
+from hsrjax._src.kernels.triton.loads import INT8_DEPTH, LEAST, padded, rows_of
 from hsrjax._src.kernels.triton.products import wide
-
-
-_LEAST_ROWS = 16
-_LEAST_DEPTH = 16
-"""Of a product of matrix units."""
-_INT8_DEPTH = 32
-"""The same of int8 numbers, of which an instruction takes so many."""
 
 
 class Sizes(NamedTuple):
@@ -170,7 +164,7 @@ def _kernel(x: Operands, out: Found, *, sizes: Sizes):
 def _list_keys(here, x, out, law, visible, pieces):
     """Writes the slots that may weigh something; how many, and whether all must do."""
     sizes = here.sizes
-    deep = functools.partial(here.numbers, width=sizes.head_dim, least=_INT8_DEPTH)
+    deep = functools.partial(rows_of, width=sizes.head_dim, least=INT8_DEPTH)
     queries = deep(x.queries, here.query).astype(jnp.float32)
     centre = deep(x.sketch.centre, (here.set,))
     coded = sketched.code(queries, centre, sizes.head_dim)
@@ -178,23 +172,30 @@ def _list_keys(here, x, out, law, visible, pieces):
     offsets = jnp.where(sees, law.edge(), jnp.inf)
 
     def look(i, number):
-        at = pieces.slots(i * sizes.piece + jnp.arange(sizes.piece, dtype=jnp.int32))
-        codes = here.gather(x.sketch.codes, at, sizes.head_dim, least=_INT8_DEPTH)
+        at = pieces.start(i) + jnp.arange(sizes.piece, dtype=jnp.int32)
+        seen = pieces.within(at).astype(jnp.int32)
+        if sizes.slots % sizes.piece:
+            at = jnp.minimum(at, sizes.slots - 1)
+        codes = here.gather(x.sketch.codes, at, sizes.head_dim, least=INT8_DEPTH)
         facts = (x.sketch.scale, x.sketch.spread, x.sketch.radius)
         block = sketched.Block(*(triton.load(f.at[here.set, at // WORD]) for f in facts))
         passes = sketched.passing(coded, codes, block, offsets)
-        passes = passes * pieces.within(at).astype(jnp.int32)
+        passes = passes * seen
         place = number + jnp.cumsum(passes) - passes
         place = jnp.where(passes > 0, place, sizes.room)
         where = (*here.lead, here.part, place)
         triton.store(out.at[where], at, mask=place < sizes.room)
         return number + jnp.sum(passes)
 
-    first = jnp.minimum(pieces.count, 1)
-    number = jax.lax.fori_loop(0, first, look, jnp.int32(0))
-    hopeless = number > int(sizes.most * sizes.piece)
-    rest = jnp.where(hopeless, first, pieces.count)
-    number = jax.lax.fori_loop(first, rest, look, number)
+    none, hopeless = jnp.int32(0), jnp.bool_(False)
+    if sizes.most < 1:
+        first = jnp.minimum(pieces.count, 1)
+        number = jax.lax.fori_loop(none, first, look, none)
+        hopeless = number > int(sizes.most * sizes.piece)
+        rest = jnp.where(hopeless, first, pieces.count)
+        number = jax.lax.fori_loop(first, rest, look, number)
+    else:
+        number = jax.lax.fori_loop(none, pieces.count, look, none)
     if not sizes.interpret:
         triton.debug_barrier()
     return number, hopeless | (number > sizes.room)
@@ -203,10 +204,10 @@ def _list_keys(here, x, out, law, visible, pieces):
 def _sum(here, x, law, visible, slots, number) -> Partial:
     """Exact sums over `number` keys."""
     sizes = here.sizes
-    queries = here.numbers(x.queries, here.query, sizes.head_dim)
+    queries = rows_of(x.queries, here.query, sizes.head_dim)
     law = jax.tree.map(lambda field: field[:, None], law)
     edge = 0.0 if law.keeps_all else law.edge()
-    start = Partial.zeros(queries.shape[:1], here.width(sizes.value_dim), relative=law.relative)
+    start = Partial.zeros(queries.shape[:1], padded(sizes.value_dim), relative=law.relative)
 
     def step(i, sums):
         at = i * sizes.gathered + jnp.arange(sizes.gathered, dtype=jnp.int32)
@@ -268,7 +269,7 @@ class _Place:
         self.sizes, self.set = sizes, pl.program_id(0)
         tile, self.part = pl.program_id(1) // parts, pl.program_id(1) % parts
         self.lead = tile, self.set, pl.program_id(2)
-        rows = max(_LEAST_ROWS, pl.next_power_of_2(sizes.rows))
+        rows = padded(sizes.rows)
         first = self.part * sizes.rows
         row = jnp.arange(rows, dtype=jnp.int32)
         self.live = row < jnp.minimum(sizes.rows, sizes.queries - first)
@@ -281,39 +282,15 @@ class _Place:
         """A number for each query."""
         return triton.load(ref.at[self.lead[0], self.set, self.at])
 
-    def gather(self, ref, slots, width, there=None, *, least: int = 0):
+    def gather(self, ref, slots, width, there=None, *, least: int = LEAST):
         """Rows [C, D'] at slots i32[C]; zeros where there is none."""
-        return self.numbers(
-            ref, (self.set, slots[:, None]), width, there, least=least
-        )
-
-    def numbers(self, ref, where, width, there=None, *, least: int = 0):
-        """Rows of `width` numbers, padded with zeros to a power of two."""
-        padded = max(least, self.width(width))
-        number = jnp.arange(padded, dtype=jnp.int32)
-        mask = None
-        if len(where) > 1:
-            number = number[None, :]
-        if padded != width:
-            mask = jnp.broadcast_to(number < width, self._shape(where, padded))
-            number = jnp.minimum(number, width - 1)
-        if there is not None:
-            rows = jnp.broadcast_to(there[:, None], self._shape(where, padded))
-            mask = rows if mask is None else mask & rows
-        if mask is None:
-            return triton.load(ref.at[(*where, number)])
-        return triton.load(ref.at[(*where, number)], mask=mask, other=0)
-
-    def _shape(self, where, padded):
-        return (padded,) if len(where) == 1 else (where[-1].shape[0], padded)
-
-    def width(self, numbers: int) -> int:
-        return max(_LEAST_DEPTH, pl.next_power_of_2(numbers))
+        where = self.set, slots[:, None]
+        return rows_of(ref, where, width, there, least=least)
 
     def store(self, refs: Partial, sums: Partial) -> None:
         """Writes the sums of the queries."""
         width = self.sizes.value_dim
-        number = jnp.arange(self.width(width), dtype=jnp.int32)[None, :]
+        number = jnp.arange(padded(width), dtype=jnp.int32)[None, :]
         mask = self.live[:, None] & (number < width)
         where = (*self.lead, self.out[:, None], number)
         triton.store(refs.weighted.at[where], sums.weighted, mask=mask)
@@ -359,14 +336,18 @@ class _Pieces(NamedTuple):
         first = jnp.minimum(here.lead[2] * share, number)
         return cls(size, first, jnp.minimum(share, number - first), sinks, spans)
 
-    def slots(self, at):
-        """Slots of the keys number i32[C] of the program."""
-        piece = self.first + at // self.size
+    def start(self, number):
+        """First slots of the program's pieces i32[...]."""
+        piece = self.first + number
         start = self.spans[-1][0] // self.size + piece
         if self.sinks is not None:
             at_sinks = self.spans[0][0] // self.size + piece
             start = jnp.where(piece < self.sinks, at_sinks, start - self.sinks)
-        return start * self.size + at % self.size
+        return start * self.size
+
+    def slots(self, at):
+        """Slots of the keys number i32[C] of the program."""
+        return self.start(at // self.size) + at % self.size
 
     def within(self, slots):
         """Whether any query may see the slots."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+from hsrjax._src.core.bitset import WORD
 from hsrjax._src.kernels.xla.implementation import XLA
 from hsrjax._src.planning import costs
 
@@ -49,6 +50,14 @@ class Triton(XLA):
             tiles, keys, values, ids, counted=counted, interpret=self.interpret
         )
         return sums, None
+
+    def grow(self, index, values, keys, rows, lengths):
+        few = keys.shape[-2] < WORD and max(keys.shape[-1], rows.shape[-1]) <= _WIDEST
+        if not few or index.cells is not None or values.sketch is not None:
+            return super().grow(index, values, keys, rows, lengths)
+        return self._launch().append(
+            index, values, keys, rows, lengths, interpret=self.interpret
+        )
 
     def _launch(self):
         with warnings.catch_warnings():

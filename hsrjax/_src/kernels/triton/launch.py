@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from hsrjax._src.core.tiles import Partial, Tiles
 from hsrjax._src.index.index import Index
+from hsrjax._src.kernels.triton.append import append as append
 from hsrjax._src.kernels.triton.attend import Found, Operands, Sizes, attend
 from hsrjax._src.kernels.xla.chunks import Chunks
 from hsrjax._src.kernels.xla.runs import Runs

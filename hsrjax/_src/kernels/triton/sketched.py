@@ -19,7 +19,9 @@ there. A kernel differs in these points, u = 2^-24:
     where float32 rounds: off by at most 2u instead of u for each sum, and by 2u for the
     scale that is multiplied in afterwards. That is (2H + 4) u |a| K, of the (2H + 32) u
     2 |a| K in the slack.
-6.  Where s t is not a normal number or slack not below 2^108 the key passes. That is
+6.  The norm of the centre is divided by its largest number, so that no square leaves
+    the range of float32: two more relative errors of 4u, in the inflation.
+7.  Where s t is not a normal number or slack not below 2^108 the key passes. That is
     asked of the smallest t and the largest errors of all queries of the tile: a little
     more passes. NaN in any of it passes too.
 """
@@ -32,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton
 
-from hsrjax._src.core.arrays import TINY, inflation
+from hsrjax._src.core.arrays import TINY, UNIT, inflation
 from hsrjax._src.index.sketch import (
     INEXACT,
     LARGEST,
@@ -108,3 +110,45 @@ def _sound(coded: Coded, block: Block) -> jax.Array:
     steps = block.scale * jnp.min(coded.scale) > SMALLEST_PRODUCT
     slack = jnp.max(coded.lost) * block.spread + jnp.max(coded.length) * block.radius
     return (steps & (slack < LARGEST)).astype(jnp.int32)
+
+
+def sketch(
+    keys: jax.Array, valid: jax.Array, centre: jax.Array, h: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Codes i8[32, H'] of a block f[32, H'], and its scale, spread and radius f32[].
+
+    Not a number where a valid key is not finite: then the block passes.
+    """
+    rest = jnp.where(valid[:, None], keys.astype(jnp.float32) - centre[None, :], 0.0)
+    widest = jnp.max(reach(rest))
+    scale = jnp.where(widest <= SMALLEST_RANGE, 1.0, widest / LEVELS)
+    units = rest / scale
+    codes = jnp.floor(units + 0.5)
+    codes = jnp.where(jnp.isnan(codes), 0.0, codes)
+    distance = units - codes
+    coded = jnp.sqrt(jnp.max(jnp.sum(codes * codes, axis=1)))
+    lost = jnp.sqrt(jnp.max(jnp.sum(distance * distance, axis=1)))
+    lost = lost + INEXACT * (coded + lost)
+    spread = inflation(h) * scale * coded
+    radius = inflation(h) * scale * lost + UNCODED
+    from_centre = jnp.max(jnp.abs(centre))
+    unit = jnp.where(from_centre > 0, from_centre, 1.0)
+    from_centre = unit * jnp.sqrt(jnp.sum((centre / unit) * (centre / unit)))
+    rounding = (2 * h + 32) * UNIT * (3 * from_centre + 2 * (spread + radius))
+    radius = inflation(h) * (radius + rounding)
+    finite = jnp.min(jnp.isfinite(rest).astype(jnp.int32)) > 0
+    scale, spread, radius = (
+        jnp.where(finite, x, jnp.nan) for x in (scale, spread, radius)
+    )
+    return codes.astype(jnp.int8), scale, spread, radius
+
+
+def reach(x: jax.Array) -> jax.Array:
+    """The largest |number| of each row f32[C, D']; NaN where one is."""
+    broken = jnp.max(jnp.isnan(x).astype(jnp.int32), axis=1) > 0
+    return jnp.where(broken, jnp.nan, jnp.max(jnp.abs(x), axis=1))
+
+
+def largest(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The larger, or NaN: on a GPU the larger of a number and NaN is the number."""
+    return jnp.where(jnp.isnan(x + y), jnp.nan, jnp.maximum(x, y))
