@@ -125,3 +125,47 @@ def test_keys_that_were_not_looked_at_count_as_left_out(nearest, decoding):
     assert 1 - weights[kept].sum() <= float(info.missed_mass[0, 0, 0]) <= 1.0
     error = abs(1.0 - float(weights @ np.asarray(value)[0, :, 0, 0]))
     assert error <= float(info.error_bound[0, 0, 0])
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize(("rank", "size", "stride"), [(1, 9, 32), (64, 256, 32)])
+def test_a_guess_is_reached_by_as_many_of_the_sample_as_are_asked_for(
+    rank, size, stride
+):
+    sample = np.random.default_rng(rank).standard_normal((50, size)).astype(np.float32)
+    guess, room = certificates.guessed_offset(rank, jnp.asarray(sample), stride)
+    reached = (sample >= np.asarray(guess)[:, None]).sum(-1)
+    least = 1 if rank == 1 else 64 / 32 + 3
+    assert (reached >= least).all() and (reached.mean() * stride <= room).all()
+    nothing, _ = certificates.guessed_offset(rank, jnp.full((1, 3), -jnp.inf), stride)
+    assert float(nothing[0]) == -np.inf
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("sampled", ["all", "none", "same"])
+def test_the_best_are_found_whatever_the_sample_says(sampled):
+    """The keys of the sample are the best, but too few; or the worst; or all tie."""
+    rng = np.random.default_rng(3)
+    key = rng.standard_normal((1, 2048, 1, 16)).astype(np.float32)
+    lane = np.arange(2048) % 32 == 16
+    if sampled == "same":
+        key[:] = key[:, :1]
+    else:
+        key[:, lane, :, 0] += 30.0 if sampled == "all" else -30.0
+    query = jnp.asarray(np.abs(rng.standard_normal((1, 2, 2, 16))), jnp.float32)
+    key, value = (
+        jnp.asarray(key),
+        jnp.asarray(rng.standard_normal(key.shape), key.dtype),
+    )
+    cache = hsrjax.extend(hsrjax.init_cache(1, 2048, 1, 16), key, value)
+    activation = hsrjax.Softmax(top_r=100)
+    run = lambda method: hsrjax.decode_attention(
+        query, cache, activation=activation, method=method
+    )
+    (out, info), (expected, dense) = run("hsr"), run("dense")
+    np.testing.assert_array_equal(info.count, dense.count)
+    assert (
+        info.count == (jnp.array([[2047], [2048]]) if sampled == "same" else 100)
+    ).all()
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    assert (info.missed_mass >= dense.missed_mass - 1e-6).all()

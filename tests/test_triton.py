@@ -1,16 +1,27 @@
-"""The fused kernels: the shared contract in interpret mode, and what is theirs alone."""
+"""Fused kernels: the shared contract in interpret mode, and what is theirs alone."""
 
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import hsrjax
+from hsrjax._src.core.tiles import Tiles
+from hsrjax._src.core.visible import Visible
+from hsrjax._src.index.index import Index
 from hsrjax._src.kernels import base as registry
 from hsrjax._src.kernels.triton.implementation import Triton
-from tests.contract import AttentionContract, CacheContract
+from tests.contract import AttentionContract, CacheContract, relative_error, slow
+
+KERNELS = Triton("interpreted", interpret=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreted():
     before = dict(registry._implementations)
-    registry.register(Triton("interpreted", interpret=True))
+    registry.register(KERNELS)
     yield
     registry._implementations.clear()
     registry._implementations.update(before)
@@ -18,10 +29,6 @@ def interpreted():
 
 class TestReported(AttentionContract):
     method, implementation = "hsr", "interpreted"
-
-
-class TestAuto(AttentionContract):
-    method, implementation = "auto", "interpreted"
 
 
 class TestDense(AttentionContract):
@@ -32,5 +39,161 @@ class TestCache(CacheContract):
     method, implementation = "hsr", "interpreted"
 
 
+@pytest.mark.slow
 class TestDenseCache(CacheContract):
     method, implementation = "dense", "interpreted"
+
+
+def both(attend):
+    """Results by the kernels, and by XLA."""
+    run = lambda name: jax.jit(lambda: attend(name))()
+    return run("interpreted"), run("xla")
+
+
+def filled(dtype, *, tokens=500, kv_heads=2, h=20, d=40, scale=1.0):
+    rng = np.random.default_rng(0)
+    cache = hsrjax.init_cache(2, tokens + 60, kv_heads, h, value_dim=d, dtype=dtype)
+    new = lambda size: jnp.asarray(
+        scale * rng.standard_normal((2, tokens, kv_heads, size)), dtype
+    )
+    lengths = jnp.array([tokens, tokens // 2])
+    return hsrjax.extend(cache, new(h), new(d), lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (jnp.bfloat16, {"window": 130, "sinks": 3}),
+        (jnp.float16, {}),
+        *slow((jnp.float32, {"window": 7})),
+    ],
+)
+@pytest.mark.parametrize("method", ["hsr", "auto", "dense"])
+def test_decode_is_xlas(dtype, options, method):
+    """Rows of two lengths, heads that are no power of two, four newest positions."""
+    cache = filled(dtype)
+    query = jnp.asarray(np.random.default_rng(1).standard_normal((2, 4, 6, 20)), dtype)
+    bias = jnp.linspace(0.0, 2.5, 6)
+    positions = cache.length[:, None] - 4 + jnp.arange(4, dtype=jnp.int32)[None, :]
+    options = options | {"method": method, "positions": positions}
+    attend = lambda name: hsrjax.decode_attention(
+        query,
+        cache,
+        activation=hsrjax.ReLU(power=2, bias=bias),
+        implementation=name,
+        **options,
+    )
+    (got, info), (expected, reference) = both(attend)
+    assert relative_error(got, expected) <= 4e-3  # of one rounding to the dtype
+    np.testing.assert_array_equal(info.count, reference.count)
+    assert (info.candidates >= info.count).all()
+
+
+def test_auto_goes_over_all_keys_where_most_fire():
+    cache = filled(jnp.float32, tokens=1200, h=32, d=8)
+    query = jnp.ones((2, 1, 2, 32))
+    run = lambda bias, method: hsrjax.decode_attention(
+        query,
+        cache,
+        activation=hsrjax.ReLU(bias=bias),
+        method=method,
+        implementation="interpreted",
+    )[1]
+    few, many = run(1.5, "hsr"), run(-9.0, "hsr")
+    every = cache.length[:, None, None]
+    assert (few.candidates < every // 2).all()
+    np.testing.assert_array_equal(many.count, jnp.broadcast_to(every, many.count.shape))
+    assert (many.candidates == every).all()
+
+
+@pytest.mark.parametrize("bad", [None, *slow(("key",), ("value",))])
+def test_a_cache_grows_as_by_xla(bad):
+    """A few tokens a time, over the ends of blocks, ragged, until there is no room."""
+    rng = np.random.default_rng(2)
+    caches = [hsrjax.init_cache(2, 75, 3, 20, value_dim=5) for _ in range(2)]
+    for number, new in enumerate([40, 1, 1, 5, 20, 31, 1]):
+        key = jnp.asarray(rng.standard_normal((2, new, 3, 20)), jnp.float32)
+        value = jnp.asarray(rng.standard_normal((2, new, 3, 5)), jnp.float32)
+        if bad == "key" and number == 2:
+            key = key.at[0, 0, 1, 3].set(jnp.nan)
+        if bad == "value" and number == 2:
+            value = value.at[0, 0, 1, 3].set(jnp.inf)
+        lengths = jnp.asarray(rng.integers(0, new + 1, 2), jnp.int32)
+        caches = [
+            jax.jit(
+                lambda cache, *a, name=name: hsrjax.extend(
+                    cache, *a[:2], lengths=a[2], implementation=name
+                )
+            )(cache, key, value, lengths)
+            for cache, name in zip(caches, ("interpreted", "xla"), strict=True)
+        ]
+    got, expected = map(jax.tree_util.tree_leaves_with_path, caches)
+    for (path, one), (_, other) in zip(got, expected, strict=True):
+        one, other = (np.asarray(x, np.float64) for x in (one, other))
+        tolerance = 1e-4 if "radius" in jax.tree_util.keystr(path) else 0.0
+        np.testing.assert_allclose(one, other, rtol=tolerance, equal_nan=True)
+    assert int(caches[0].dropped.sum()) > 0
+
+
+def cuda_text(kv_heads, slots, h, dtype=jnp.bfloat16):
+    """What a decode step is lowered to for a GPU that need not be there."""
+    shapes = jax.eval_shape(
+        lambda: (
+            Index.empty((1, kv_heads), h, max_keys=slots, dtype=dtype),
+            jnp.zeros((1, kv_heads, slots, h), dtype),
+            jnp.zeros((1, 1, kv_heads, 2, h)),
+            jnp.zeros((1, 1, kv_heads, 2)),
+            jnp.zeros((1, 1, kv_heads, 2), jnp.int32),
+        )
+    )
+
+    def step(index, values, queries, bias, high):
+        tiles = Tiles(queries, hsrjax.ReLU(power=2, bias=bias), Visible(high))
+        options = {"capacity": 32, "parts": 1, "counted": True, "or_all": True}
+        return Triton().scan_and_sum(index, tiles, values, **options)
+
+    where = contextlib.nullcontext()
+    if jax.__version_info__ >= (0, 11):
+        card = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=card)
+        where = jax.sharding.use_abstract_mesh(mesh)
+    skip = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    with where:
+        exported = jax.export.export(
+            jax.jit(step), platforms=["cuda"], disabled_checks=[skip]
+        )(*shapes)
+    return exported.mlir_module()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("h", [16, 40, 256])
+def test_a_step_is_lowered_for_gpus_without_one(dtype, h):
+    assert "hsrjax_attend" in cuda_text(2, 4096, h, dtype)
+
+
+def test_arrays_whose_offsets_overflow_are_left_to_xla():
+    """Triton counts in int32 up to 2^32 bytes, and in int64 beyond."""
+    assert "hsrjax_attend" in cuda_text(8, 2**21, 128)
+    assert "hsrjax_attend" in cuda_text(8, 2**23, 128)
+    with pytest.raises(NotImplementedError, match="offsets overflow"):
+        cuda_text(8, 2**21 + 128, 128)
+
+
+def test_what_kernels_cannot_do_xla_does():
+    cache = filled(jnp.float32)
+    query = jnp.ones((2, 1, 2, 20))
+    attend = lambda name: hsrjax.decode_attention(
+        query,
+        cache,
+        activation=hsrjax.Softmax(top_r=5),
+        method="hsr",
+        implementation=name,
+    )
+    (got, _), (expected, _) = both(attend)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_kernels_are_for_new_nvidia_cards():
+    assert Triton().unavailable("cpu") == "it needs an NVIDIA GPU"
+    with pytest.raises(ValueError, match="'triton' does not: it needs an NVIDIA GPU"):
+        registry.implementations_for("triton", "cpu")

@@ -242,12 +242,29 @@ class Sight(Protocol):
         """Which visible keys are in no set, bool[*B, Q, S]."""
         ...
 
-    def best(
-        self, words: jax.Array | None, rank: int
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """The largest exact score f32[*B, Q]; the r-th of all but sinks and the next.
+    def sample(self) -> tuple[jax.Array, int]:
+        """Estimated scores f32[*B, Q, C] of one key in so many, sinks left out."""
+        ...
 
-        None for those where r is 0; -inf where there is none.
+    def reached(self, offset: jax.Array) -> jax.Array:
+        """Sets u32[*B, J, S/32] of all sinks and keys that may reach f32[*B, Q]."""
+        ...
+
+    def best(
+        self, words: jax.Array | None, rank: int, share: float | None = None
+    ) -> tuple[jax.Array, Any, jax.Array | None]:
+        """The best exact scores of sets, and which keys have them.
+
+        Args:
+          words: the sets.
+          rank: r, or 0.
+          share: keys of a set for each query of a part that there is room for, None
+            for all of them.
+
+        Returns:
+          The largest score f32[*B, Q]; the r-th of all but sinks and the next, f32
+          [*B, Q] each, -inf where there is none, NaN where there is no room, and None
+          where r is 0; sets of the keys that reach the r-th, and sinks.
         """
         ...
 

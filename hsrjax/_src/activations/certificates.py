@@ -24,6 +24,7 @@ multiplies by 1 + 4 (S + 256) u, which covers two such sums and their quotient.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -38,6 +39,9 @@ _MORE_KEPT = 0.03
 _LESS_LEFT_OUT = 0.02
 """log of the share of the mass allowed that may stay unused."""
 _RESOLUTION = 2.0**-12
+_GROUPS = 64
+"""Of a sample, of which the best key counts."""
+_GUESS_ROOM = 512
 _CLOSE = 2.0**-7
 """Nats, by which the offset for a share of the mass may be too low."""
 
@@ -80,6 +84,34 @@ def top_r_offset(
         resolution=_RESOLUTION,
     )
     return jnp.where(ranked, found.low, -jnp.inf)
+
+
+def guessed_offset(
+    rank: int, scores: jax.Array, stride: int
+) -> tuple[jax.Array, float]:
+    """An offset f32[*B, Q] that at least r scores reach, in all likelihood.
+
+    With one key in `stride` in the sample, about r / stride of it are among the best r;
+    3.5 standard deviations more make it rare that they are not.
+
+    Args:
+      rank: r.
+      scores: f32[*B, Q, C], of a sample, -inf where a key is not visible.
+      stride: keys for each of the sample.
+
+    Returns:
+      The offset, -inf where the sample is too small, and how many keys may be expected
+      to reach it at most.
+    """
+    expected = rank / stride
+    rank = min(rank, math.ceil(expected + 3.5 * math.sqrt(expected)))
+    groups = max(_GROUPS, 4 * rank)  # few of the best share one
+    padding = [(0, 0)] * (scores.ndim - 1) + [(0, -scores.shape[-1] % groups)]
+    scores = jnp.pad(scores, padding, constant_values=-jnp.inf)
+    best = jnp.max(scores.reshape(*scores.shape[:-1], -1, groups), axis=-2)
+    reach = (best[..., None, :] >= best[..., None]).astype(jnp.float32)
+    reached = jnp.sum(reach, axis=-1) >= rank
+    return jnp.max(jnp.where(reached, best, -jnp.inf), axis=-1), 3.0 * rank * stride
 
 
 def epsilon_offset(

@@ -13,6 +13,7 @@ from hsrjax._src.activations import tail as tails
 from hsrjax._src.activations.base import Activation, Sight, integers, remember
 from hsrjax._src.core import checks
 from hsrjax._src.core.arrays import finite_or_zero
+from hsrjax._src.core.batching import together
 from hsrjax._src.core.tiles import Partial
 
 _static = {"static": True}
@@ -119,32 +120,62 @@ class Softmax(Activation):
 
     def select(self, sight: Sight) -> tuple[jax.Array | None, Any, Any]:
         """The sets to look at, which keys of them are kept, and what is left out."""
+        if self.top_r is not None and self.tail is None and sight.scores is None:
+            return self._select_top_r(sight, self.top_r)
         lower, upper, sinks = sight.lower, sight.upper, sight.sinks
         words, offset = None, jnp.full(lower.shape[:-1], -jnp.inf, jnp.float32)
         share = jnp.ones_like(offset)  # left out at most, beforehand
         if self.epsilon is not None:
             share = jnp.asarray(self.epsilon, jnp.float32)
             offset = certificates.epsilon_offset(share, lower, upper, sinks)
-        elif self.top_r is not None and sight.scores is None:
-            offset = certificates.top_r_offset(self.top_r, lower, sinks)
+        elif self.tail is not None:
+            offset = certificates.top_r_offset(self.top_r or 0, lower, sinks)
         if sight.scores is None:
             reported = Kept(offset[..., None], offset).fires(upper, sinks=sinks)
             if self.tail is not None:
                 reported |= ~tails.whole(sight.visible, self.tail)
             words = sight.look_at(reported)
-        peak, best = sight.best(words, 0 if self.tail else self.top_r or 0)
+        peak, best, words = sight.best(words, 0 if self.tail else self.top_r or 0)
+        if self.tail is None:
+            return words, *self._judge(sight, share, offset, peak, best)
         shift, rounding = finite_or_zero(peak), sight.rounding()
-        if self.tail is not None:
-            out = sight.left_out(words)
-            tail = tails.sum_left_out(sight.values, lower, upper, out, shift, rounding)
-            return words, Kept(jnp.full_like(shift, -jnp.inf), shift), tail
+        out = sight.left_out(words)
+        tail = tails.sum_left_out(sight.values, lower, upper, out, shift, rounding)
+        return words, Kept(jnp.full_like(shift, -jnp.inf), shift), tail
+
+    def _select_top_r(self, sight: Sight, rank: int) -> tuple[jax.Array, Any, Any]:
+        """The best r among the keys that may reach what a sample suggests.
+
+        If r exact scores do reach it, the best r are among them, and it need not be a
+        safe offset. Else that is looked for.
+        """
+
+        def above(offset, share=None):
+            return offset, *sight.best(sight.reached(offset), rank, share)
+
+        guess, share = certificates.guessed_offset(rank, *sight.sample())
+        found = above(guess, share)
+        _, _, (last, _), _ = found
+        failed = jnp.any(sight.visible, axis=-1) & ~(last >= guess)
+        offset, peak, best, words = jax.lax.cond(
+            together(jnp.sum(failed.astype(jnp.float32))) > 0,
+            lambda: above(certificates.top_r_offset(rank, sight.lower, sight.sinks)),
+            lambda: found,
+        )
+        share = jnp.ones_like(offset)
+        return words, *self._judge(sight, share, offset, peak, best)
+
+    def _judge(self, sight: Sight, share, offset, peak, best) -> tuple[Any, Any]:
+        """Which keys are kept of those that reach an offset, and what is left out."""
+        shift = finite_or_zero(peak)
         # Keys that were not looked at are below the offset of the bounds, wherever the
         # best that were looked at leave off.
         kept = offset if best is None else certificates.between(best)
         below = jnp.maximum(kept, offset)
-        mass = certificates.mass_below(below, shift, lower, upper, sinks)
-        left_out = certificates.LeftOut(mass, share, rounding)
-        return words, *remember((Kept(kept, shift), left_out))
+        bounds = sight.lower, sight.upper, sight.sinks
+        mass = certificates.mass_below(below, shift, *bounds)
+        left_out = certificates.LeftOut(mass, share, sight.rounding())
+        return remember((Kept(kept, shift), left_out))
 
     def finish(self, sums: Partial, certificate, *, length, value_bound, slots):
         """Divides by the mass, and bounds the error of what is left out."""

@@ -182,7 +182,6 @@ class Implementation:
         """
         raise NotImplementedError(f"{self.name} has no append")
 
-
     def grow(
         self,
         index: Index,

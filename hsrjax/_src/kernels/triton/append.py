@@ -98,9 +98,7 @@ def append(
         size=grown.size,
         dropped=grown.dropped,
     )
-    values = values._replace(
-        rows=grown.values, bound=grown.bound, poison=grown.poison
-    )
+    values = values._replace(rows=grown.values, bound=grown.bound, poison=grown.poison)
     return index, values
 
 

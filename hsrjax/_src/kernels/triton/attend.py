@@ -137,7 +137,9 @@ def attend(x: Operands, sizes: Sizes) -> Found:
 def _kernel(x: Operands, out: Found, *, sizes: Sizes):
     here = _Place(sizes)
     law = jax.tree.map(here.row, x.law)
-    visible = jax.tree.map(lambda ref: jnp.where(here.live, here.row(ref), 0), x.visible)
+    visible = jax.tree.map(
+        lambda ref: jnp.where(here.live, here.row(ref), 0), x.visible
+    )
     pieces = _Pieces.of(here, visible, x.ids)
     every = pieces.count * sizes.piece
     if sizes.listed:
@@ -178,7 +180,9 @@ def _list_keys(here, x, out, law, visible, pieces):
             at = jnp.minimum(at, sizes.slots - 1)
         codes = here.gather(x.sketch.codes, at, sizes.head_dim, least=INT8_DEPTH)
         facts = (x.sketch.scale, x.sketch.spread, x.sketch.radius)
-        block = sketched.Block(*(triton.load(f.at[here.set, at // WORD]) for f in facts))
+        block = sketched.Block(
+            *(triton.load(f.at[here.set, at // WORD]) for f in facts)
+        )
         passes = sketched.passing(coded, codes, block, offsets)
         passes = passes * seen
         place = number + jnp.cumsum(passes) - passes
@@ -207,7 +211,9 @@ def _sum(here, x, law, visible, slots, number) -> Partial:
     queries = rows_of(x.queries, here.query, sizes.head_dim)
     law = jax.tree.map(lambda field: field[:, None], law)
     edge = 0.0 if law.keeps_all else law.edge()
-    start = Partial.zeros(queries.shape[:1], padded(sizes.value_dim), relative=law.relative)
+    start = Partial.zeros(
+        queries.shape[:1], padded(sizes.value_dim), relative=law.relative
+    )
 
     def step(i, sums):
         at = i * sizes.gathered + jnp.arange(sizes.gathered, dtype=jnp.int32)

@@ -38,7 +38,12 @@ class Triton(XLA):
         if index.cells is not None or not _fits(tiles, index.keys, values):
             raise NotImplementedError("XLA does it in two steps")
         return self._launch().scan_and_sum(
-            index, tiles, values, counted=counted, or_all=or_all, interpret=self.interpret
+            index,
+            tiles,
+            values,
+            counted=counted,
+            or_all=or_all,
+            interpret=self.interpret,
         )
 
     def sum_all(self, tiles, keys, values, ids, *, chunk, counted):

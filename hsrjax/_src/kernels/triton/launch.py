@@ -42,9 +42,7 @@ def scan_and_sum(
 ) -> tuple[jax.Array, Partial]:
     """As `Implementation.scan_and_sum`."""
     options = counted, _DENSE_SHARE if or_all else 1.0, interpret
-    return _reported(
-        options, tiles, index.keys, values, jax.lax.stop_gradient(index)
-    )
+    return _reported(options, tiles, index.keys, values, jax.lax.stop_gradient(index))
 
 
 def sum_all(

@@ -1,4 +1,4 @@
-r"""The sketch inside a kernel: the bounds of `index/sketch.py`, and what is rounded here.
+r"""The sketch inside a kernel: bounds of `index/sketch.py`, and what is rounded here.
 
 The codes, scale and errors of a query, and the slack of a block, are those of the proof
 there. A kernel differs in these points, u = 2^-24:

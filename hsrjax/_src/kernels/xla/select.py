@@ -10,14 +10,19 @@ import jax.numpy as jnp
 from hsrjax._src.activations import search
 from hsrjax._src.core import bitset, meshes
 from hsrjax._src.core.arrays import (
+    add_rows,
     dot,
     gather_rows,
     positions,
     score_rounding,
 )
+from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.tiles import Tiles, cut_parts, join_parts
 from hsrjax._src.index.index import Index, ids_of
+from hsrjax._src.kernels.xla.scan import scan
 
+_SAMPLE = 1024
+"""Keys of a sample, at most."""
 _KEPT = 512
 """Scores of each set that are kept from one fold to the next."""
 
@@ -47,13 +52,44 @@ class SketchSight:
         alive = bitset.unpack(index.alive)[..., None, :]
         self.visible = tile.visible.mask(slot) & alive
         self.sinks = tile.visible.sinks(slot)
-        self.lower, self.upper = (
-            jnp.where(self.visible, x, -jnp.inf)
-            for x in index.sketch.intervals(tile.queries)
-        )
+
+    @property
+    def lower(self) -> jax.Array:
+        return self._bounds()[0]
+
+    @property
+    def upper(self) -> jax.Array:
+        return self._bounds()[1]
+
+    def _bounds(self) -> list[jax.Array]:
+        """Made where they are asked for, once in a program: not all ways need them."""
+        bounds = self.index.sketch.intervals(self.tile.queries)
+        return [jnp.where(self.visible, x, -jnp.inf) for x in bounds]
 
     def look_at(self, kept: jax.Array) -> jax.Array:
         return bitset.pack_unions(self.visible & kept, self.parts)
+
+    def sample(self) -> tuple[jax.Array, int]:
+        blocks = self.index.alive.shape[-1]
+        step = -(-blocks // _SAMPLE)
+        at = WORD // 2 + step * WORD * positions(
+            -(-blocks // step), self.tile.queries.ndim
+        )
+        scores = self.index.sketch.sample(self.tile.queries, step)
+        slot = ids_of(self.index.ids, at[..., 0, :])[..., None, :]
+        seen = self.tile.visible.mask(slot)
+        sinks = self.tile.visible.sinks(slot)
+        if sinks is not None:
+            seen &= ~sinks
+        return jnp.where(seen, scores, -jnp.inf), step * WORD
+
+    def reached(self, offset: jax.Array) -> jax.Array:
+        visible = self.tile.visible
+        offset = jnp.where(visible.count() > 0, offset, jnp.inf)
+        words = scan(
+            self.index, self.tile.queries, offset, visible=visible, parts=self.parts
+        )
+        return words if self.sinks is None else words | self.look_at(self.sinks)
 
     def left_out(self, words: jax.Array) -> jax.Array:
         looked_at = bitset.unpack(words)[..., None, :]
@@ -62,12 +98,9 @@ class SketchSight:
     def rounding(self) -> jax.Array:
         return score_rounding(self.tile.queries, self.index.sketch.key_norm())
 
-    def best(self, words: jax.Array, rank: int):
-        """As `Sight.best`.
-
-        A small r is picked out of each pass; for a large one all scores are kept, as
-        counting them afterwards is cheaper than to sort in every pass.
-        """
+    def best(self, words: jax.Array, rank: int, share: float | None = None):
+        if share is not None:
+            return self._best_of_few(words, rank, share)
         picked = 0 < 2 * rank < self.capacity
         scored = self._passes(words)
 
@@ -97,7 +130,27 @@ class SketchSight:
             best = row[..., -2], row[..., -1]
         elif rank:
             best = search.at_ranks(row, rank)
-        return join_parts((peak, best), self.batch)
+        return *join_parts((peak, best), self.batch), words
+
+    def _best_of_few(self, words: jax.Array, rank: int, share: float):
+        """The same with all scores of a set in memory, and the sets of the best."""
+        rows = self.tile.queries.shape[-2] // self.parts
+        room = _round_up(min(int(share * rows), self.index.keys.shape[-2]))
+        scores, sinks = self._passes(words)(0, room)
+        peak = jnp.max(scores, axis=-1)
+        others = scores if sinks is None else jnp.where(sinks, -jnp.inf, scores)
+        fits = bitset.size(words)[..., None] <= room
+        last, after = (
+            jnp.where(fits, x, jnp.nan) for x in search.at_ranks(others, rank)
+        )
+        kept = jnp.any(~(scores < last[..., None]), axis=-2)
+        slots = bitset.select(bitset.rank(words), positions(room, 1))
+        bits = kept.astype(jnp.uint32) << (slots % WORD).astype(jnp.uint32)
+        nothing = jnp.zeros((*words.shape, 1), jnp.uint32)
+        words = add_rows(nothing, slots // WORD, bits[..., None])[..., 0]
+        if self.sinks is not None:
+            words |= self.look_at(self.sinks)
+        return *join_parts((peak, (last, after)), self.batch), words
 
     def fold(self, words: jax.Array):
         """As `Sight.fold`; the first scores are kept from one call to the next."""
@@ -135,3 +188,7 @@ class SketchSight:
             return jnp.where(seen.mask(at), scores, -jnp.inf), seen.sinks(at)
 
         return scored
+
+
+def _round_up(keys: int) -> int:
+    return -(-keys // WORD) * WORD

@@ -118,16 +118,16 @@ class _Sight(NamedTuple):
         del words
         return jnp.zeros_like(self.visible)
 
-    def best(self, words, rank):
-        del words
+    def best(self, words, rank, share=None):
+        del share
         scores = self.lower
         peak = jnp.max(scores, axis=-1)
         if not rank:
-            return peak, None
+            return peak, None, words
         others = scores
         if self.sinks is not None:
             others = jnp.where(self.sinks, -jnp.inf, scores)
-        return peak, search.at_ranks(others, rank)
+        return peak, search.at_ranks(others, rank), words
 
     def fold(self, words):
         del words
