@@ -98,19 +98,19 @@ def test_the_bound_covers_what_is_left_out():
 @pytest.mark.parametrize("decoding", [False, *slow((True,))])
 @pytest.mark.parametrize("nearest", [None, 0.9])
 def test_keys_that_were_not_looked_at_count_as_left_out(nearest, decoding):
-    """The sketch lets exactly the r best past it, or one that scores far less.
+    """The sketch lets exactly the best past it, or one that scores far less.
 
     Key 10 shares its block with a huge one, beside which its 39 is rounded to nothing:
     all of that block are looked at.
     """
-    key = jnp.zeros((1, 96, 1, 8)).at[0, 64:68, 0, 0].set(1.0)
+    key = jnp.zeros((1, 96, 1, 8)).at[0, 80, 0, 0].set(1.0)
     if nearest is not None:
         key = key.at[0, 10, 0, :2].set(jnp.array([nearest - 0.6, 39.0]))
         key = key.at[0, 11, 0, 1].set(1e4)
         key = key.at[0, 32:64, 0, 0].set(nearest)
     value = jnp.where(key[..., :1] == 1.0, 1.0, -1.0)
     query = jnp.zeros((1, 1, 1, 8)).at[..., 0].set(1.0)
-    options = {"activation": hsrjax.Softmax(top_r=4), "method": "hsr", "scale": 1.0}
+    options = {"activation": hsrjax.Softmax(top_r=1), "method": "hsr", "scale": 1.0}
     if decoding:
         cache = hsrjax.init_cache(1, 96, 1, 8, value_dim=1)
         cache = hsrjax.extend(cache, key, value)
@@ -119,9 +119,9 @@ def test_keys_that_were_not_looked_at_count_as_left_out(nearest, decoding):
         out, info = hsrjax.attention(query, key, value, return_info=True, **options)
     weights = np.exp(np.asarray(key, np.float64)[0, :, 0, 0])
     weights /= weights.sum()
-    kept = np.arange(96) // 4 == 16
-    assert int(info.candidates[0, 0, 0]) == (4 if nearest is None else 36)
-    assert int(info.count[0, 0, 0]) == 4 and float(out[0, 0, 0, 0]) == 1.0
+    kept = np.arange(96) == 80
+    assert int(info.candidates[0, 0, 0]) == (1 if nearest is None else 33)
+    assert int(info.count[0, 0, 0]) == 1 and float(out[0, 0, 0, 0]) == 1.0
     assert 1 - weights[kept].sum() <= float(info.missed_mass[0, 0, 0]) <= 1.0
     error = abs(1.0 - float(weights @ np.asarray(value)[0, :, 0, 0]))
     assert error <= float(info.error_bound[0, 0, 0])
@@ -164,8 +164,7 @@ def test_the_best_are_found_whatever_the_sample_says(sampled):
     )
     (out, info), (expected, dense) = run("hsr"), run("dense")
     np.testing.assert_array_equal(info.count, dense.count)
-    assert (
-        info.count == (jnp.array([[2047], [2048]]) if sampled == "same" else 100)
-    ).all()
+    tied = np.array([2047, 2048])[None, :, None]
+    assert (np.asarray(info.count) == (tied if sampled == "same" else 100)).all()
     np.testing.assert_allclose(out, expected, atol=1e-5)
     assert (info.missed_mass >= dense.missed_mass - 1e-6).all()

@@ -83,13 +83,15 @@ def sum_sets(
         if found is not None:
             return found
         sets = report(kernels, index, values, tiles, plan=plan)
-    words, law, certificate = sets
+    words, law, certificate, candidates = sets
     sum_keys = functools.partial(
         kernels.sum_sets, capacity=plan.capacity, counted=counted
     )
     weighed = tiles if law is None else tiles._replace(activation=law)
     arrays = weighed, index.keys, values.rows, index.ids, words
     sums = tiles.activation.settle(sum_keys(*arrays), sum_keys, arrays)
+    if candidates is not None:
+        sums = sums._replace(candidates=candidates)
     return sums, certificate, bitset.size(words)
 
 

@@ -238,6 +238,10 @@ class Sight(Protocol):
         """
         ...
 
+    def number(self, words: jax.Array) -> jax.Array:
+        """How many visible keys of sets there are, i32[*B, Q]."""
+        ...
+
     def left_out(self, words: jax.Array | None) -> jax.Array:
         """Which visible keys are in no set, bool[*B, Q, S]."""
         ...

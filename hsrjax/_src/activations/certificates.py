@@ -92,7 +92,7 @@ def guessed_offset(
     """An offset f32[*B, Q] that at least r scores reach, in all likelihood.
 
     With one key in `stride` in the sample, about r / stride of it are among the best r;
-    3.5 standard deviations more make it rare that they are not.
+    4.5 standard deviations more make it rare that they are not.
 
     Args:
       rank: r.
@@ -104,7 +104,7 @@ def guessed_offset(
       to reach it at most.
     """
     expected = rank / stride
-    rank = min(rank, math.ceil(expected + 3.5 * math.sqrt(expected)))
+    rank = min(rank, math.ceil(expected + 4.5 * math.sqrt(expected)))
     groups = max(_GROUPS, 4 * rank)  # few of the best share one
     padding = [(0, 0)] * (scores.ndim - 1) + [(0, -scores.shape[-1] % groups)]
     scores = jnp.pad(scores, padding, constant_values=-jnp.inf)

@@ -118,7 +118,7 @@ class Softmax(Activation):
 
     # Top r and epsilon.
 
-    def select(self, sight: Sight) -> tuple[jax.Array | None, Any, Any]:
+    def select(self, sight: Sight) -> tuple[Any, ...]:
         """The sets to look at, which keys of them are kept, and what is left out."""
         if self.top_r is not None and self.tail is None and sight.scores is None:
             return self._select_top_r(sight, self.top_r)
@@ -143,7 +143,7 @@ class Softmax(Activation):
         tail = tails.sum_left_out(sight.values, lower, upper, out, shift, rounding)
         return words, Kept(jnp.full_like(shift, -jnp.inf), shift), tail
 
-    def _select_top_r(self, sight: Sight, rank: int) -> tuple[jax.Array, Any, Any]:
+    def _select_top_r(self, sight: Sight, rank: int) -> tuple[Any, ...]:
         """The best r among the keys that may reach what a sample suggests.
 
         If r exact scores do reach it, the best r are among them, and it need not be a
@@ -151,19 +151,21 @@ class Softmax(Activation):
         """
 
         def above(offset, share=None):
-            return offset, *sight.best(sight.reached(offset), rank, share)
+            words = sight.reached(offset)
+            peak, best, kept = sight.best(words, rank, share)
+            return peak, best, kept, offset, words
 
         guess, share = certificates.guessed_offset(rank, *sight.sample())
         found = above(guess, share)
-        _, _, (last, _), _ = found
+        last, _ = found[1]
         failed = jnp.any(sight.visible, axis=-1) & ~(last >= guess)
-        offset, peak, best, words = jax.lax.cond(
+        peak, best, kept, offset, words = jax.lax.cond(
             together(jnp.sum(failed.astype(jnp.float32))) > 0,
             lambda: above(certificates.top_r_offset(rank, sight.lower, sight.sinks)),
             lambda: found,
         )
-        share = jnp.ones_like(offset)
-        return words, *self._judge(sight, share, offset, peak, best)
+        judged = self._judge(sight, jnp.ones_like(offset), offset, peak, best)
+        return kept, *judged, sight.number(words)
 
     def _judge(self, sight: Sight, share, offset, peak, best) -> tuple[Any, Any]:
         """Which keys are kept of those that reach an offset, and what is left out."""

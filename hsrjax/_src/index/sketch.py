@@ -156,26 +156,26 @@ class Sketch(Bound):
         upper = jnp.where(bounded, middle + slack, jnp.inf)
         return lower, upper
 
-    def sample(self, queries: jax.Array, step: int) -> jax.Array:
-        """Scores f32[*B, Q, C], as the codes say, of a key of every `step`-th block."""
-        some = dataclasses.replace(
-            self,
-            codes=self._rows(step),
-            scale=self.scale[..., ::step],
-            spread=self.spread[..., ::step],
-            radius=self.radius[..., ::step],
-        )
-        coded = some.code(queries)
-        products = integer_product(coded.codes, some.codes).astype(jnp.float32)
-        return coded.centre_score + coded.step * products
+    def sample(self, queries: jax.Array, step: int, *, apart: bool) -> jax.Array:
+        """Scores f32[*B, Q, C], as the codes say, of a key of every `step`-th block.
 
-    def _rows(self, step: int) -> jax.Array:
-        """The codes of the middle key of every `step`-th block."""
-        *lead, slots, _ = self.codes.shape
-        number = -(-slots // (step * WORD))
-        at = step * WORD * jnp.arange(number, dtype=jnp.int32) + WORD // 2
-        at = jnp.broadcast_to(at, (*lead, number))
-        return take_windows(self.codes, at, 1, axis=-2)[..., 0, :]
+        Args:
+          queries: f[*B, Q, H].
+          step: blocks for each key.
+          apart: reads these keys alone; else all products are made, which costs nothing
+            where `passing` makes the same.
+        """
+        keys = slice(WORD // 2, None, step * WORD)
+        if apart:
+            codes = self.codes[..., keys, :]
+            facts = (x[..., ::step] for x in (self.scale, self.spread, self.radius))
+            coded = Sketch(codes, *facts, self.centre).code(queries)
+            products, steps = integer_product(coded.codes, codes), coded.step
+        else:
+            coded = self.code(queries)
+            products = integer_product(coded.codes, self.codes)[..., keys]
+            steps = coded.step[..., ::step]
+        return coded.centre_score + steps * products.astype(jnp.float32)
 
     def passing(self, queries: jax.Array, offsets: jax.Array) -> jax.Array:
         """Which keys the sketch cannot rule out of <a, k> >= offset, bool[*B, Q, S]."""

@@ -32,11 +32,14 @@ class Selected(NamedTuple):
         anything for a query of the part; None where all keys are looked at.
       law: an activation whose fields f32[*B, Q] say what every key weighs.
       certificate: what is known of the keys left out, [*B, Q] each, or None.
+      candidates: i32[*B, Q], keys that were scored to say so; None where these are the
+        keys of the sets.
     """
 
     words: Any
     law: Any
     certificate: Any
+    candidates: Any = None
 
 
 class Implementation:

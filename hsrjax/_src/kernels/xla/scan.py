@@ -24,7 +24,7 @@ _CELL_SHARE = 4
 _PASS_BYTES = 2**19
 """Of the sketch, read from cells in one pass: stays in cache."""
 
-_MANY_QUERIES = 16
+MANY_QUERIES = 16
 """Tiles of at least as many queries go over the sketch in chunks that stay in cache.
 
 Fewer make fewer products than there are codes, which would be copied chunk by chunk.
@@ -118,7 +118,7 @@ def _scan_cells(index, queries, offsets, ranges, cells):
 
 
 def _scan_sketch(index, queries, offsets, visible, parts):
-    many = queries.shape[-2] >= _MANY_QUERIES
+    many = queries.shape[-2] >= MANY_QUERIES
     if many and index.keys.shape[-2] * offsets.size > _CHUNK_PRODUCTS:
         return _scan_in_chunks(index.sketch, queries, offsets, visible, parts)
     return bitset.pack_unions(index.sketch.passing(queries, offsets), parts)

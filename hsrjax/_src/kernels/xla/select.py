@@ -19,9 +19,9 @@ from hsrjax._src.core.arrays import (
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.tiles import Tiles, cut_parts, join_parts
 from hsrjax._src.index.index import Index, ids_of
-from hsrjax._src.kernels.xla.scan import scan
+from hsrjax._src.kernels.xla.scan import MANY_QUERIES, scan
 
-_SAMPLE = 1024
+_SAMPLE = 2048
 """Keys of a sample, at most."""
 _KEPT = 512
 """Scores of each set that are kept from one fold to the next."""
@@ -75,7 +75,9 @@ class SketchSight:
         at = WORD // 2 + step * WORD * positions(
             -(-blocks // step), self.tile.queries.ndim
         )
-        scores = self.index.sketch.sample(self.tile.queries, step)
+        queries = self.tile.queries
+        apart = queries.shape[-2] >= MANY_QUERIES
+        scores = self.index.sketch.sample(queries, step, apart=apart)
         slot = ids_of(self.index.ids, at[..., 0, :])[..., None, :]
         seen = self.tile.visible.mask(slot)
         sinks = self.tile.visible.sinks(slot)
@@ -90,6 +92,10 @@ class SketchSight:
             self.index, self.tile.queries, offset, visible=visible, parts=self.parts
         )
         return words if self.sinks is None else words | self.look_at(self.sinks)
+
+    def number(self, words: jax.Array) -> jax.Array:
+        looked_at = self._cut(self.visible) & bitset.unpack(words)[..., None, :]
+        return join_parts(jnp.sum(looked_at, axis=-1, dtype=jnp.int32), self.batch)
 
     def left_out(self, words: jax.Array) -> jax.Array:
         looked_at = bitset.unpack(words)[..., None, :]
