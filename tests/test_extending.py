@@ -332,16 +332,26 @@ class _AllScores:
         members = jnp.repeat(bitset.unpack(words), part, axis=-2)
         return jnp.where(members & self.visible, self.lower + 1e-4, -jnp.inf)
 
-    def best(self, words, rank):
+    def sample(self):
+        return self.lower[..., ::8], 8
+
+    def reached(self, offset):
+        kept = ~(self.upper < offset[..., None])
+        return self.look_at(kept if self.sinks is None else kept | self.sinks)
+
+    def number(self, words):
+        return jnp.sum(self._reported(words) > -jnp.inf, axis=-1, dtype=jnp.int32)
+
+    def best(self, words, rank, share=None):
         scores = self._reported(words)
         peak = jnp.max(scores, axis=-1)
         if not rank:
-            return peak, None
+            return peak, None, words
         if self.sinks is not None:
             scores = jnp.where(self.sinks, -jnp.inf, scores)
         ends = [(0, 0)] * (scores.ndim - 1) + [(0, rank + 1)]
         ranked = -jnp.sort(-jnp.pad(scores, ends, constant_values=-jnp.inf), axis=-1)
-        return peak, (ranked[..., rank - 1], ranked[..., rank])
+        return peak, (ranked[..., rank - 1], ranked[..., rank]), words
 
     def fold(self, words):
         scores = self._reported(words)
@@ -357,7 +367,9 @@ class Fused(Plain):
     name = "fused"
     calls = 0
 
-    def scan_and_sum(self, index, tiles, values, *, capacity, parts, counted):
+    def scan_and_sum(
+        self, index, tiles, values, *, capacity, parts, counted, or_all=False
+    ):
         Fused.calls += 1
 
         def one(tile):

@@ -90,8 +90,9 @@ def attention(  # pyright: ignore[reportInconsistentOverload]
         takes one way for all. What approximates keeps its bounds (`Info`) either way:
         `Softmax(epsilon)` may keep other keys by the other, and a tail is what hsr
         makes of the keys it leaves out, which dense attends to in full.
-      implementation: the code that runs, as in jax.nn: "xla" runs everywhere. None is
-        the best there is here.
+      implementation: the code that runs, as in jax.nn: "xla" runs everywhere, "triton"
+        has kernels for NVIDIA GPUs from Ampere on, and XLA for what they cannot do.
+        None is the best that was measured here.
       is_causal: query i sees keys 0..i, as in `jax.nn.dot_product_attention`.
       segment_ids: i32[B, S] for rows that hold several documents, T = S. Every run of
         equal ids is a segment, whose queries see its keys alone; an id that comes back

@@ -111,7 +111,7 @@ def guessed_offset(
     best = jnp.max(scores.reshape(*scores.shape[:-1], -1, groups), axis=-2)
     reach = (best[..., None, :] >= best[..., None]).astype(jnp.float32)
     reached = jnp.sum(reach, axis=-1) >= rank
-    return jnp.max(jnp.where(reached, best, -jnp.inf), axis=-1), 3.0 * rank * stride
+    return jnp.max(jnp.where(reached, best, -jnp.inf), axis=-1), 2.5 * rank * stride
 
 
 def epsilon_offset(

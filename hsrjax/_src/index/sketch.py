@@ -168,8 +168,7 @@ class Sketch(Bound):
         keys = slice(WORD // 2, None, step * WORD)
         if apart:
             codes = self.codes[..., keys, :]
-            facts = (x[..., ::step] for x in (self.scale, self.spread, self.radius))
-            coded = Sketch(codes, *facts, self.centre).code(queries)
+            coded = self._of(lambda x: x[..., ::step], codes=codes).code(queries)
             products, steps = integer_product(coded.codes, codes), coded.step
         else:
             coded = self.code(queries)

@@ -18,8 +18,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from hsrjax._src.core.tiles import Partial, Tiles, Values
+from hsrjax._src.activations import tail as tails
+from hsrjax._src.core import windows
+from hsrjax._src.core.arrays import positions
+from hsrjax._src.core.tiles import Partial, Tiles, Values, summarize_values
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.index.index import Index
 
@@ -194,7 +198,23 @@ class Implementation:
         lengths: jax.Array,
     ) -> tuple[Index, Values]:
         """`append` with a value f[*B, U, D] for each key: a cache grows."""
-        raise NotImplementedError(f"{self.name} has no grow")
+        shared = tuple(map(slice, lengths.shape))  # rows that hold equally many
+        held = index.size[shared]
+        index = self.append(index, keys, lengths)
+        fits = index.size[shared] - held
+        stored, sketch = windows.append(values.rows, held, rows, fits), values.sketch
+        new = rows.shape[-2]
+        if sketch is not None:
+            sketch = tails.sketch_again(sketch, stored, held, new)
+        fresh = positions(new, held.ndim + 1) < fits[..., None]
+        facts = summarize_values(jnp.where(fresh[..., None], rows, 0))
+        grown = Values(
+            rows=stored,
+            bound=jnp.maximum(values.bound, facts.bound),
+            poison=values.poison + facts.poison,
+            sketch=sketch,
+        )
+        return index, grown
 
 
 class Impossible(NotImplementedError, ValueError):

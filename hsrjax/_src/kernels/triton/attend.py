@@ -109,7 +109,7 @@ def attend(x: Operands, sizes: Sizes) -> Found:
     lead = tiles, sets, sizes.programs
     mark = getattr(jax.typeof(x.queries), "mat", None)
 
-    def shaped(*shape, dtype=jnp.float32):
+    def shaped(*shape, dtype=jnp.float32) -> Any:
         return jax.ShapeDtypeStruct((*lead, *shape), dtype, manual_axis_type=mark)
 
     found = Found(
@@ -293,8 +293,8 @@ class _Place:
         where = self.set, slots[:, None]
         return rows_of(ref, where, width, there, least=least)
 
-    def store(self, refs: Partial, sums: Partial) -> None:
-        """Writes the sums of the queries."""
+    def store(self, refs: Any, sums: Any) -> None:
+        """Writes the Partial of the queries."""
         width = self.sizes.value_dim
         number = jnp.arange(padded(width), dtype=jnp.int32)[None, :]
         mask = self.live[:, None] & (number < width)

@@ -82,9 +82,9 @@ def _fits(tiles, keys, values) -> bool:
 def _old_card() -> str:
     """Why the default device is too old, or ""."""
     device = costs.default_device()
-    capability = getattr(device, "compute_capability", None)
+    capability = getattr(device, "compute_capability", "")
     try:
         new = float(capability) >= _LEAST_CAPABILITY
-    except (TypeError, ValueError):
+    except ValueError:
         return f"{device.device_kind} is no NVIDIA GPU"
     return "" if new else f"{device.device_kind} is older than Ampere"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from hsrjax._src.index.index import append
 from hsrjax._src.kernels.base import Implementation, Selected
 from hsrjax._src.kernels.xla.chunks import Chunks
-from hsrjax._src.kernels.xla.grow import grow
 from hsrjax._src.kernels.xla.runs import Runs
 from hsrjax._src.kernels.xla.scan import scan
 from hsrjax._src.kernels.xla.select import SketchSight
@@ -36,6 +35,3 @@ class XLA(Implementation):
 
     def append(self, index, keys, lengths):
         return append(index, keys, lengths)
-
-    def grow(self, index, values, keys, rows, lengths):
-        return grow(index, values, keys, rows, lengths)

@@ -72,13 +72,13 @@ class SketchSight:
     def sample(self) -> tuple[jax.Array, int]:
         blocks = self.index.alive.shape[-1]
         step = -(-blocks // _SAMPLE)
-        at = WORD // 2 + step * WORD * positions(
-            -(-blocks // step), self.tile.queries.ndim
-        )
+        number = -(-blocks // step)
+        at = WORD // 2 + step * WORD * jnp.arange(number, dtype=jnp.int32)
+        at = jnp.broadcast_to(at, (*self.index.size.shape, number))
         queries = self.tile.queries
         apart = queries.shape[-2] >= MANY_QUERIES
         scores = self.index.sketch.sample(queries, step, apart=apart)
-        slot = ids_of(self.index.ids, at[..., 0, :])[..., None, :]
+        slot = ids_of(self.index.ids, at)[..., None, :]
         seen = self.tile.visible.mask(slot)
         sinks = self.tile.visible.sinks(slot)
         if sinks is not None:
