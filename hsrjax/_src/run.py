@@ -4,7 +4,8 @@ With "auto" the call itself decides, by how many keys are reported. A look at a 
 of the sketch comes first. Where so many keys survive that gathering them would cost
 more than scoring all, dense attention runs at once. After the scan of the whole sketch
 the survivors are counted, and the same choice is made again, so that a sample which
-promised too little costs one scan and no more.
+promised too little costs one scan and no more. A kernel that has both ways in it
+decides for itself.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ class Sight(Protocol):
         Returns:
           The largest score f32[*B, Q]; the r-th of all but sinks and the next, f32
           [*B, Q] each, -inf where there is none, NaN where there is no room, and None
-          where r is 0; sets of the keys that reach the r-th, and sinks.
+          where r is 0; sets, maybe smaller, with all that reach the r-th and sinks.
         """
         ...
 

@@ -41,7 +41,6 @@ _LESS_LEFT_OUT = 0.02
 _RESOLUTION = 2.0**-12
 _GROUPS = 64
 """Of a sample, of which the best key counts."""
-_GUESS_ROOM = 512
 _CLOSE = 2.0**-7
 """Nats, by which the offset for a share of the mass may be too low."""
 
@@ -109,8 +108,9 @@ def guessed_offset(
     padding = [(0, 0)] * (scores.ndim - 1) + [(0, -scores.shape[-1] % groups)]
     scores = jnp.pad(scores, padding, constant_values=-jnp.inf)
     best = jnp.max(scores.reshape(*scores.shape[:-1], -1, groups), axis=-2)
-    reach = (best[..., None, :] >= best[..., None]).astype(jnp.float32)
-    reached = jnp.sum(reach, axis=-1) >= rank
+    reach = best[..., None, :] >= best[..., None]
+    # Integers: XLA's CPU backend would write floats to memory before it adds them.
+    reached = jnp.sum(reach, axis=-1, dtype=jnp.int32) >= rank
     return jnp.max(jnp.where(reached, best, -jnp.inf), axis=-1), 2.5 * rank * stride
 
 

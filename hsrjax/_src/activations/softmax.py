@@ -128,8 +128,8 @@ class Softmax(Activation):
         if self.epsilon is not None:
             share = jnp.asarray(self.epsilon, jnp.float32)
             offset = certificates.epsilon_offset(share, lower, upper, sinks)
-        elif self.tail is not None:
-            offset = certificates.top_r_offset(self.top_r or 0, lower, sinks)
+        elif self.top_r is not None and sight.scores is None:
+            offset = certificates.top_r_offset(self.top_r, lower, sinks)
         if sight.scores is None:
             reported = Kept(offset[..., None], offset).fires(upper, sinks=sinks)
             if self.tail is not None:

@@ -57,7 +57,7 @@ def append(
     *,
     interpret: bool,
 ) -> tuple[Index, Values]:
-    """As `Implementation.append`, of fewer than 32 tokens and without cells or tail."""
+    """As `Implementation.grow`, of fewer than 32 tokens and without cells or tail."""
     lead = index.size.shape
     flat = lambda x: x.reshape(-1, *x.shape[len(lead) :])
     sketch = index.sketch
@@ -77,7 +77,7 @@ def append(
     new = jax.tree.map(flat, (keys, rows, lengths, sketch.centre))
     leaves = len(jax.tree.leaves(grown))
     (grown,) = pl.pallas_call(
-        functools.partial(_kernel, max_keys=index.max_keys, interpret=interpret),
+        functools.partial(_kernel, max_keys=index.max_keys),
         grid=(grown.size.shape[0],),
         out_shape=[jax.tree.map(_like, grown)],
         input_output_aliases={i: i for i in range(leaves)},
@@ -107,7 +107,7 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=mark)
 
 
-def _kernel(old, new_keys, new_values, lengths, centre, out, *, max_keys, interpret):
+def _kernel(old, new_keys, new_values, lengths, centre, out, *, max_keys):
     row = pl.program_id(0)
     count, h = new_keys.shape[1:]
     width = new_values.shape[-1]

@@ -210,7 +210,7 @@ def _sum(here, x, law, visible, slots, number) -> Partial:
     sizes = here.sizes
     queries = rows_of(x.queries, here.query, sizes.head_dim)
     law = jax.tree.map(lambda field: field[:, None], law)
-    edge = 0.0 if law.keeps_all else law.edge()
+    edge = jnp.float32(0.0) if law.keeps_all else jnp.asarray(law.edge())
     start = Partial.zeros(
         queries.shape[:1], padded(sizes.value_dim), relative=law.relative
     )
@@ -234,7 +234,8 @@ def _sum(here, x, law, visible, slots, number) -> Partial:
         shift = None if peak is None else finite_or_zero(peak)[:, None]
         weights = law.weigh_row(scores, sinks=sinks, peak=shift)
         # On a GPU the larger of a number and NaN is the number.
-        weights = jnp.where(jnp.isnan(scores + edge), jnp.nan, weights)
+        unknown = jnp.isnan(scores) | jnp.isnan(edge)
+        weights = jnp.where(unknown, jnp.nan, weights)
         weights = jnp.where(seen, weights, 0.0)
         found = Partial(
             weighted=wide(weights, values),

@@ -27,6 +27,7 @@ _DENSE_SHARE = 0.4
 """Of keys that are reported, from which on dense costs less: an estimate."""
 _RUN = 64
 _CHUNK = 1024
+_LIST_BYTES = 2**30
 _OFFSETS = 2**31
 """Numbers of an array of bytes that Triton counts in int32."""
 
@@ -69,6 +70,7 @@ def _run(options, tiles, keys, values, ids, sketch) -> Found:
         queries, law, visible, *jax.tree.map(flat, (keys, values, ids, sketch))
     )
     sizes = _sizes(operands, counted=counted, most=most, interpret=interpret)
+    _check_lists(operands, sizes)
     found = attend(operands, sizes)
     unflat = lambda x: x.reshape(x.shape[0], *lead, *x.shape[2:])
     return jax.tree.map(unflat, found)
@@ -109,6 +111,14 @@ def _check_offsets(sketch):
             f"a sketch of {sketch.codes.size} bytes is between 2^31 and 2^32, where "
             "Triton's offsets overflow"
         )
+
+
+def _check_lists(x: Operands, sizes: Sizes) -> None:
+    """The lists of all programs take memory, of which the planner knows nothing."""
+    tiles, sets, queries, _ = x.queries.shape
+    lists = tiles * sets * -(-queries // sizes.rows) * sizes.programs
+    if sizes.listed and 4 * lists * sizes.room > _LIST_BYTES:
+        raise NotImplementedError(f"the lists would take over {_LIST_BYTES} bytes")
 
 
 def _of_all(found: Found) -> tuple[jax.Array, Partial]:
