@@ -19,7 +19,7 @@ from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.tiles import Values
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels.triton import sketched
-from hsrjax._src.kernels.triton.loads import padded, rows_of
+from hsrjax._src.kernels.triton.loads import padded, rows_of, shaped
 
 
 class Grown(NamedTuple):
@@ -79,7 +79,7 @@ def append(
     (grown,) = pl.pallas_call(
         functools.partial(_kernel, max_keys=index.max_keys),
         grid=(grown.size.shape[0],),
-        out_shape=[jax.tree.map(_like, grown)],
+        out_shape=[jax.tree.map(lambda x: shaped(x.shape, x.dtype, x), grown)],
         input_output_aliases={i: i for i in range(leaves)},
         interpret=interpret,
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
@@ -100,11 +100,6 @@ def append(
     )
     values = values._replace(rows=grown.values, bound=grown.bound, poison=grown.poison)
     return index, values
-
-
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    mark = getattr(jax.typeof(x), "mat", None)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=mark)
 
 
 def _kernel(old, new_keys, new_values, lengths, centre, out, *, max_keys):

@@ -26,7 +26,13 @@ from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.tiles import Partial
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.kernels.triton import sketched
-from hsrjax._src.kernels.triton.loads import INT8_DEPTH, LEAST, padded, rows_of
+from hsrjax._src.kernels.triton.loads import (
+    INT8_DEPTH,
+    LEAST,
+    padded,
+    rows_of,
+    shaped,
+)
 from hsrjax._src.kernels.triton.products import wide
 
 
@@ -107,21 +113,17 @@ def attend(x: Operands, sizes: Sizes) -> Found:
     tiles, sets, queries, _ = x.queries.shape
     parts = -(-queries // sizes.rows)
     lead = tiles, sets, sizes.programs
-    mark = getattr(jax.typeof(x.queries), "mat", None)
-
-    def shaped(*shape, dtype=jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct((*lead, *shape), dtype, manual_axis_type=mark)
-
+    out = lambda *shape, dtype=jnp.float32: shaped((*lead, *shape), dtype, x.queries)
     found = Found(
         sums=Partial(
-            weighted=shaped(queries, sizes.value_dim),
-            total=shaped(queries),
-            peak=shaped(queries) if x.law.relative else None,
-            count=shaped(queries, dtype=jnp.int32),
-            candidates=shaped(queries, dtype=jnp.int32),
+            weighted=out(queries, sizes.value_dim),
+            total=out(queries),
+            peak=out(queries) if x.law.relative else None,
+            count=out(queries, dtype=jnp.int32),
+            candidates=out(queries, dtype=jnp.int32),
         ),
-        size=shaped(parts, dtype=jnp.int32),
-        slots=shaped(parts, sizes.room if sizes.listed else 1, dtype=jnp.int32),
+        size=out(parts, dtype=jnp.int32),
+        slots=out(parts, sizes.room if sizes.listed else 1, dtype=jnp.int32),
     )
     (result,) = pl.pallas_call(
         functools.partial(_kernel, sizes=sizes),

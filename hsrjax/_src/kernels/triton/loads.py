@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -16,6 +18,13 @@ INT8_DEPTH = 32
 def padded(size: int, least: int = LEAST) -> int:
     """A power of two."""
     return max(least, pl.next_power_of_2(size))
+
+
+def shaped(shape: tuple[int, ...], dtype, like: jax.Array) -> Any:
+    """What a kernel writes; inside `jax.shard_map` it differs where `like` does."""
+    mark = getattr(jax.typeof(like), "mat", None)
+    options = {} if mark is None else {"manual_axis_type": mark}
+    return jax.ShapeDtypeStruct(shape, dtype, **options)
 
 
 def rows_of(ref, where, width: int, there: jax.Array | None = None, *, least=LEAST):
