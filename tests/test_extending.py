@@ -332,8 +332,8 @@ class _AllScores:
         members = jnp.repeat(bitset.unpack(words), part, axis=-2)
         return jnp.where(members & self.visible, self.lower + 1e-4, -jnp.inf)
 
-    def sample(self):
-        return self.lower[..., ::8], 8
+    def sample(self, stride):
+        return self.lower[..., ::stride]
 
     def reached(self, offset):
         kept = ~(self.upper < offset[..., None])
@@ -342,7 +342,7 @@ class _AllScores:
     def number(self, words):
         return jnp.sum(self._reported(words) > -jnp.inf, axis=-1, dtype=jnp.int32)
 
-    def best(self, words, rank, share=None):
+    def best(self, words, rank, most=None):
         scores = self._reported(words)
         peak = jnp.max(scores, axis=-1)
         if not rank:

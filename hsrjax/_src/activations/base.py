@@ -246,8 +246,8 @@ class Sight(Protocol):
         """Which visible keys are in no set, bool[*B, Q, S]."""
         ...
 
-    def sample(self) -> tuple[jax.Array, int]:
-        """Estimated scores f32[*B, Q, C] of one key in so many, sinks left out."""
+    def sample(self, stride: int) -> jax.Array:
+        """Estimated scores f32[*B, Q, C] of one key in `stride`, sinks left out."""
         ...
 
     def reached(self, offset: jax.Array) -> jax.Array:
@@ -255,15 +255,15 @@ class Sight(Protocol):
         ...
 
     def best(
-        self, words: jax.Array | None, rank: int, share: float | None = None
+        self, words: jax.Array | None, rank: int, most: Callable[[int], int] | None = None
     ) -> tuple[jax.Array, Any, jax.Array | None]:
         """The best exact scores of sets, and which keys have them.
 
         Args:
           words: the sets.
           rank: r, or 0.
-          share: keys of a set for each query of a part that there is room for, None
-            for all of them.
+          most: keys of a set, by the queries of a part, that there is room for; None
+            is all of them.
 
         Returns:
           The largest score f32[*B, Q]; the r-th of all but sinks and the next, f32

@@ -25,6 +25,7 @@ multiplies by 1 + 4 (S + 256) u, which covers two such sums and their quotient.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -41,6 +42,8 @@ _LESS_LEFT_OUT = 0.02
 _RESOLUTION = 2.0**-12
 _GROUPS = 64
 """Of a sample, of which the best key counts."""
+_SAMPLE = 2**19
+"""Scores of a sample, at most."""
 _CLOSE = 2.0**-7
 """Nats, by which the offset for a share of the mass may be too low."""
 
@@ -85,13 +88,22 @@ def top_r_offset(
     return jnp.where(ranked, found.low, -jnp.inf)
 
 
+def stride_for(rank: int, keys: int, queries: int) -> int:
+    """Keys for each one of a sample that says where the r-th best may be.
+
+    Odd: what comes back every so many keys is in the sample as often as other keys.
+    """
+    stride = max(4, rank / 16, keys * queries / _SAMPLE)
+    return 2 ** math.ceil(math.log2(stride)) + 1
+
+
 def guessed_offset(
     rank: int, scores: jax.Array, stride: int
-) -> tuple[jax.Array, float]:
+) -> tuple[jax.Array, Callable[[int], int]]:
     """An offset f32[*B, Q] that at least r scores reach, in all likelihood.
 
     With one key in `stride` in the sample, about r / stride of it are among the best r;
-    4.5 standard deviations more make it rare that they are not.
+    4 standard deviations more make it rare that they are not.
 
     Args:
       rank: r.
@@ -99,11 +111,17 @@ def guessed_offset(
       stride: keys for each of the sample.
 
     Returns:
-      The offset, -inf where the sample is too small, and how many keys may be expected
-      to reach it at most.
+      The offset, -inf where the sample is too small, and how many keys so many queries
+      may find to reach it at most.
     """
     expected = rank / stride
-    rank = min(rank, math.ceil(expected + 4.5 * math.sqrt(expected)))
+    spread = 4 * math.sqrt(expected * (1 - 1 / stride))
+    rank = math.ceil(expected + spread)
+
+    def most(queries: int) -> int:
+        found = queries * rank
+        return int(1.5 * stride * (found + 4 * math.sqrt(found) + 4))
+
     groups = max(_GROUPS, 4 * rank)  # few of the best share one
     padding = [(0, 0)] * (scores.ndim - 1) + [(0, -scores.shape[-1] % groups)]
     scores = jnp.pad(scores, padding, constant_values=-jnp.inf)
@@ -111,7 +129,7 @@ def guessed_offset(
     reach = best[..., None, :] >= best[..., None]
     # Integers: XLA's CPU backend would write floats to memory before it adds them.
     reached = jnp.sum(reach, axis=-1, dtype=jnp.int32) >= rank
-    return jnp.max(jnp.where(reached, best, -jnp.inf), axis=-1), 2.5 * rank * stride
+    return jnp.max(jnp.where(reached, best, -jnp.inf), axis=-1), most
 
 
 def epsilon_offset(

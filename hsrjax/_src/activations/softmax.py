@@ -150,13 +150,16 @@ class Softmax(Activation):
         safe offset. Else that is looked for.
         """
 
-        def above(offset, share=None):
+        def above(offset, most=None):
             words = sight.reached(offset)
-            peak, best, kept = sight.best(words, rank, share)
+            peak, best, kept = sight.best(words, rank, most)
             return peak, best, kept, offset, words
 
-        guess, share = certificates.guessed_offset(rank, *sight.sample())
-        found = above(guess, share)
+        *_, queries, keys = sight.visible.shape
+        stride = certificates.stride_for(rank, keys, queries)
+        sample = sight.sample(stride)
+        guess, most = certificates.guessed_offset(rank, sample, stride)
+        found = above(guess, most)
         last, _ = found[1]
         failed = jnp.any(sight.visible, axis=-1) & ~(last >= guess)
         peak, best, kept, offset, words = jax.lax.cond(

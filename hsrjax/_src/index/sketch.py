@@ -156,24 +156,23 @@ class Sketch(Bound):
         upper = jnp.where(bounded, middle + slack, jnp.inf)
         return lower, upper
 
-    def sample(self, queries: jax.Array, step: int, *, apart: bool) -> jax.Array:
-        """Scores f32[*B, Q, C], as the codes say, of a key of every `step`-th block.
+    def sample(self, queries: jax.Array, stride: int, *, apart: bool) -> jax.Array:
+        """Scores f32[*B, Q, C], as the codes say, of every `stride`-th key.
 
         Args:
           queries: f[*B, Q, H].
-          step: blocks for each key.
+          stride: keys for each of the sample.
           apart: reads these keys alone; else all products are made, which costs nothing
             where `passing` makes the same.
         """
-        keys = slice(WORD // 2, None, step * WORD)
+        sampled = lambda x: x[..., stride // 2 :: stride]
+        coded = self.code(queries)
         if apart:
-            codes = self.codes[..., keys, :]
-            coded = self._of(lambda x: x[..., ::step], codes=codes).code(queries)
-            products, steps = integer_product(coded.codes, codes), coded.step
+            codes = self.codes[..., stride // 2 :: stride, :]
+            products = integer_product(coded.codes, codes)
         else:
-            coded = self.code(queries)
-            products = integer_product(coded.codes, self.codes)[..., keys]
-            steps = coded.step[..., ::step]
+            products = sampled(integer_product(coded.codes, self.codes))
+        steps = sampled(_per_key(coded.step))
         return coded.centre_score + steps * products.astype(jnp.float32)
 
     def passing(self, queries: jax.Array, offsets: jax.Array) -> jax.Array:

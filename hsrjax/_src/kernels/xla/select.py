@@ -21,8 +21,6 @@ from hsrjax._src.core.tiles import Tiles, cut_parts, join_parts
 from hsrjax._src.index.index import Index, ids_of
 from hsrjax._src.kernels.xla.scan import MANY_QUERIES, scan
 
-_SAMPLE = 2048
-"""Keys of a sample, at most."""
 _KEPT = 512
 """Scores of each set that are kept from one fold to the next."""
 
@@ -69,21 +67,19 @@ class SketchSight:
     def look_at(self, kept: jax.Array) -> jax.Array:
         return bitset.pack_unions(self.visible & kept, self.parts)
 
-    def sample(self) -> tuple[jax.Array, int]:
-        blocks = self.index.alive.shape[-1]
-        step = -(-blocks // _SAMPLE)
-        number = -(-blocks // step)
-        at = WORD // 2 + step * WORD * jnp.arange(number, dtype=jnp.int32)
-        at = jnp.broadcast_to(at, (*self.index.size.shape, number))
+    def sample(self, stride: int) -> jax.Array:
+        slots = self.index.keys.shape[-2]
+        at = jnp.arange(stride // 2, slots, stride, dtype=jnp.int32)
+        at = jnp.broadcast_to(at, (*self.index.size.shape, *at.shape))
         queries = self.tile.queries
         apart = queries.shape[-2] >= MANY_QUERIES
-        scores = self.index.sketch.sample(queries, step, apart=apart)
+        scores = self.index.sketch.sample(queries, stride, apart=apart)
         slot = ids_of(self.index.ids, at)[..., None, :]
         seen = self.tile.visible.mask(slot)
         sinks = self.tile.visible.sinks(slot)
         if sinks is not None:
             seen &= ~sinks
-        return jnp.where(seen, scores, -jnp.inf), step * WORD
+        return jnp.where(seen, scores, -jnp.inf)
 
     def reached(self, offset: jax.Array) -> jax.Array:
         visible = self.tile.visible
@@ -104,9 +100,9 @@ class SketchSight:
     def rounding(self) -> jax.Array:
         return score_rounding(self.tile.queries, self.index.sketch.key_norm())
 
-    def best(self, words: jax.Array, rank: int, share: float | None = None):
-        if share is not None:
-            return self._best_of_few(words, rank, share)
+    def best(self, words: jax.Array, rank: int, most: Any = None):
+        if most is not None:
+            return self._best_of_few(words, rank, most)
         picked = 0 < 2 * rank < self.capacity
         scored = self._passes(words)
 
@@ -138,10 +134,10 @@ class SketchSight:
             best = search.at_ranks(row, rank)
         return *join_parts((peak, best), self.batch), words
 
-    def _best_of_few(self, words: jax.Array, rank: int, share: float):
+    def _best_of_few(self, words: jax.Array, rank: int, most: Any):
         """The same with all scores of a set in memory, and the sets of the best."""
         rows = self.tile.queries.shape[-2] // self.parts
-        room = _round_up(min(int(share * rows), self.index.keys.shape[-2]))
+        room = _round_up(min(most(rows), self.index.keys.shape[-2]))
         scores, sinks = self._passes(words)(0, room)
         peak = jnp.max(scores, axis=-1)
         others = scores if sinks is None else jnp.where(sinks, -jnp.inf, scores)
