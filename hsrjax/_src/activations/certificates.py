@@ -40,6 +40,12 @@ _MORE_KEPT = 0.03
 _LESS_LEFT_OUT = 0.02
 """log of the share of the mass allowed that may stay unused."""
 _RESOLUTION = 2.0**-12
+_CAUTION = 0.75
+_OF_ONE = 0.25
+"""Shares of the mass allowed that a sample, or a key, may leave out."""
+_NEAR = 32.0
+"""Nats, by which bounds of the best score may differ if one is what weights are
+relative to."""
 _GROUPS = 64
 """Of a sample, of which the best key counts."""
 _SAMPLE = 2**19
@@ -151,9 +157,18 @@ def epsilon_offset(
     """
     highest = jnp.max(lower, axis=-1)
     peak = finite_or_zero(highest)
-    heavy = jnp.exp(but(sinks, upper) - peak[..., None])
     total = jnp.sum(jnp.exp(lower - peak[..., None]), axis=-1)
     allowed = epsilon * total / guard(lower.shape[-1])
+    return _offset_below(allowed, lower, but(sinks, upper), highest)
+
+
+def _offset_below(allowed, lower, upper, highest):
+    """The largest offset below which at most the mass allowed may be.
+
+    Relative to the highest score f32[*B, Q]; -inf where there is none.
+    """
+    peak = finite_or_zero(highest)
+    heavy = jnp.exp(upper - peak[..., None])
 
     def measure(offset):
         ratio = allowed / jnp.maximum(_tail(lower, heavy, offset, peak), 2.0**-120)
@@ -172,6 +187,36 @@ def epsilon_offset(
     known &= bracket.at_low >= 0
     # Nothing is known of any score: nothing may be left out.
     return jnp.where(known, found, -jnp.inf)
+
+
+def guessed_epsilon_offset(
+    epsilon: jax.Array,
+    lower: jax.Array,
+    upper: jax.Array,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same from a sample, with one pass over all bounds and another that verifies.
+
+    The mass of all keys is known from their bounds; the sample only says how much of it
+    is below an offset, where no single key weighs much.
+
+    Returns:
+      The offset, a shift near the best score, f32[*B, Q], and whether both will do.
+    """
+    highest = jnp.max(lower, axis=-1)
+    peak = finite_or_zero(highest)
+    total = jnp.sum(jnp.exp(lower - peak[..., None]), axis=-1)
+    allowed = epsilon * total
+    *_, queries, keys = lower.shape
+    stride = stride_for(1, keys, queries)
+    sample = lambda x: x[..., stride // 2 :: stride]
+    some = sample(lower), sample(but(sinks, upper))
+    offset = _offset_below(_CAUTION / stride * allowed, *some, highest)
+    offset = jnp.minimum(offset, peak + jnp.log(_OF_ONE * allowed))
+    mass = mass_below(offset, peak, lower, upper, sinks)
+    close = jnp.max(upper, axis=-1) - peak <= _NEAR
+    sound = close & (mass * guard(keys) <= allowed)
+    return offset, peak, sound | (highest == -jnp.inf)
 
 
 def between(best: tuple[jax.Array, jax.Array]) -> jax.Array:

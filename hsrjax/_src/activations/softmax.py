@@ -122,6 +122,8 @@ class Softmax(Activation):
         """The sets to look at, which keys of them are kept, and what is left out."""
         if self.top_r is not None and self.tail is None and sight.scores is None:
             return self._select_top_r(sight, self.top_r)
+        if self.epsilon is not None and self.tail is None and sight.scores is None:
+            return self._select_epsilon(sight)
         lower, upper, sinks = sight.lower, sight.upper, sight.sinks
         words, offset = None, jnp.full(lower.shape[:-1], -jnp.inf, jnp.float32)
         share = jnp.ones_like(offset)  # left out at most, beforehand
@@ -169,6 +171,30 @@ class Softmax(Activation):
         )
         judged = self._judge(sight, jnp.ones_like(offset), offset, peak, best)
         return kept, *judged, sight.number(words)
+
+    def _select_epsilon(self, sight: Sight) -> tuple[Any, ...]:
+        """All keys that may reach an offset that a sample suggests and bounds verify.
+
+        Where they do not, it is looked for among all bounds.
+        """
+        share = jnp.asarray(self.epsilon, jnp.float32)
+        guess, near, sound = certificates.guessed_epsilon_offset(
+            share, sight.lower, sight.upper, sight.sinks
+        )
+
+        def of_all_bounds():
+            offset = certificates.epsilon_offset(
+                share, sight.lower, sight.upper, sight.sinks
+            )
+            words = sight.reached(offset)
+            return words, offset, sight.best(words, 0)[0]
+
+        words, offset, shift = jax.lax.cond(
+            together(jnp.sum(~sound, dtype=jnp.float32)) > 0,
+            of_all_bounds,
+            lambda: (sight.reached(guess), guess, near),
+        )
+        return words, *self._judge(sight, share, offset, shift, None)
 
     def _judge(self, sight: Sight, share, offset, peak, best) -> tuple[Any, Any]:
         """Which keys are kept of those that reach an offset, and what is left out."""

@@ -118,10 +118,10 @@ class _Walk:
         *lead, self.heads, self.parts, _ = words.shape[1:]
         self.capacity, self.batch = capacity, len(lead)
         past = keys.shape[-2]
-        # The few sets of a tile in one part are as large as each other: no list. Nor is
-        # there one where rows of all heads could not be counted in int32.
+        # Heads report sets of very different sizes. A lone set needs no list, and there
+        # is none where rows of all heads could not be counted in int32.
         self.count = None
-        if self.parts > 1 and self.heads * past < 2**31:
+        if self.heads * self.parts > 1 and self.heads * past < 2**31:
             most = _SLOTS_AT_ONCE // (capacity * math.prod(lead))
             self.count = min(max(1, most), self.heads * self.parts)
         self.keys, self.values, self.ids = keys, values, ids
