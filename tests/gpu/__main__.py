@@ -67,7 +67,9 @@ def check(case, card):
 def write(folder: Path, rows) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        writer = csv.DictWriter(
+            file, list(rows[0]) if rows else [], lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(rows)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -24,6 +24,7 @@ class Case(NamedTuple):
       run: what is jitted.
       arguments: makes what it is given, of which only shapes and dtypes count.
       launches: of kernels in the whole program, at most; None is any number.
+      spill: bytes that a kernel may spill.
       in_place: the first argument is given away, and returned first: all its arrays
         must be overwritten, and none be copied on the way.
     """
@@ -33,6 +34,7 @@ class Case(NamedTuple):
     run: Callable[..., Any]
     arguments: Callable[[], tuple[Any, ...]]
     launches: int | None = None
+    spill: int = 0
     in_place: bool = False
 
 
@@ -59,7 +61,9 @@ class Sizes(NamedTuple):
         return cache, query, key, new(self.kv_heads, width)
 
 
-def decode(name: str, *, activation=RELU, method="auto", counted=False, **sizes) -> Case:
+def decode(
+    name: str, *, activation=RELU, method="auto", counted=False, spill=0, **sizes
+) -> Case:
     """Attention of what is new to a cache."""
 
     def run(cache, query, *_):
@@ -71,7 +75,8 @@ def decode(name: str, *, activation=RELU, method="auto", counted=False, **sizes)
             implementation="triton",
         )[: 1 + counted]
 
-    return Case(name, ("hsrjax_attend",), run, lambda: Sizes(**sizes).arrays())
+    arrays = lambda: Sizes(**sizes).arrays()
+    return Case(name, ("hsrjax_attend",), run, arrays, spill=spill)
 
 
 def append(name: str, **sizes) -> Case:
@@ -103,7 +108,7 @@ def step(name: str, *, method: str, launches: int, **sizes) -> Case:
     return Case(name, kernels, run, arrays, launches=launches, in_place=True)
 
 
-def prefill(name: str, *, method: str, queries: int, head: int, dtype) -> Case:
+def prefill(name: str, *, method: str, head: int) -> Case:
     """Causal attention over a sequence, without a cache."""
     run = lambda query, key: hsrjax.attention(
         query,
@@ -114,12 +119,13 @@ def prefill(name: str, *, method: str, queries: int, head: int, dtype) -> Case:
         method=method,
         implementation="triton",
     )
-    new = lambda heads: jnp.zeros((1, queries, heads, head), dtype)
+    new = lambda heads: jnp.zeros((1, 4096, heads, head), jnp.bfloat16)
     return Case(name, ("hsrjax_attend",), run, lambda: (new(8), new(4)))
 
 
 FLOAT32, FLOAT16, BFLOAT16 = jnp.float32, jnp.float16, jnp.bfloat16
 SOFTMAX = hsrjax.Softmax()
+WIDE = {"head": 256, "dtype": FLOAT32}
 CASES = (
     decode("decode, heads of 64"),
     decode("decode, heads of 64, counted", counted=True),
@@ -129,24 +135,23 @@ CASES = (
     decode("decode, heads of 256", head=256),
     decode("decode, float16", dtype=FLOAT16),
     decode("decode, float32", dtype=FLOAT32),
-    decode("decode, heads of 256, float32", head=256, dtype=FLOAT32),
-    decode("decode, 16 new tokens", new=16),
-    decode("decode, 64 new tokens", new=64),
-    decode("decode, 16 new tokens, float32", new=16, head=128, dtype=FLOAT32),
-    decode("hsr, 64 new tokens, float32", method="hsr", new=64, head=256, dtype=FLOAT32),
-    decode("hsr, 16 new tokens, float32", method="hsr", new=16, head=128, dtype=FLOAT32),
-    decode("dense, 64 new tokens, float32", method="dense", new=64, head=256, dtype=FLOAT32),
+    decode("decode, heads of 256, float32", **WIDE),
+    decode("decode, 16 new", new=16),
+    decode("decode, 64 new, heads of 128", new=64, head=128),
+    decode("decode, 64 new, float16", new=64, head=128, dtype=FLOAT16),
+    decode("decode, 64 new, hsr, float32", method="hsr", new=64, spill=16, **WIDE),
     decode("dense ReLU", method="dense"),
+    decode("dense ReLU, 64 new, float32", method="dense", new=64, **WIDE),
     decode("dense softmax", activation=SOFTMAX),
-    decode("softmax, 64 new tokens, float32", activation=SOFTMAX, new=64, head=256, dtype=FLOAT32),
-    decode("dense softmax, 64 new tokens", activation=SOFTMAX, new=64, head=128),
+    decode("dense softmax, 64 new", activation=SOFTMAX, new=64, head=128),
+    decode("dense softmax, 64 new, float32", activation=SOFTMAX, new=64, **WIDE),
     append("append, heads of 64"),
     append("append 31, heads of 20 and 40", new=31, head=20, value=40),
-    append("append 31, heads of 256, float32", new=31, head=256, dtype=FLOAT32),
+    append("append 31, float32", new=31, **WIDE),
     step("step, auto", method="auto", launches=9),
     step("step, hsr", method="hsr", launches=9),
-    prefill("prefill, hsr", method="hsr", queries=4096, head=64, dtype=BFLOAT16),
-    prefill("prefill, dense", method="dense", queries=4096, head=128, dtype=BFLOAT16),
+    prefill("prefill, hsr", method="hsr", head=64),
+    prefill("prefill, dense", method="dense", head=128),
 )
 
 

@@ -1,8 +1,8 @@
 """Compiling for a GPU that need not be there, and reading what came of it.
 
-XLA compiles for a card by its description, `cards/*.textproto` (those that XLA publishes
-for its own tests), as far as machine code. The text that it dumps says what is launched;
-registers and spills are what ptxas tells of the same PTX.
+XLA compiles for a card by its description as far as machine code: `cards/*.textproto`,
+which XLA publishes for its own tests. The text that it dumps says what is launched, and
+NVIDIA's ptxas tells the registers and spills of the same PTX.
 """
 
 import contextlib
@@ -196,7 +196,7 @@ def faults_of(case: Case, found: Compiled) -> list[str]:
         if kernel not in names:
             faults.append(f"{kernel} is not in the program")
     for kernel, registers in found.registers.items():
-        if registers.spilled:
+        if registers.spilled > case.spill:
             faults.append(f"{kernel} spills {registers.spilled} bytes")
     if case.launches is not None and found.count > case.launches:
         faults.append(f"{found.count} launches, more than {case.launches}")

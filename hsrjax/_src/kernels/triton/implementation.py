@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import warnings
+
+import jax
 
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.kernels.xla.implementation import XLA
@@ -10,6 +14,8 @@ from hsrjax._src.planning import costs
 
 _WIDEST = 256
 """Head whose queries, keys and sums fit into the registers of a program."""
+_DEPRECATED = "The Pallas Triton backend is deprecated"
+"""How the warning of jax 0.11 and later begins."""
 _LEAST_CAPABILITY = 8.0
 """Of a card: Ampere, whose matrix units Triton uses."""
 
@@ -29,7 +35,7 @@ class Triton(XLA):
             return ""
         if platform != "gpu":
             return "it needs an NVIDIA GPU"
-        return _old_card()
+        return _old_card() or _no_pallas()
 
     def scan_and_sum(
         self, index, tiles, values, *, capacity, parts, counted, or_all=False
@@ -65,10 +71,10 @@ class Triton(XLA):
         )
 
     def _launch(self):
-        with warnings.catch_warnings():
-            # Deprecated since 0.11; `hsrjax._src.kernels.triton` says what then.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            from hsrjax._src.kernels.triton import launch
+        # Said when a kernel is compiled; `hsrjax._src.kernels.triton` says what then.
+        warnings.filterwarnings("ignore", _DEPRECATED, DeprecationWarning)
+        from hsrjax._src.kernels.triton import launch
+
         return launch
 
 
@@ -77,6 +83,19 @@ def _fits(tiles, keys, values) -> bool:
     law = tiles.activation
     narrow = max(keys.shape[-1], values.shape[-1]) <= _WIDEST
     return law.fusible and not law.whole_rows and narrow
+
+
+@functools.cache
+def _no_pallas() -> str:
+    """Why this jax cannot compile the kernels, or ""."""
+    try:
+        importlib.import_module("jax.experimental.pallas.triton")
+    except ImportError as error:
+        return (
+            f"jax {jax.__version__} comes without Pallas for Triton ({error}): use "
+            "implementation=None, or a jax between 0.10 and 0.12"
+        )
+    return ""
 
 
 def _old_card() -> str:
