@@ -103,7 +103,7 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-test
 
 # jax's compiler for CUDA has to be of jax's version, and runs without a driver.
 $(GPU_VENV)/.stamp: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
-	@echo "installing a compiler for GPUs into $(GPU_VENV) (300 MB) ..."
+	@echo "installing a compiler for GPUs into $(GPU_VENV) (1.2 GB) ..."
 	@$(PY) -m venv $(GPU_VENV)
 	@$(GPU_PIP) install "pip>=25.1"
 	@$(GPU_PIP) install -c constraints.txt -e .
