@@ -5,8 +5,8 @@ them: what XLA does in dozens of small programs. Only `implementation.py` is imp
 from outside, and it imports Pallas at the first call.
 
 Pallas for Triton is deprecated since jax 0.11, without a date of removal. Where a jax
-is without it, `Triton.unavailable` says so, and XLA does what the kernels do. They stay in
-this folder and small, so that they can leave it. Ways out:
+is without it, `Triton.unavailable` says so, and XLA does what the kernels do. They
+stay in this folder and small, so that they can leave it. Ways out:
 
 - Frozen PTX, tried: what the decode kernel is compiled to, given to `jax.ffi.ffi_call`
   for "__gpu$xla.gpu.ptx" (with name, kernel_type="ptx", kernel_data, grid_x to block_z

@@ -11,9 +11,8 @@ import jax
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.kernels.xla.implementation import XLA
 from hsrjax._src.planning import costs
+from hsrjax._src.planning.plan import WIDEST
 
-_WIDEST = 256
-"""Head whose queries, keys and sums fit into the registers of a program."""
 _DEPRECATED = "The Pallas Triton backend is deprecated"
 """How the warning of jax 0.11 and later begins."""
 _LEAST_CAPABILITY = 8.0
@@ -63,7 +62,7 @@ class Triton(XLA):
         return sums, None
 
     def grow(self, index, values, keys, rows, lengths):
-        few = keys.shape[-2] < WORD and max(keys.shape[-1], rows.shape[-1]) <= _WIDEST
+        few = keys.shape[-2] < WORD and max(keys.shape[-1], rows.shape[-1]) <= WIDEST
         if not few or index.cells is not None or values.sketch is not None:
             return super().grow(index, values, keys, rows, lengths)
         return self._launch().append(
@@ -81,7 +80,7 @@ class Triton(XLA):
 def _fits(tiles, keys, values) -> bool:
     """Whether the kernels take activation, dtypes and heads."""
     law = tiles.activation
-    narrow = max(keys.shape[-1], values.shape[-1]) <= _WIDEST
+    narrow = max(keys.shape[-1], values.shape[-1]) <= WIDEST
     return law.fusible and not law.whole_rows and narrow
 
 
