@@ -259,6 +259,11 @@ def register(implementation: Implementation) -> None:
     _implementations[name] = implementation
 
 
+def implementations() -> tuple[Implementation, ...]:
+    """All that are known."""
+    return tuple(_implementations.values())
+
+
 def implementations_for(name: str | None, platform: str) -> tuple[str, ...]:
     """The names of the implementations that a call may use, in turn.
 

@@ -140,9 +140,15 @@ def current(implementation: str = "xla") -> Table:
       ValueError: the file is not a table; names file and field.
     """
     machine = this_machine()
-    own = f"{machine.backend}/{implementation}"
-    key = own if own in _packaged() else machine.backend
+    key = machine.backend
+    if has_own(implementation):
+        key = f"{key}/{implementation}"
     return _load(os.environ.get(VARIABLE, ""), machine, key)
+
+
+def has_own(implementation: str) -> bool:
+    """Whether an implementation has costs of its own on the default device."""
+    return f"{this_machine().backend}/{implementation}" in _packaged()
 
 
 def default_device() -> Any:
