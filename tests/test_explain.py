@@ -136,3 +136,23 @@ def test_what_kernels_do_is_said_of_kernels(monkeypatch):
     assert by_xla.hsr_us > 10 * auto.hsr_us and "Kernels" not in str(by_xla)
     top = explain(activation=hsrjax.Softmax(top_r=8))
     assert top.implementation == "xla" and "Costs of xla" in str(top)
+
+
+def test_kernels_read_bytes_and_leave_cells_to_xla(monkeypatch):
+    monkeypatch.setattr(costs, "default_device", H100)
+    options = {"activation": RELU, "implementation": "triton"}
+
+    def cached(dtype, h=64, make=lambda x: x):
+        cache = lambda: make(hsrjax.init_cache(1, 2**19, 4, h, dtype=dtype))
+        query = jax.ShapeDtypeStruct((1, 1, 8, h), dtype)
+        return hsrjax.explain(query, cache=jax.eval_shape(cache), **options)
+
+    def prefilled(dtype):
+        x = jax.ShapeDtypeStruct((1, 2**19, 4, 64), dtype)
+        return hsrjax.explain(x, x, x, method="dense", **options)
+
+    half, full = cached(jnp.bfloat16), cached(jnp.float32)
+    assert full.dense_us == pytest.approx(2 * half.dense_us, rel=0.1)
+    assert prefilled(jnp.float32).dense_us > prefilled(jnp.bfloat16).dense_us
+    assert cached(jnp.float32, 8).implementation == "triton"
+    assert cached(jnp.float32, 8, hsrjax.reindex).implementation == "xla"

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import warnings
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from hsrjax._src.core.tiles import Tiles
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels import base as registry
-from hsrjax._src.kernels.triton import implementation
+from hsrjax._src.kernels.triton import implementation, launch
 from hsrjax._src.kernels.triton.implementation import Triton
 from hsrjax._src.planning import costs
 from tests.contract import AttentionContract, CacheContract, relative_error, slow
@@ -91,6 +92,26 @@ def test_decode_is_xlas(dtype, options, method):
     assert relative_error(got, expected) <= 4e-3  # of one rounding to the dtype
     np.testing.assert_array_equal(info.count, reference.count)
     assert (info.candidates >= info.count).all()
+
+
+@pytest.mark.parametrize("method", ["hsr", "dense"])
+def test_wide_rows_are_taken_few_at_a_time(method):
+    """Not more than the registers and shared memory of smaller cards take."""
+    cache = filled(jnp.float32, tokens=150, kv_heads=1, h=144, d=5)
+    query = jax.random.normal(jax.random.key(0), (2, 20, 2, 144))
+    attend = lambda name: hsrjax.decode_attention(
+        query,
+        cache,
+        activation=hsrjax.ReLU(bias=1.0),
+        method=method,
+        implementation=name,
+    )
+    with mock.patch.object(launch, "attend", wraps=launch.attend) as launched:
+        (got, info), (expected, reference) = both(attend)
+    (_, sizes), _ = launched.call_args
+    assert sizes.rows <= sizes.gathered == 16 and sizes.warps == 8
+    assert relative_error(got, expected) <= 1e-6
+    np.testing.assert_array_equal(info.count, reference.count)
 
 
 def test_auto_goes_over_all_keys_where_most_fire():
