@@ -62,7 +62,13 @@ class Sizes(NamedTuple):
 
 
 def decode(
-    name: str, *, activation=RELU, method="auto", counted=False, spill=0, **sizes
+    name: str,
+    *,
+    activation: hsrjax.Activation = RELU,
+    method: Any = "auto",
+    counted=False,
+    spill=0,
+    **sizes,
 ) -> Case:
     """Attention of what is new to a cache."""
 
@@ -89,7 +95,7 @@ def append(name: str, **sizes) -> Case:
     return Case(name, ("hsrjax_append",), run, arrays, in_place=True)
 
 
-def step(name: str, *, method: str, launches: int, **sizes) -> Case:
+def step(name: str, *, method: Any, launches: int, **sizes) -> Case:
     """A cache grows and what is new attends to it, in one program."""
 
     def run(cache, query, key, value):
@@ -108,7 +114,7 @@ def step(name: str, *, method: str, launches: int, **sizes) -> Case:
     return Case(name, kernels, run, arrays, launches=launches, in_place=True)
 
 
-def prefill(name: str, *, method: str, head: int) -> Case:
+def prefill(name: str, *, method: Any, head: int) -> Case:
     """Causal attention over a sequence, without a cache."""
     run = lambda query, key: hsrjax.attention(
         query,

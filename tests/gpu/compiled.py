@@ -98,6 +98,8 @@ def compile_case(case: Case, card: Card) -> Compiled:
             "xla_dump_emitter_re": "ptx",
         }
         compiled = lowered.compile(compiler_options=options)
+        program, memory = compiled.as_text(), compiled.memory_analysis()
+        assert program is not None and memory is not None
         (sequence,) = Path(dump).glob("*.thunk_sequence.txt")
         launches, count = launched(sequence.read_text())
         registers = {}
@@ -108,8 +110,8 @@ def compile_case(case: Case, card: Card) -> Compiled:
         launches=launches,
         count=count,
         registers=registers,
-        aliases=aliases_of(compiled.as_text()),
-        temporary=compiled.memory_analysis().temp_size_in_bytes,
+        aliases=aliases_of(program),
+        temporary=memory.temp_size_in_bytes,
     )
 
 
