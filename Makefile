@@ -1,17 +1,21 @@
 # Everything runs in a virtual environment, .venv, that is made at first use and
-# brought up to date when pyproject.toml or constraints.txt changes.
+# brought up to date when pyproject.toml or constraints.txt changes; what compiles for
+# GPUs in .venv-gpu, made by the same Python.
 # `make` alone lists the targets. `make PYTHON=python3.12 test` picks a Python.
 
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check --no-input -qq
+PIP_OPTIONS := --disable-pip-version-check --no-input -qq
+PIP := $(PY) -m pip $(PIP_OPTIONS)
+GPU_VENV := .venv-gpu
+GPU_PIP := $(GPU_VENV)/bin/python -m pip $(PIP_OPTIONS)
 # `make test ARGS="-k query -x"` hands arguments on; so do demo and notebooks.
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format types wheel-check notebooks notebooks-sync setup \
-        constraints clean clean-venv
+.PHONY: help demo test test-all lint format types wheel-check gpu-check notebooks \
+        notebooks-sync setup constraints clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' \
@@ -48,6 +52,10 @@ types: $(VENV)/.stamp-dev ## check the types
 wheel-check: $(VENV)/.stamp-test ## build the wheel: it holds hsrjax and nothing else
 	$(PY) -m pytest -q tests/test_packaging.py
 
+# ARGS="--cards h100 --only append" are some; --out benchmarks/results/compile keeps them.
+gpu-check: $(GPU_VENV)/.stamp ## compile the kernels for GPUs, without one: registers, spills
+	$(GPU_VENV)/bin/python -m tests.gpu $(ARGS)
+
 notebooks: $(VENV)/.stamp-test ## run every notebook; the results go to runs/notebooks
 	$(PY) -m pytest -q -m notebook tests/test_notebooks.py $(ARGS)
 
@@ -65,13 +73,13 @@ constraints: $(VENV)/.stamp-dev ## upgrade everything, write constraints.txt (Py
 	  sed 's/$$/ ; python_version < "3.12"/'; } >constraints.tmp
 	@mv constraints.tmp constraints.txt
 
-clean: ## remove caches and builds (not .venv, not runs)
+clean: ## remove caches and builds (not environments, not runs)
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
 	find hsrjax models train tests notebooks benchmarks -name __pycache__ \
 	  -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-clean-venv: ## remove the environment
-	rm -rf $(VENV)
+clean-venv: ## remove the environments
+	rm -rf $(VENV) $(GPU_VENV)
 
 # --- the environment ---------------------------------------------------------------
 
@@ -91,6 +99,16 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-run
 $(VENV)/.stamp-dev: $(VENV)/.stamp-test
 	@echo "installing the linters into $(VENV) ..."
 	@$(PIP) install -c constraints.txt --group dev
+	@touch $@
+
+# jax's compiler for CUDA has to be of jax's version, and runs without a driver.
+$(GPU_VENV)/.stamp: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
+	@echo "installing a compiler for GPUs into $(GPU_VENV) (1.2 GB) ..."
+	@$(PY) -m venv $(GPU_VENV)
+	@$(GPU_PIP) install "pip>=25.1"
+	@$(GPU_PIP) install -c constraints.txt -e .
+	@version=$$($(GPU_VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
+	  $(GPU_PIP) install --group gpu "jax-cuda12-plugin==$$version" "jax-cuda12-pjrt==$$version"
 	@touch $@
 
 # Says in one line why a Python cannot be used. Any Python must be able to parse it.

@@ -4,21 +4,23 @@ The tests run stricter than users do. Code that mixes dtypes or ranks by acciden
 raises here, and every warning is an error (pyproject.toml).
 """
 
+import importlib.metadata
 import os
 
 # Read by jax when it makes its first backend, so set before anything imports jax.
 # Most of the time goes into compiling programs that run once on a few numbers:
 # these make it several times faster. What is marked exact is run as users compile it,
 # where XLA fuses multiplications and additions, by HSRJAX_TEST_OPTIMIZED=1 pytest -m
-# exact. (A jaxlib that does not know a flag ends with its name: then it can go.)
+# exact. (A jaxlib that does not know a flag ends with its name.)
 _FLAGS = "--xla_force_host_platform_device_count=8"
 if not os.environ.get("HSRJAX_TEST_OPTIMIZED"):
     _FLAGS += (
         " --xla_backend_optimization_level=0"
-        " --xla_cpu_use_fusion_emitters=false"
         " --xla_cpu_parallel_codegen_split_count=1"
         " --xla_llvm_disable_expensive_passes=true"
     )
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda,cpu tests a GPU
 os.environ.setdefault("MPLBACKEND", "Agg")

@@ -33,6 +33,8 @@ from benchmarks.files.environment import version
 from benchmarks.harness import inputs, internals, members, oracle, tables, timing
 from benchmarks.harness.internals import costs
 from benchmarks.harness.timing import Unavailable
+from hsrjax._src.kernels import base as registry
+from hsrjax._src.kernels.triton.implementation import Triton
 from tests.made_up import run_of
 from train.data import load_corpus
 
@@ -327,6 +329,45 @@ def test_calibrated_costs_are_those_of_this_machine(
     # Longer rows cost more, whatever else this machine is busy with.
     assert table.costs.gather_row + table.costs.gather_number > 0
     assert found["summary"]["machine"]["device"] == table.costs.machine.device
+
+
+def test_kernels_are_calibrated_where_they_run(tmp_path, monkeypatch, capsys):
+    """On a machine that has kernels, and packaged costs of them."""
+    kernels = Triton(interpret=True)
+    monkeypatch.setitem(registry._implementations, "triton", kernels)
+    packaged = json.loads(costs.PACKAGED.read_text())
+    packaged["cpu/triton"] = packaged["gpu/triton"]
+    monkeypatch.setattr(costs, "_packaged", lambda: packaged)
+    monkeypatch.setattr(calibrate, "_timed", made_up_times)
+    monkeypatch.setattr(calibrate, "_slot", lambda *_: 50.0)
+    file = tmp_path / "mine.json"
+    assert main(["calibrate", "--quick", "--json", "--out", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "triton, bfloat16: one decode step" in printed
+    rows = json.loads(printed.splitlines()[-1])["rows"]
+    assert {row["implementation"] for row in rows} == {"xla", "triton"}
+    assert set(json.loads(file.read_text())) == {"cpu", "cpu/triton"}
+    monkeypatch.setenv("HSRJAX_COSTS", str(file))
+    by_xla, by_kernels = (costs.current(name) for name in ("xla", "triton"))
+    assert by_kernels.differs == "" and by_kernels.costs.by_bytes
+    bytes_of_one = by_kernels.costs.dense[0][0] / by_xla.costs.dense[0][0]
+    assert bytes_of_one == 2 and by_kernels.costs.gather_product == 0
+    assert by_kernels.costs.top_r_hsr == by_xla.costs.top_r_hsr
+
+
+def test_steps_of_a_call_follow_one_another(monkeypatch):
+    """On accelerators; the result is that of one."""
+    given = inputs.decode(inputs.Source(), inputs.Shape(keys=64), 5)
+    cache = growing.Growing(given)
+    cache.refresh()
+    step = internals.Step(cache.query, cache.cache)
+    results = []
+    for steps in (1, 3):
+        monkeypatch.setattr(internals, "steps_of_a_call", lambda steps=steps: steps)
+        results.append(step.call(cache.relu, "hsr", scale=1.0)())
+    (out, info), (again, later) = results
+    np.testing.assert_allclose(again, out, rtol=1e-6)
+    np.testing.assert_array_equal(later.count, info.count)
 
 
 def test_solved_costs_give_the_times_back():

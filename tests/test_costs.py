@@ -31,13 +31,14 @@ def explain():
 
 def test_every_backend_has_packaged_costs():
     found = json.loads(costs.PACKAGED.read_text())
-    assert set(found) == {"cpu", "gpu", "tpu"}
+    assert set(found) == {"cpu", "gpu", "gpu/triton", "tpu"}
     for backend in found:
         table = costs.parse(found, backend, "costs.json")
         again = json.loads(json.dumps(costs.to_json(table)))
         assert again == {backend: found[backend]}
     origins = [found[name]["origin"] for name in ("cpu", "gpu", "tpu")]
     assert origins == ["measured", "measured", "estimated"]
+    assert found["gpu/triton"]["origin"] == "estimated"
 
 
 def test_the_packaged_table_says_where_it_was_measured_and_does_not_warn(monkeypatch):
@@ -92,6 +93,69 @@ def test_a_table_of_another_backend_is_not_used(monkeypatch, tmp_path):
     (tmp_path / "gpu.json").write_text(json.dumps({"gpu": table}))
     with pytest.warns(UserWarning, match="holds costs of gpu, this is cpu"):
         assert costs.current().source == "packaged with hsrjax"
+
+
+def on(card, monkeypatch):
+    machine = costs.Machine("gpu", card, 0, jax.__version__)
+    monkeypatch.setattr(costs, "this_machine", lambda: machine)
+    return {name: costs.current(name) for name in ("xla", "triton", "another")}
+
+
+def test_kernels_have_costs_of_their_own(monkeypatch):
+    tables = on("NVIDIA H100 80GB HBM3", monkeypatch)
+    assert [x.costs.implementation for x in tables.values()] == ["xla", "triton", "xla"]
+    assert tables["another"] == tables["xla"]
+    assert tables["triton"].costs.by_bytes and not tables["xla"].costs.by_bytes
+    assert tables["triton"].differs.startswith("estimated for NVIDIA H100 80GB HBM3")
+
+
+@pytest.mark.parametrize(
+    ("card", "ratio"),
+    [
+        ("NVIDIA H200", 4.8 / 3.35),
+        ("NVIDIA A100-SXM4-40GB", 1.555 / 3.35),
+        ("NVIDIA A100-SXM4-80GB", 2.04 / 3.35),
+        ("NVIDIA L4", 0.3 / 3.35),
+        ("NVIDIA L40S", 1.0),  # whose memory is not known here
+    ],
+)
+def test_costs_of_one_card_serve_others_by_their_memory(card, ratio, monkeypatch):
+    """Work that reads memory takes so much longer, a launch does not."""
+    measured = on("NVIDIA H100 80GB HBM3", monkeypatch)["triton"].costs
+    table = on(card, monkeypatch)["triton"]
+    here = table.costs
+    assert costs.interpolate(here.dense, 1.0) == costs.interpolate(measured.dense, 1.0)
+    amount = 1e12
+    expected = costs.interpolate(measured.dense, amount) / ratio
+    assert costs.interpolate(here.dense, amount) == pytest.approx(expected)
+    assert here.gather_number == pytest.approx(measured.gather_number / ratio)
+    assert f"this is {card}" in table.differs
+    assert ("in proportion" in table.differs) == (ratio != 1)
+
+
+def test_a_table_of_another_card_is_used_with_a_warning_that_names_both(
+    monkeypatch, tmp_path
+):
+    tables = on("NVIDIA A100-SXM4-40GB", monkeypatch)
+    theirs = {}
+    for name in ("xla", "triton"):
+        found = costs.to_json(tables[name].costs)
+        (entry,) = found.values()
+        entry |= {"device": "NVIDIA L4", "origin": "measured", "probe": 4321.0}
+        theirs |= found
+    file = tmp_path / "theirs.json"
+    file.write_text(json.dumps(theirs))
+    monkeypatch.setenv("HSRJAX_COSTS", str(file))
+    for name in ("xla", "triton"):
+        with pytest.warns(UserWarning, match=r"NVIDIA L4.*this is NVIDIA A100") as told:
+            assert costs.current(name).costs.probe == 4321.0
+        assert len(told) == 1
+    del theirs["gpu/triton"]
+    file = tmp_path / "xla.json"
+    file.write_text(json.dumps(theirs))
+    monkeypatch.setenv("HSRJAX_COSTS", str(file))
+    with pytest.warns(UserWarning, match="holds costs of gpu, this is gpu/triton"):
+        assert costs.current("triton").source == "packaged with hsrjax"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import hsrjax
+from hsrjax._src.planning import costs
 from tests.contract import inputs
 from tests.test_decode import fill
 
@@ -105,3 +106,53 @@ def test_mistakes_are_those_of_the_call(arguments, error, message):
     }
     with pytest.raises(error, match=message):
         hsrjax.explain(struct(1, 9, 2, 8), **{"activation": RELU} | arguments)
+
+
+class H100:
+    platform, device_kind, compute_capability = "gpu", "NVIDIA H100 80GB HBM3", "9.0"
+
+    def memory_stats(self):
+        return {"bytes_limit": 80 * 2**30}
+
+
+def test_what_kernels_do_is_said_of_kernels(monkeypatch):
+    monkeypatch.setattr(costs, "default_device", H100)
+    query = jax.ShapeDtypeStruct((1, 1, 8, 64), jnp.bfloat16)
+    cache = jax.eval_shape(
+        lambda: hsrjax.init_cache(1, 131072, 4, 64, dtype=jnp.bfloat16)
+    )
+    explain = lambda **options: hsrjax.explain(
+        query, cache=cache, **{"activation": RELU, "implementation": "triton"} | options
+    )
+    auto, dense, hsr = (explain(method=name) for name in ("auto", "dense", "hsr"))
+    assert auto.implementation == "triton" and auto.method == "auto"
+    assert "Kernels (triton): each program lists" in str(auto)
+    assert "slots" not in str(auto) and "sample" not in str(auto)
+    assert "Costs of triton: packaged with hsrjax, estimated for NVIDIA" in str(auto)
+    assert "Kernels (triton): every key is scored" in str(dense)
+    assert "None is dropped" in str(hsr)
+    by_xla = explain(implementation=None)
+    assert by_xla.implementation == "xla" and by_xla.method == "dense"
+    assert by_xla.hsr_us > 10 * auto.hsr_us and "Kernels" not in str(by_xla)
+    top = explain(activation=hsrjax.Softmax(top_r=8))
+    assert top.implementation == "xla" and "Costs of xla" in str(top)
+
+
+def test_kernels_read_bytes_and_leave_cells_to_xla(monkeypatch):
+    monkeypatch.setattr(costs, "default_device", H100)
+    options = {"activation": RELU, "implementation": "triton"}
+
+    def cached(dtype, h=64, make=lambda x: x):
+        cache = lambda: make(hsrjax.init_cache(1, 2**19, 4, h, dtype=dtype))
+        query = jax.ShapeDtypeStruct((1, 1, 8, h), dtype)
+        return hsrjax.explain(query, cache=jax.eval_shape(cache), **options)
+
+    def prefilled(dtype):
+        x = jax.ShapeDtypeStruct((1, 2**19, 4, 64), dtype)
+        return hsrjax.explain(x, x, x, method="dense", **options)
+
+    half, full = cached(jnp.bfloat16), cached(jnp.float32)
+    assert full.dense_us == pytest.approx(2 * half.dense_us, rel=0.1)
+    assert prefilled(jnp.float32).dense_us > prefilled(jnp.bfloat16).dense_us
+    assert cached(jnp.float32, 8).implementation == "triton"
+    assert cached(jnp.float32, 8, hsrjax.reindex).implementation == "xla"

@@ -202,3 +202,63 @@ def test_gradients_turn_the_choice_to_hsr():
     assert [choice.plan.method for choice in plans] == ["dense", "auto"]
     asked = planner.plan(RELU, "dense", PREFILL, gradients=True, table=close)
     assert asked.plan.method == "dense"
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    machine = costs.Machine("gpu", "NVIDIA H100 80GB HBM3", 0, "0.11.2")
+    monkeypatch.setattr(costs, "this_machine", lambda: machine)
+
+
+LONG = DECODE._replace(keys=131_072, itemsize=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        ("dense", {"keys": 8192}),
+        ("auto", {}),
+        ("auto", {"keys": 8192, "batch": 64, "head_dim": 128, "value_dim": 128}),
+        ("dense", {"queries": 4096, "keys": 4096, "cached": False, "seen": 0.5}),
+    ],
+)
+def test_kernels_pay_on_shorter_rows_than_xla(method, sizes, h100):
+    shape = LONG._replace(**sizes)
+    choice = planner.plan(RELU, "auto", shape, implementations=("triton", "xla"))
+    assert choice.plan.method == method
+    assert planner.plan(RELU, "auto", shape).plan.method == "dense"
+
+
+def test_kernels_cost_by_bytes_and_xla_by_numbers(h100):
+    for names, ratio in ((("triton",), 2.0), (("xla",), 1.0)):
+        layout = planner.lay_out(RELU, LONG, None, names)
+        narrow, wide = (
+            planner.expect(RELU, LONG._replace(itemsize=size, keys=2**24), layout)
+            for size in (2, 4)
+        )
+        assert wide.dense == pytest.approx(ratio * narrow.dense, rel=0.01)
+        assert wide.one_run == pytest.approx(ratio * narrow.one_run)
+        assert wide.hsr == narrow.hsr
+
+
+@pytest.mark.parametrize(
+    ("activation", "sizes", "runs"),
+    [
+        (RELU, {}, "triton"),
+        (hsrjax.Softmax(), {}, "triton"),
+        (hsrjax.Softmax(top_r=8), {}, "xla"),
+        (hsrjax.Entmax(), {}, "xla"),
+        (RELU, {"value_dim": 257}, "xla"),
+        (RELU, {"cells": True}, "xla"),
+    ],
+)
+def test_what_kernels_do_not_take_has_the_costs_of_xla(activation, sizes, runs, h100):
+    shape = LONG._replace(**sizes)
+    assert planner.runner(activation, shape, ("triton", "xla")) == runs
+    by_kernels, by_xla = (
+        planner.expect(
+            activation, shape, planner.lay_out(activation, shape, None, names)
+        )
+        for names in (("triton", "xla"), ("xla",))
+    )
+    assert (by_kernels == by_xla) == (runs == "xla")

@@ -1,6 +1,9 @@
 """Fused kernels: the shared contract in interpret mode, and what is theirs alone."""
 
 import contextlib
+import sys
+import warnings
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,9 @@ from hsrjax._src.core.tiles import Tiles
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels import base as registry
+from hsrjax._src.kernels.triton import implementation, launch
 from hsrjax._src.kernels.triton.implementation import Triton
+from hsrjax._src.planning import costs
 from tests.contract import AttentionContract, CacheContract, relative_error, slow
 
 KERNELS = Triton("interpreted", interpret=True)
@@ -87,6 +92,26 @@ def test_decode_is_xlas(dtype, options, method):
     assert relative_error(got, expected) <= 4e-3  # of one rounding to the dtype
     np.testing.assert_array_equal(info.count, reference.count)
     assert (info.candidates >= info.count).all()
+
+
+@pytest.mark.parametrize("method", ["hsr", "dense"])
+def test_wide_rows_are_taken_few_at_a_time(method):
+    """Not more than the registers and shared memory of smaller cards take."""
+    cache = filled(jnp.float32, tokens=150, kv_heads=1, h=144, d=5)
+    query = jax.random.normal(jax.random.key(0), (2, 20, 2, 144))
+    attend = lambda name: hsrjax.decode_attention(
+        query,
+        cache,
+        activation=hsrjax.ReLU(bias=1.0),
+        method=method,
+        implementation=name,
+    )
+    with mock.patch.object(launch, "attend", wraps=launch.attend) as launched:
+        (got, info), (expected, reference) = both(attend)
+    (_, sizes), _ = launched.call_args
+    assert sizes.rows <= sizes.gathered == 16 and sizes.warps == 8
+    assert relative_error(got, expected) <= 1e-6
+    np.testing.assert_array_equal(info.count, reference.count)
 
 
 def test_auto_goes_over_all_keys_where_most_fire():
@@ -193,7 +218,70 @@ def test_what_kernels_cannot_do_xla_does():
     np.testing.assert_array_equal(got, expected)
 
 
-def test_kernels_are_for_new_nvidia_cards():
-    assert Triton().unavailable("cpu") == "it needs an NVIDIA GPU"
+class Card:
+    """A device that is not there."""
+
+    platform = "gpu"
+
+    def __init__(self, kind, capability):
+        self.device_kind, self.compute_capability = kind, capability
+
+
+H100, T4 = Card("NVIDIA H100 80GB HBM3", "9.0"), Card("Tesla T4", "7.5")
+RADEON = Card("AMD Instinct MI300X", "gfx942")
+
+
+def triton():
+    return registry._implementations["triton"]
+
+
+@pytest.mark.parametrize(
+    ("card", "why"),
+    [(T4, "Tesla T4 is older than Ampere"), (RADEON, "AMD .* is no NVIDIA GPU")],
+)
+def test_kernels_are_for_new_nvidia_cards(card, why, monkeypatch):
+    """Others fall back to XLA without a word, warnings being errors here."""
+    monkeypatch.setattr(costs, "default_device", lambda: card)
+    monkeypatch.setattr(triton(), "preferred", True)
+    assert registry.implementations_for(None, "gpu") == ("xla",)
+    assert registry.implementations_for("xla", "gpu") == ("xla",)
+    with pytest.raises(ValueError, match=f"'triton' does not: {why}"):
+        registry.implementations_for("triton", "gpu")
+    monkeypatch.setattr(costs, "default_device", lambda: H100)
+    assert registry.implementations_for(None, "gpu") == ("triton", "xla")
+
+
+def test_cpus_have_no_kernels(monkeypatch):
+    monkeypatch.setattr(triton(), "preferred", True)
+    assert registry.implementations_for(None, "cpu") == ("xla",)
     with pytest.raises(ValueError, match="'triton' does not: it needs an NVIDIA GPU"):
         registry.implementations_for("triton", "cpu")
+
+
+def test_a_jax_without_pallas_for_triton_is_told_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(costs, "default_device", lambda: H100)
+    monkeypatch.setattr(triton(), "preferred", True)
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    implementation._no_pallas.cache_clear()
+    try:
+        assert registry.implementations_for(None, "gpu") == ("xla",)
+        with pytest.raises(ValueError, match=r"without Pallas for Triton.*use impl"):
+            registry.implementations_for("triton", "gpu")
+    finally:
+        implementation._no_pallas.cache_clear()
+
+
+def test_nothing_is_imported_for_kernels_that_nobody_asks_for(monkeypatch):
+    monkeypatch.setattr(costs, "default_device", lambda: H100)
+    monkeypatch.setattr(implementation, "_no_pallas", lambda: pytest.fail("imported"))
+    assert registry.implementations_for(None, "gpu") == ("xla",)
+    assert registry.implementations_for("xla", "gpu") == ("xla",)
+
+
+def test_the_warning_that_pallas_for_triton_is_deprecated_stays_inside():
+    """As jax 0.11 says it, when a kernel is compiled; other warnings are heard."""
+    Triton()._launch()
+    said = "The Pallas Triton backend is deprecated and will be removed"
+    warnings.warn(said, DeprecationWarning, stacklevel=1)
+    with pytest.raises(DeprecationWarning, match="another"):
+        warnings.warn("another", DeprecationWarning, stacklevel=1)

@@ -2,7 +2,8 @@
 
 Times decode steps and one prefill of hsrjax itself, with inputs that isolate one cost
 each (no key fires, all fire, other head sizes), and solves for the numbers of
-`hsrjax._src.planning.costs.Costs`.
+`hsrjax._src.planning.costs.Costs`. Where kernels run that have costs of their own,
+these are measured too, with bfloat16 keys and values.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import hsrjax
 from benchmarks.contestants import growing
 from benchmarks.files.results import as_json, clean, staged
 from benchmarks.harness import inputs, internals, tables
-from benchmarks.harness.inputs import Shape, Source
+from benchmarks.harness.inputs import DType, Shape, Source
 from benchmarks.harness.internals import Work, costs
 from benchmarks.harness.timing import Contestant, race
 from benchmarks.header import Results, Settings
@@ -36,6 +37,7 @@ SHARE = 0.1
 """Of the keys, for each row, where gathering is timed: about where dense takes over."""
 DECODE_ROWS = 2
 """Query rows of a key head in a decode step here."""
+SELECT = ("top_r_dense", "top_r_hsr", "epsilon_dense", "epsilon_hsr")
 FEW = 64
 """Keys that softmax keeps where its choosing is timed."""
 _SHARP = 8.0
@@ -56,21 +58,37 @@ class Command(Settings):
 
 
 def run(command: Command) -> Results:
-    """Measures everything."""
-    quick = command.quick
-    keys = (512,) if quick else KEYS
-    near, middle, far = (512,) * 3 if quick else (8192, 16384, 131072)
-    sequence = 256 if quick else 2048
-    steps = len(keys) + 5
+    """Measures everything, for every implementation that has costs of its own."""
+    names = internals.implementations()
+    keys = (512,) if command.quick else KEYS
+    steps = sum(len(keys) + (5 if name == "xla" else 4) for name in names)
+    tables: list[costs.Costs] = []
     with tqdm(total=steps * command.rounds, unit="round") as bar:
         timed = functools.partial(_timed, rounds=command.rounds, bar=bar)
-        curves = _curves(timed, keys, command.seed)
-        wide, narrow = (_slot(timed, far, h, command.seed) for h in (64, 16))
-        probe = _probe(timed, near, command.seed)
-        select = _select(timed, middle, command.seed)
-        found = _prefill(timed, sequence, command.seed)
-    dense, scan = curves
-    work = internals.work(keys=sequence, heads=8, kv_heads=4, head_dim=64)
+        for name in names:
+            tables.append(_measure(name, timed, keys, command, tables))
+    found = Results([], {"table": {}})
+    for table in tables:
+        found.summary["table"] |= costs.to_json(table)
+        found.rows.extend(_rows(table))
+    found.summary["machine"] = tables[0].machine._asdict()
+    found.summary |= summarize(tables[0])
+    found.summary["others"] = {x.implementation: summarize(x) for x in tables[1:]}
+    return found
+
+
+def _measure(name: str, timed, keys, command: Command, before) -> costs.Costs:
+    """The costs of one implementation; XLA chooses softmax's keys for all of them."""
+    near, middle, far = (512,) * 3 if command.quick else (8192, 16384, 131072)
+    sequence = 256 if command.quick else 2048
+    cached = functools.partial(_Cache, seed=command.seed, implementation=name)
+    dense, scan = _curves(timed, keys, cached)
+    wide, narrow = (_slot(timed, far, h, cached) for h in (64, 16))
+    probe = _probe(timed, near, cached)
+    if before:
+        select = {x: getattr(before[0], x) for x in SELECT}
+    else:
+        select = _select(timed, middle, cached)
     solved = solve(
         dense,
         scan,
@@ -78,18 +96,39 @@ def run(command: Command) -> Results:
         narrow=narrow,
         probe=probe,
         select=select,
-        prefill=found,
-        work=work,
+        prefill=_prefill(timed, sequence, command.seed, name),
+        work=internals.work(keys=sequence, heads=8, kv_heads=4, head_dim=64),
+        size=_size(name),
     )
-    machine = costs.this_machine()
-    table = costs.Costs(
-        machine=machine, origin="measured", dense=dense, scan=scan, **solved
+    return costs.Costs(
+        machine=costs.this_machine(),
+        origin="measured",
+        implementation=name,
+        dense=dense,
+        scan=scan,
+        **solved,
     )
-    rows = [{"cost": name, "ns": ns} for name, ns in solved.items()]
-    for name, curve in (("dense", dense), ("scan", scan)):
-        rows += [{"cost": name, "amount": amount, "ns": ns} for amount, ns in curve]
-    summary = {"machine": machine._asdict(), **summarize(table)}
-    return Results(rows, {"table": costs.to_json(table), **summary})
+
+
+def _dtype(implementation: str) -> DType:
+    """Of keys and values: what kernels are used for."""
+    return "float32" if implementation == "xla" else "bfloat16"
+
+
+def _size(implementation: str) -> int:
+    """By how much the numbers of keys and values count: kernels cost by their bytes."""
+    return 1 if implementation == "xla" else 2
+
+
+def _rows(table: costs.Costs) -> list[dict[str, Any]]:
+    """A line for every number of a table."""
+    which = {"implementation": table.implementation}
+    solved = [x.name for x in dataclasses.fields(table) if x.type == "float"]
+    rows = [{**which, "cost": name, "ns": getattr(table, name)} for name in solved]
+    for name in ("dense", "scan"):
+        curve = getattr(table, name)
+        rows += [{**which, "cost": name, "amount": x, "ns": ns} for x, ns in curve]
+    return rows
 
 
 def finish(words: list[str], command: Command, found: Results) -> int:
@@ -99,8 +138,11 @@ def finish(words: list[str], command: Command, found: Results) -> int:
     table = summary.pop("table")
     for row in found.rows:
         amount = f" {row['amount']:>12,.0f}" if "amount" in row else " " * 13
-        print(f"{row['cost']:<15}{amount} {row['ns']:>14,.4g} ns")
+        cost = f"{row['implementation']:<8}{row['cost']:<15}{amount}"
+        print(f"{cost} {row['ns']:>14,.4g} ns")
     print(in_words(summary))
+    for name, other in summary["others"].items():
+        print(f"{name}, bfloat16: {in_words(other)}")
     with staged(file.parent) as stage:
         (stage / file.name).write_text(as_json(table))
     print(f"written: {file}. To use it: export {costs.VARIABLE}={file}")
@@ -134,9 +176,9 @@ def in_words(summary: dict[str, Any]) -> str:
 
 
 def _timed(
-    calls: dict[str, Callable[[], Any]], *, rounds: int, bar: tqdm
+    calls: dict[str, Callable[[], Any]], *, rounds: int, bar: tqdm, steps: int = 1
 ) -> dict[str, float]:
-    """Nanoseconds of each call, in turns; the best round, as noise only adds."""
+    """Nanoseconds of each step, in turns; the best round, as noise only adds."""
     contestants = [
         Contestant(name, "part", lambda call=call: lambda: call, lambda _: ())
         for name, call in calls.items()
@@ -144,43 +186,46 @@ def _timed(
     timings = race(
         contestants, rounds=rounds, score=lambda *_: None, tick=tables.ticker(bar)
     )
-    return {name: 1e9 * min(timing.rounds) for name, timing in timings.items()}
+    return {name: 1e9 * min(timing.rounds) / steps for name, timing in timings.items()}
 
 
-def _curves(timed, lengths: tuple[int, ...], seed: int):
+def _curves(timed, lengths: tuple[int, ...], cached):
     """Dense steps and steps in which no key survives, over lengths."""
     dense, scan = [], []
     for keys in lengths:
-        cache = _Cache(Shape(keys=keys), seed)
-        ns = timed({"dense": cache.call("dense", NONE), "hsr": cache.call("hsr", NONE)})
+        cache = cached(Shape(keys=keys))
+        ways = {way: cache.call(way, NONE) for way in ("dense", "hsr")}
+        ns = timed(ways, steps=internals.steps_of_a_call())
         numbers = 4 * cache.step.room * 64
-        dense.append((2 * numbers, ns["dense"]))
+        dense.append((2 * numbers * cache.size, ns["dense"]))
         scan.append((numbers, ns["hsr"]))
     return tuple(dense), tuple(scan)
 
 
-def _slot(timed, keys: int, head_dim: int, seed: int) -> float:
+def _slot(timed, keys: int, head_dim: int, cached) -> float:
     """Nanoseconds for one key and value of this head size, among many more."""
-    cache = _Cache(Shape(keys=keys, head_dim=head_dim, value_dim=head_dim), seed)
+    cache = cached(Shape(keys=keys, head_dim=head_dim, value_dim=head_dim))
     some = cache.threshold(SHARE)
-    ns = timed({"none": cache.call("hsr", NONE), "some": cache.call("hsr", some)})
+    ways = {"none": cache.call("hsr", NONE), "some": cache.call("hsr", some)}
+    ns = timed(ways, steps=internals.steps_of_a_call())
     _, info = cache.call("hsr", some)()
     reported = np.asarray(info.candidates)[0, 0, ::DECODE_ROWS]
-    capacity = cache.step.plan(hsrjax.ReLU()).capacity
+    capacity = cache.step.plan(hsrjax.ReLU()).capacity if cache.size == 1 else 1
     slots = capacity * int(np.sum(-(-reported // capacity)))
     return max(0.0, ns["some"] - ns["none"]) / slots
 
 
-def _probe(timed, keys: int, seed: int) -> float:
+def _probe(timed, keys: int, cached) -> float:
     """Nanoseconds for a look at a sample, over few keys: it is the same over many."""
-    cache = _Cache(Shape(keys=keys), seed)
-    ns = timed({way: cache.call(way, NONE) for way in ("hsr", "auto")})
+    cache = cached(Shape(keys=keys))
+    ways = {way: cache.call(way, NONE) for way in ("hsr", "auto")}
+    ns = timed(ways, steps=internals.steps_of_a_call())
     return max(0.0, ns["auto"] - ns["hsr"])
 
 
-def _select(timed, keys: int, seed: int) -> dict[str, float]:
+def _select(timed, keys: int, cached) -> dict[str, float]:
     """Nanoseconds per score for softmax to choose its keys."""
-    cache = _Cache(Shape(keys=keys), seed)
+    cache = cached(Shape(keys=keys))
     softmax = {
         "top_r": hsrjax.Softmax(top_r=FEW),
         "epsilon": hsrjax.Softmax(epsilon=0.1),
@@ -191,7 +236,8 @@ def _select(timed, keys: int, seed: int) -> dict[str, float]:
             f"{kind}_{way}": cache.call(way, NONE, softmax=one, scale=_SHARP)
             for kind, one in {**softmax, "relu": None}.items()
             for way in ways
-        }
+        },
+        steps=internals.steps_of_a_call(),
     )
     scores = 8 * cache.step.room
     return {
@@ -201,14 +247,17 @@ def _select(timed, keys: int, seed: int) -> dict[str, float]:
     }
 
 
-def _prefill(timed, sequence: int, seed: int) -> dict[str, float]:
+def _prefill(timed, sequence: int, seed: int, name: str) -> dict[str, float]:
     """A prefill in which no key fires, or all do, dense and reported."""
-    given = inputs.causal(Source(seed=seed), Shape(keys=sequence), 0.01, exact=False)
-    arrays = tuple(map(jnp.asarray, (given.query, given.key, given.value)))
+    source = Source(seed=seed, dtype=_dtype(name))
+    given = inputs.causal(source, Shape(keys=sequence), 0.01, exact=False)
+    arrays = tuple(map(given.on_device, (given.query, given.key, given.value)))
 
     @functools.partial(jax.jit, static_argnames="method")
     def attend(relu, *, method):
-        return hsrjax.attention(*arrays, activation=relu, method=method)
+        return hsrjax.attention(
+            *arrays, activation=relu, method=method, implementation=name
+        )
 
     def call(way, bias):
         relu = hsrjax.ReLU(power=2, bias=jnp.float32(bias), normalize="none")
@@ -236,6 +285,7 @@ def solve(
     select: dict[str, float],
     prefill: dict[str, float],
     work: Work,
+    size: int = 1,
 ) -> dict[str, float]:
     """The numbers of `Costs` from what was timed; noise makes none of them negative.
 
@@ -248,9 +298,11 @@ def solve(
       select: costs for softmax to choose.
       prefill: nanoseconds of `_prefill`.
       work: that it did.
+      size: by how much numbers of keys and values count; more than 1 of kernels, which
+        take no slot after the other.
     """
     codes, further = work.codes, work.rows - DECODE_ROWS
-    dense = prefill["dense"] - costs.interpolate(dense_curve, 2 * codes)
+    dense = prefill["dense"] - costs.interpolate(dense_curve, 2 * codes * size)
     scan = prefill["none"] - prefill["build"]
     scan -= costs.interpolate(scan_curve, codes)
     # A slot costs row + 2 H (number + rows product).
@@ -258,7 +310,7 @@ def solve(
     row = max(0.0, narrow - 2 * 16 * number)
     slot = (prefill["all"] - prefill["none"]) / work.slots
     product = (slot - row) / (2 * work.head_dim) - number
-    product = max(0.0, product) / (work.part_rows - DECODE_ROWS)
+    product = max(0.0, product) / (work.part_rows - DECODE_ROWS) if size == 1 else 0.0
     number = max(0.0, number - DECODE_ROWS * product)
     return {
         "dense_product": max(0.0, dense) / (2 * codes * further),
@@ -266,7 +318,7 @@ def solve(
         "build": prefill["build"] / codes,
         "probe": probe,
         "gather_row": row,
-        "gather_number": number,
+        "gather_number": number / size,
         "gather_product": product,
         **select,
     }
@@ -275,12 +327,14 @@ def solve(
 class _Cache:
     """Calls on one cache."""
 
-    def __init__(self, shape: Shape, seed: int):
-        self.inputs = inputs.decode(Source(seed=seed), shape, 1)
+    def __init__(self, shape: Shape, *, seed: int, implementation: str):
+        source = Source(seed=seed, dtype=_dtype(implementation))
+        self.inputs = inputs.decode(source, shape, 1)
+        self.size = _size(implementation)
         inner = growing.Growing(self.inputs)
         inner.refresh()
         assert inner.cache is not None
-        self.step = internals.Step(inner.query, inner.cache)
+        self.step = internals.Step(inner.query, inner.cache, implementation)
 
     def threshold(self, share: float) -> np.ndarray:
         """Biases over which such a share of the keys fires."""

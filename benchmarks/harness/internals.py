@@ -14,8 +14,13 @@ import numpy as np
 import hsrjax
 from hsrjax._src import run
 from hsrjax._src.core.visible import of_decode
+from hsrjax._src.kernels import base as registry
 from hsrjax._src.planning import costs as costs
 from hsrjax._src.planning import plan as planner
+
+STEPS = 20
+"""Steps of one call on accelerators, each after the one before: in a model a step does
+not wait for the host."""
 
 
 class Work(NamedTuple):
@@ -59,6 +64,8 @@ def break_even(keys: int, table: costs.Costs) -> float | None:
     """
     relu = hsrjax.ReLU()
     step = planner.Shape(1, 1, keys, 8, 4, 64, 64, cached=True)
+    if table.by_bytes:
+        step = step._replace(itemsize=2)
     chosen = planner.plan(relu, "auto", step, table=table).plan
     if chosen.method == "dense":
         return None
@@ -66,47 +73,73 @@ def break_even(keys: int, table: costs.Costs) -> float | None:
     return min(1.0, planner.break_even(step, chosen, expected))
 
 
+def implementations() -> tuple[str, ...]:
+    """Those that run here and have costs of their own."""
+    platform, known = costs.platform(), registry.implementations()
+    run_here = [x.name for x in known if not x.unavailable(platform)]
+    return tuple(name for name in run_here if name == "xla" or costs.has_own(name))
+
+
+def steps_of_a_call() -> int:
+    """How many steps `Step.call` makes, one after the other."""
+    return 1 if costs.platform() == "cpu" else STEPS
+
+
 class Step:
     """Decode steps on one cache by plans of our choice.
 
     Args:
-      query: f32[B, 1, N, H].
+      query: f[B, 1, N, H]; values are as wide.
       cache: that it attends to; does not grow.
+      implementation: that runs them.
     """
 
-    def __init__(self, query: jax.Array, cache: hsrjax.KVCache):
+    def __init__(
+        self, query: jax.Array, cache: hsrjax.KVCache, implementation: str = "xla"
+    ):
         self._query, self._cache = query, cache
+        self._implementation = implementation
         self.room = cache.index.keys.shape[-2]
 
     def plan(self, activation: Any) -> planner.Plan:
         """Of "hsr"."""
         keys, values = self._cache.index.keys, self._cache.values.rows
         step = planner.of_decode(self._query, keys, values, devices=1)
-        return planner.lay_out(activation, step)
+        names = (self._implementation,)
+        return planner.lay_out(activation, step, implementations=names)
 
     def call(self, activation: Any, method: str, *, scale: float) -> Callable[[], Any]:
-        """One step, (output, info); "auto" only looks and never turns to dense."""
+        """Steps, (output, info) of the last; "auto" only looks, and never is dense."""
         plan = self.plan(activation)._replace(method=method)
         far = planner.Expected(math.inf, 0.0, 0.0, 0.0, 0.0)
         expected = far if method == "auto" else None
         operands = (self._query, self._cache, activation, scale, expected)
-        return lambda: jax.block_until_ready(_step(*operands, plan=plan))
+        options = {"plan": plan, "steps": steps_of_a_call()}
+        return lambda: jax.block_until_ready(_steps(*operands, **options))
 
 
-@functools.partial(jax.jit, static_argnames="plan")
-def _step(query, cache, activation, scale, expected, *, plan):
+@functools.partial(jax.jit, static_argnames=("plan", "steps"))
+def _steps(query, cache, activation, scale, expected, *, plan, steps):
     length = cache.length[:, None]
-    return run.attend(
-        query,
-        cache.index.keys,
-        cache.values,
-        cache.index,
-        of_decode(length - 1, length),
-        activation=activation,
-        scale=scale,
-        plan=plan,
-        expected=expected,
-    )
+
+    def step(query):
+        return run.attend(
+            query,
+            cache.index.keys,
+            cache.values,
+            cache.index,
+            of_decode(length - 1, length),
+            activation=activation,
+            scale=scale,
+            plan=plan,
+            expected=expected,
+        )
+
+    def another(_, found):
+        # Nothing is added, but what is not known before.
+        return step(query + (0 * found[0]).astype(query.dtype))
+
+    return jax.lax.fori_loop(1, steps, another, step(query))
 
 
 def keys_in_reach(index: hsrjax.Index, normal: np.ndarray, offset: float) -> int:

@@ -321,6 +321,7 @@ def plan_call(
     visible.check_options(activation, is_causal=True, window=window, sinks=sinks)
     keys, values = cache.index.keys, cache.values.rows
     shape = planner.of_decode(query, keys, values, devices=memory.devices(query, keys))
+    shape = shape._replace(cells=cache.index.cells is not None)
     choice = planner.plan(
         activation,
         method,

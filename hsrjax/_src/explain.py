@@ -25,6 +25,7 @@ class Explanation:
 
     Attributes:
       method: "dense" or "hsr"; "auto" where the call itself chooses.
+      implementation: that carries it out, "xla" where what was asked for cannot.
       reason: for it, in one sentence.
       capacity: slots of one gather of "hsr".
       tile: query positions that "hsr" bounds together.
@@ -44,6 +45,7 @@ class Explanation:
     """
 
     method: str
+    implementation: str
     reason: str
     capacity: int
     tile: int
@@ -62,12 +64,13 @@ class Explanation:
         lines = [
             f"Refused: {self.refused}" if self.refused else "",
             f"{self.method}: {self.reason}.",
-            _AT_RUN_TIME[self.method].format(slots=self.capacity),
+            self._at_run_time(),
             f"Expected: dense {_number(self.dense_us)} us; {self._reported()}.",
             f"Memory beside the arguments: dense at least "
             f"{memory.in_words(self.dense_bytes)}, hsr at least "
             f"{memory.in_words(self.hsr_bytes)}; {self._device()}.",
-            f"Costs: {self.costs}, {self.differs or 'measured on this machine'}.",
+            f"Costs of {self.implementation}: {self.costs}, "
+            f"{self.differs or 'measured on this machine'}.",
             "The times may be far off: run python -m benchmarks calibrate here and set "
             f"{costs.VARIABLE}."
             if self.differs
@@ -75,13 +78,21 @@ class Explanation:
         ]
         return "\n".join(line for line in lines if line)
 
+    def _at_run_time(self) -> str:
+        if self.implementation == "xla":
+            return _AT_RUN_TIME[self.method].format(slots=self.capacity)
+        return f"Kernels ({self.implementation}): {_IN_KERNELS[self.method]}"
+
     def _reported(self) -> str:
         if self.hsr_us is None:
             return "hsr would have to score all keys too"
+        sizes = ""
+        if self.implementation == "xla":
+            tile, slots = self.tile, self.capacity
+            sizes = f" (tiles of {tile} query positions, {slots} slots)"
         return (
             f"hsr {_number(self.hsr_us)} us if few keys are reported and "
-            f"{_number(self.share_us)} us more for every 1 % of the keys (tiles of "
-            f"{self.tile} query positions, {self.capacity} slots)"
+            f"{_number(self.share_us)} us more for every 1 % of the keys{sizes}"
         )
 
     def _device(self) -> str:
@@ -96,6 +107,15 @@ _AT_RUN_TIME = {
     "tile take further exact passes.",
     "auto": "The call bounds a sample of the keys first, and scores all if too many of "
     "them survive; it counts again once all are bounded. Either way is exact.",
+}
+
+
+_IN_KERNELS = {
+    "dense": "every key is scored, however many fire.",
+    "hsr": "each program lists the keys that may fire and scores these, or all of its "
+    "keys where they are too many for its list. None is dropped.",
+    "auto": "each program lists the keys that may fire and scores these, or all of its "
+    "keys where many of the first ones may or its list is full. Either way is exact.",
 }
 
 
@@ -160,7 +180,9 @@ def explain(
 
 def _explain(activation: Activation, shape: Shape, choice: Choice) -> Explanation:
     """Adds what a plan does not hold: times, memory, and the table they come from."""
-    table, plan = costs.current(), choice.plan
+    plan = choice.plan
+    implementation = planner.runner(activation, shape, plan.implementations)
+    table = costs.current(implementation)
     expected = planner.expect(activation, shape, plan, table=table.costs)
     one_run_each = planner.sets(shape, plan) * expected.one_run
     survivors = expected.survivors if activation.whole_rows else one_run_each
@@ -171,6 +193,7 @@ def _explain(activation: Activation, shape: Shape, choice: Choice) -> Explanatio
         refused = str(error)
     return Explanation(
         method=plan.method,
+        implementation=implementation,
         reason=choice.reason,
         capacity=plan.capacity,
         tile=plan.tile,

@@ -259,6 +259,11 @@ def register(implementation: Implementation) -> None:
     _implementations[name] = implementation
 
 
+def implementations() -> tuple[Implementation, ...]:
+    """All that are known."""
+    return tuple(_implementations.values())
+
+
 def implementations_for(name: str | None, platform: str) -> tuple[str, ...]:
     """The names of the implementations that a call may use, in turn.
 
@@ -270,12 +275,13 @@ def implementations_for(name: str | None, platform: str) -> tuple[str, ...]:
       ValueError: the name is unknown, or the implementation does not run here. Names
         those that do, and why the others do not.
     """
-    reasons = {x.name: x.unavailable(platform) for x in _implementations.values()}
+    known = _implementations.values()
     if name is None:
-        preferred = [x.name for x in _implementations.values() if x.preferred]
-        return (*(x for x in preferred if not reasons[x]), "xla")
-    if name in reasons and not reasons[name]:
+        preferred = [x for x in known if x.preferred]
+        return (*(x.name for x in preferred if not x.unavailable(platform)), "xla")
+    if name in _implementations and not _implementations[name].unavailable(platform):
         return (name,)
+    reasons = {x.name: x.unavailable(platform) for x in known}
     here = [repr(x) for x, reason in reasons.items() if not reason]
     others = [f"{x!r} does not: {reason}" for x, reason in reasons.items() if reason]
     raise ValueError(

@@ -1,7 +1,9 @@
 """What work costs on this machine, in nanoseconds: the table that the planner reads.
 
-A table for every backend is packaged (`costs.json`). `python -m benchmarks calibrate
---out PATH` measures one, and the environment variable HSRJAX_COSTS=PATH names it. Costs
+A table for every backend is packaged (`costs.json`), and one more for kernels that have
+costs of their own ("gpu/triton"). `python -m benchmarks calibrate --out PATH` measures
+them, and the environment variable HSRJAX_COSTS=PATH names the file. What is packaged
+for one card serves others, in proportion to the bandwidth of their memories. Costs
 decide which of two ways is taken.
 """
 
@@ -15,6 +17,7 @@ import json
 import math
 import os
 import platform as system
+import re
 import warnings
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,6 +30,14 @@ VARIABLE = "HSRJAX_COSTS"
 PACKAGED = Path(__file__).with_name("costs.json")
 _FALLBACK = "gpu"
 """Whose packaged costs serve a backend that has none of its own."""
+_BANDWIDTHS = {
+    r"\bH200\b": 4.8,
+    r"\bH100\b": 3.35,
+    r"\bA100\b.*80GB": 2.04,
+    r"\bA100\b": 1.555,
+    r"\bL4\b": 0.3,
+}
+"""Terabytes a second that cards read, by their names: NVIDIA's data sheets."""
 
 _ORIGINS = ("measured", "estimated")
 _CURVE = "a list of [amount, ns] > 0 with ascending amounts"
@@ -65,14 +76,16 @@ class Costs:
     Attributes:
       machine: that they hold for.
       origin: "measured" or "estimated".
-      dense: a dense call with two query rows a key head, by numbers in keys and values.
+      implementation: whose costs they are.
+      dense: a dense call with two query rows a key head, by numbers in keys and values;
+        of kernels by their bytes.
       scan: an hsr call in which no key survives, two rows, by codes in the sketch.
       dense_product: dense, per multiplication with any further query row.
       scan_product: hsr, per multiplication of codes with any further query row.
       build: per key coordinate, of an index that is made for one call.
       probe: a look at a sample of the sketch.
       gather_row: per key fetched with its value.
-      gather_number: per number fetched.
+      gather_number: per number fetched; of kernels per byte.
       gather_product: per multiplication with fetched numbers.
       top_r_dense: per score, for Softmax(top_r) to choose its keys.
       top_r_hsr: the same from bounds.
@@ -82,6 +95,7 @@ class Costs:
 
     machine: Machine
     origin: Literal["measured", "estimated"]
+    implementation: str = "xla"
     dense: Curve
     scan: Curve
     dense_product: float
@@ -95,6 +109,11 @@ class Costs:
     top_r_hsr: float
     epsilon_dense: float
     epsilon_hsr: float
+
+    @property
+    def by_bytes(self) -> bool:
+        """Whether keys and values cost by their bytes: kernels only read them."""
+        return self.implementation != "xla"
 
 
 class Table(NamedTuple):
@@ -111,13 +130,25 @@ class Table(NamedTuple):
     differs: str
 
 
-def current() -> Table:
+def current(implementation: str = "xla") -> Table:
     """The table for the default device: HSRJAX_COSTS's, or the packaged one.
+
+    Args:
+      implementation: that does the work; one without costs of its own has XLA's.
 
     Raises:
       ValueError: the file is not a table; names file and field.
     """
-    return _load(os.environ.get(VARIABLE, ""), this_machine())
+    machine = this_machine()
+    key = machine.backend
+    if has_own(implementation):
+        key = f"{key}/{implementation}"
+    return _load(os.environ.get(VARIABLE, ""), machine, key)
+
+
+def has_own(implementation: str) -> bool:
+    """Whether an implementation has costs of its own on the default device."""
+    return f"{this_machine().backend}/{implementation}" in _packaged()
 
 
 def default_device() -> Any:
@@ -160,29 +191,32 @@ def to_json(costs: Costs) -> dict[str, Any]:
     """The contents of a file for HSRJAX_COSTS."""
     found = dataclasses.asdict(costs)
     machine = found.pop("machine")._asdict()
-    return {machine.pop("backend"): machine | found}
+    key, implementation = machine.pop("backend"), found.pop("implementation")
+    if implementation != "xla":
+        key = f"{key}/{implementation}"
+    return {key: machine | found}
 
 
-def parse(found: Any, backend: str, where: str) -> Costs:
-    """One backend's costs from the contents of a file.
+def parse(found: Any, key: str, where: str) -> Costs:
+    """One table of costs from the contents of a file.
 
     Args:
       found: JSON values.
-      backend: whose costs are wanted.
+      key: which: a backend, or "gpu/triton".
       where: names the file in errors.
 
     Raises:
       ValueError: names the file and the field.
     """
-    if not isinstance(found, dict) or not isinstance(found.get(backend), dict):
-        raise ValueError(f"{where}: {backend} must be an object that holds its costs.")
-    entry = dict(found[backend])
+    if not isinstance(found, dict) or not isinstance(found.get(key), dict):
+        raise ValueError(f"{where}: {key} must be an object that holds its costs.")
+    entry = dict(found[key])
 
     def take(name, accepts, expected):
         value = entry.pop(name, None)
         if not accepts(value):
             raise ValueError(
-                f"{where}: {backend}.{name} must be {expected}, got {value!r}."
+                f"{where}: {key}.{name} must be {expected}, got {value!r}."
             )
         return value
 
@@ -194,9 +228,16 @@ def parse(found: Any, backend: str, where: str) -> Costs:
     numbers = [x.name for x in dataclasses.fields(Costs) if x.type == "float"]
     rest = {x: take(x, _is_number, "a number >= 0") for x in numbers}
     if entry:
-        raise ValueError(f"{where}: unknown field {backend}.{min(entry)}.")
+        raise ValueError(f"{where}: unknown field {key}.{min(entry)}.")
+    backend, _, implementation = key.partition("/")
     machine = Machine(backend, device, threads, version)
-    return Costs(machine=machine, origin=origin, **curves, **rest)
+    return Costs(
+        machine=machine,
+        origin=origin,
+        implementation=implementation or "xla",
+        **curves,
+        **rest,
+    )
 
 
 def _is_text(value: Any) -> bool:
@@ -218,14 +259,21 @@ def _is_curve(value: Any) -> bool:
     return all(a[0] < b[0] for a, b in itertools.pairwise(value))
 
 
+@functools.cache
+def _packaged() -> dict[str, Any]:
+    return json.loads(PACKAGED.read_text())
+
+
 @functools.lru_cache
-def _load(path: str, machine: Machine) -> Table:
+def _load(path: str, machine: Machine, key: str) -> Table:
     """Reads a table once; warns once where it was measured on something else."""
     if not path:
-        backends = json.loads(PACKAGED.read_text())
-        known = machine.backend if machine.backend in backends else _FALLBACK
-        costs = parse(backends, known, PACKAGED.name)
-        return Table(costs, "packaged with hsrjax", _difference(costs, machine))
+        known = key if key in _packaged() else _FALLBACK
+        costs = parse(_packaged(), known, PACKAGED.name)
+        differs, scaled = _difference(costs, machine), _scaled(costs, machine)
+        if scaled is not costs:
+            differs += ", in proportion to what their memories read a second"
+        return Table(scaled, "packaged with hsrjax", differs)
     where = f"{VARIABLE}={path}"
     again = "write it with python -m benchmarks calibrate --out PATH"
     try:
@@ -236,13 +284,13 @@ def _load(path: str, machine: Machine) -> Table:
         ) from None
     except ValueError:
         raise ValueError(f"{where} is not JSON; {again}.") from None
-    if isinstance(found, dict) and found and machine.backend not in found:
+    if isinstance(found, dict) and found and key not in found:
         warnings.warn(
             f"{where} holds costs of {', '.join(map(str, found))}, this is "
-            f"{machine.backend}: the packaged costs are used instead."
+            f"{key}: the packaged costs are used instead."
         )
-        return _load("", machine)
-    costs = parse(found, machine.backend, where)
+        return _load("", machine, key)
+    costs = parse(found, key, where)
     differs = _difference(costs, machine)
     if differs:
         warnings.warn(
@@ -250,6 +298,27 @@ def _load(path: str, machine: Machine) -> Table:
             "choose the slower way: run python -m benchmarks calibrate here."
         )
     return Table(costs, path, differs)
+
+
+def _scaled(costs: Costs, machine: Machine) -> Costs:
+    """Costs of one card for another, whose memory is so many times as fast."""
+    of, here = (_bandwidth(device) for device in (costs.machine.device, machine.device))
+    if costs.machine.device == machine.device or of is None or here is None:
+        return costs
+    ratio = here / of
+    curves = {
+        name: tuple((ratio * amount, ns) for amount, ns in getattr(costs, name))
+        for name in ("dense", "scan")
+    }
+    numbers = [x.name for x in dataclasses.fields(Costs) if x.type == "float"]
+    rest = {x: getattr(costs, x) / ratio for x in numbers if x != "probe"}
+    return dataclasses.replace(costs, origin="estimated", **curves, **rest)
+
+
+def _bandwidth(device: str) -> float | None:
+    """Of a card's memory, where it is known."""
+    found = [x for name, x in _BANDWIDTHS.items() if re.search(name, device)]
+    return found[0] if found else None
 
 
 def _difference(costs: Costs, machine: Machine) -> str:

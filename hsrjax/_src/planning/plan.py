@@ -1,6 +1,6 @@
-"""The sizes of a call, and the plan: which method, how many slots, how large a tile.
+"""The plan of a call: which method, how many slots, how large a tile.
 
-Decided from shapes and the costs of this machine; where it depends on how many keys
+Decided from its sizes and the costs of this machine; where it depends on how many keys
 fire, the plan says "auto" and the call itself decides (`hsrjax._src.run`). Of an
 activation only what `Activation` says for the planner is asked.
 """
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-import jax
-
 from hsrjax._src.core import checks
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.planning import costs, memory
 from hsrjax._src.planning.costs import Costs
+from hsrjax._src.planning.shape import Shape as Shape
+from hsrjax._src.planning.shape import of_decode as of_decode
+from hsrjax._src.planning.shape import of_prefill as of_prefill
 
 Method = Literal["dense", "hsr", "auto"]
 METHODS = ("dense", "hsr", "auto")
@@ -26,6 +27,8 @@ _RUN_SLOTS = 64
 _LEAST_SLOTS = 128
 _MOST_SLOTS = 1024
 _SLOT_SHARE = 64
+WIDEST = 256
+"""Heads that kernels take, at most: queries, keys and sums fit into registers."""
 _MEASURED_ROWS = 2
 """Query rows of a key head that the curves of `Costs` were measured with."""
 _CLEARLY_LESS = 0.75
@@ -41,49 +44,6 @@ _SCORES_AT_ONCE = 2**22
 _CHUNK_SCORES = 2**20
 _LEAST_SIDE = 128
 _MOST_SIDE = 512
-
-
-class Shape(NamedTuple):
-    """Sizes of an attention call.
-
-    Attributes:
-      batch: B.
-      queries: T.
-      keys: S, or the room of the cache.
-      heads: N.
-      kv_heads: K.
-      head_dim: H.
-      value_dim: D.
-      cached: whether there is an index over the keys already.
-      seen: share of all pairs of a query and a key that may be visible.
-      devices: that the arrays may be spread over.
-    """
-
-    batch: int
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    cached: bool = False
-    seen: float = 1.0
-    devices: int = 1
-
-    @property
-    def group(self) -> int:
-        """Query heads of a key head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def sets(self) -> int:
-        """Rows of keys that are searched, B K."""
-        return self.batch * self.kv_heads
-
-    @property
-    def rows(self) -> int:
-        """Query rows of a key head, T G."""
-        return self.queries * self.group
 
 
 class Plan(NamedTuple):
@@ -106,37 +66,6 @@ class Plan(NamedTuple):
     parts: int
     dense_tile: int
     chunk: int | None
-
-
-def of_prefill(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    is_causal: bool,
-    window: int | None,
-    devices: int,
-) -> Shape:
-    """Of `attention`: f[B, T, N, H], f[B, S, K, H], f[B, S, K, D]."""
-    b, t, n, h = query.shape
-    s, kv_heads = key.shape[1:3]
-    seen = 1.0
-    if is_causal:
-        late = max(0, t - s)  # queries that see every key
-        visible = (t - late) * (t - late + 1) / 2 + late * s
-        seen = visible / (t * s)
-    if window is not None:
-        seen = min(seen, window / s)
-    return Shape(b, t, s, n, kv_heads, h, value.shape[-1], seen=seen, devices=devices)
-
-
-def of_decode(query: jax.Array, keys: jax.Array, values: jax.Array, *, devices: int):
-    """Of `decode_attention`: f[B, T, N, H], f[B, K, P, H], f[B, K, P, D]."""
-    b, t, n, h = query.shape
-    kv_heads, room = keys.shape[1:3]
-    return Shape(
-        b, t, room, n, kv_heads, h, values.shape[-1], cached=True, devices=devices
-    )
 
 
 class Expected(NamedTuple):
@@ -265,6 +194,19 @@ def _choose(
     return Choice(hsr._replace(method="auto"), reason, expected)
 
 
+def runner(activation: Any, shape: Shape, implementations: tuple[str, ...]) -> str:
+    """The implementation that does the work of a call, whose costs therefore count.
+
+    What kernels do not take XLA does: rows that have to be known whole, wide heads,
+    keys in cells.
+    """
+    widest = max(shape.head_dim, shape.value_dim)
+    fused = activation.fusible and not activation.whole_rows
+    return (
+        implementations[0] if fused and widest <= WIDEST and not shape.cells else "xla"
+    )
+
+
 def refuse(shape: Shape, plan: Plan) -> None:
     """Raises ValueError where a call cannot fit into memory.
 
@@ -326,13 +268,15 @@ def expect(
       plan: from `lay_out`.
       table: costs, None is those of this machine.
     """
-    table = costs.current().costs if table is None else table
+    if table is None:
+        table = costs.current(runner(activation, shape, plan.implementations)).costs
     rows = shape.rows
     further = max(0, rows - _MEASURED_ROWS)
     width = shape.head_dim + shape.value_dim
     keys = shape.sets * shape.keys
     numbers, codes = keys * width, keys * shape.head_dim
-    dense = costs.interpolate(table.dense, numbers)
+    size = shape.itemsize if table.by_bytes else 1
+    dense = costs.interpolate(table.dense, size * numbers)
     looked_at = 1.0 if plan.chunk is None else shape.seen
     dense += numbers * further * looked_at * table.dense_product
     hsr = costs.interpolate(table.scan, codes)
@@ -340,7 +284,7 @@ def expect(
     if not shape.cached:
         hsr += codes * table.build
     part_rows = plan.tile * shape.group / plan.parts
-    number = table.gather_number + part_rows * table.gather_product
+    number = size * table.gather_number + part_rows * table.gather_product
     one_run = max(1.0, plan.capacity * (table.gather_row + width * number))
     survivors = 0.0
     if activation.whole_rows:

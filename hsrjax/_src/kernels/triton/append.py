@@ -76,13 +76,14 @@ def append(
     lengths = jnp.broadcast_to(lengths, lead)
     new = jax.tree.map(flat, (keys, rows, lengths, sketch.centre))
     leaves = len(jax.tree.leaves(grown))
+    warps = 4 if max(keys.shape[-1], rows.shape[-1]) <= 128 else 8
     (grown,) = pl.pallas_call(
         functools.partial(_kernel, max_keys=index.max_keys),
         grid=(grown.size.shape[0],),
         out_shape=[jax.tree.map(lambda x: shaped(x.shape, x.dtype, x), grown)],
         input_output_aliases={i: i for i in range(leaves)},
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
         name="hsrjax_append",
     )(grown, *new)
     grown = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), grown)

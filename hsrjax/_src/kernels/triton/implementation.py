@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import warnings
+
+import jax
 
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.kernels.xla.implementation import XLA
 from hsrjax._src.planning import costs
+from hsrjax._src.planning.plan import WIDEST
 
-_WIDEST = 256
-"""Head whose queries, keys and sums fit into the registers of a program."""
+_DEPRECATED = "The Pallas Triton backend is deprecated"
+"""How the warning of jax 0.11 and later begins."""
 _LEAST_CAPABILITY = 8.0
 """Of a card: Ampere, whose matrix units Triton uses."""
 
@@ -29,7 +34,7 @@ class Triton(XLA):
             return ""
         if platform != "gpu":
             return "it needs an NVIDIA GPU"
-        return _old_card()
+        return _old_card() or _no_pallas()
 
     def scan_and_sum(
         self, index, tiles, values, *, capacity, parts, counted, or_all=False
@@ -57,7 +62,7 @@ class Triton(XLA):
         return sums, None
 
     def grow(self, index, values, keys, rows, lengths):
-        few = keys.shape[-2] < WORD and max(keys.shape[-1], rows.shape[-1]) <= _WIDEST
+        few = keys.shape[-2] < WORD and max(keys.shape[-1], rows.shape[-1]) <= WIDEST
         if not few or index.cells is not None or values.sketch is not None:
             return super().grow(index, values, keys, rows, lengths)
         return self._launch().append(
@@ -65,18 +70,31 @@ class Triton(XLA):
         )
 
     def _launch(self):
-        with warnings.catch_warnings():
-            # Deprecated since 0.11; `hsrjax._src.kernels.triton` says what then.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            from hsrjax._src.kernels.triton import launch
+        # Said when a kernel is compiled; `hsrjax._src.kernels.triton` says what then.
+        warnings.filterwarnings("ignore", _DEPRECATED, DeprecationWarning)
+        from hsrjax._src.kernels.triton import launch
+
         return launch
 
 
 def _fits(tiles, keys, values) -> bool:
     """Whether the kernels take activation, dtypes and heads."""
     law = tiles.activation
-    narrow = max(keys.shape[-1], values.shape[-1]) <= _WIDEST
+    narrow = max(keys.shape[-1], values.shape[-1]) <= WIDEST
     return law.fusible and not law.whole_rows and narrow
+
+
+@functools.cache
+def _no_pallas() -> str:
+    """Why this jax cannot compile the kernels, or ""."""
+    try:
+        importlib.import_module("jax.experimental.pallas.triton")
+    except ImportError as error:
+        return (
+            f"jax {jax.__version__} comes without Pallas for Triton ({error}): use "
+            "implementation=None, or a jax between 0.10 and 0.12"
+        )
+    return ""
 
 
 def _old_card() -> str:

@@ -11,6 +11,7 @@ from hsrjax._src.core.tiles import Partial, Tiles
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels.triton.append import append as append
 from hsrjax._src.kernels.triton.attend import Found, Operands, Sizes, attend
+from hsrjax._src.kernels.triton.loads import padded
 from hsrjax._src.kernels.xla.chunks import Chunks
 from hsrjax._src.kernels.xla.runs import Runs
 from hsrjax._src.kernels.xla.scan import scan
@@ -21,6 +22,10 @@ _PROGRAMS = 1024
 _PIECE = 128
 _GATHERED = 32
 _MOST_ROWS = 64
+_FEW_ROWS = 16
+_NARROW = 256
+"""Bytes of a row of keys from which on few rows and keys fit into registers and shared
+memory, of the smaller cards too."""
 _ROOM_SHARE = 2
 """A list has room for one key in this many."""
 _DENSE_SHARE = 0.4
@@ -80,12 +85,15 @@ def _sizes(x: Operands, *, counted: bool, most: float, interpret: bool) -> Sizes
     """Of a launch: enough programs for any card, and no more."""
     tiles, sets, queries, head_dim = x.queries.shape
     slots, value_dim = x.values.shape[1:]
-    parts = -(-queries // _MOST_ROWS)
+    width = padded(max(head_dim, value_dim))
+    # A float16 number is multiplied as a float32 one, see `products`.
+    row = width * (2 if x.keys.dtype == jnp.bfloat16 else 4)
+    parts = -(-queries // (_MOST_ROWS if row <= _NARROW else _FEW_ROWS))
     rows = -(-queries // parts)
     pieces = -(-slots // _PIECE)
     programs = max(1, min(_PROGRAMS // (tiles * sets * parts), -(-pieces // 2)))
     share = -(-pieces // programs) * _PIECE
-    wide = max(head_dim, value_dim) > 128 or rows > 32
+    wide = width > 128 or rows > 32 or rows * width >= 4096
     return Sizes(
         rows=rows,
         queries=queries,
@@ -93,7 +101,7 @@ def _sizes(x: Operands, *, counted: bool, most: float, interpret: bool) -> Sizes
         value_dim=value_dim,
         slots=slots,
         piece=_PIECE,
-        gathered=_GATHERED,
+        gathered=_GATHERED if row <= 2 * _NARROW else _FEW_ROWS,
         room=max(_PIECE, share // _ROOM_SHARE),
         programs=programs,
         listed=x.sketch is not None,

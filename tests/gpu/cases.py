@@ -1,0 +1,169 @@
+"""What is compiled for GPUs: calls as users make them, and the kernels they must run.
+
+To add one, add a line to `CASES`. Every kernel of the library has to be in one of them,
+which `tests/test_gpu_check.py` sees to.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import hsrjax
+
+RELU = hsrjax.ReLU(power=2, bias=1.5)
+
+
+class Case(NamedTuple):
+    """A call that is compiled for every card.
+
+    Attributes:
+      name: of it, in the table.
+      kernels: that must be in the program.
+      run: what is jitted.
+      arguments: makes what it is given, of which only shapes and dtypes count.
+      launches: of kernels in the whole program, at most; None is any number.
+      spill: bytes that a kernel may spill.
+      in_place: the first argument is given away, and returned first: all its arrays
+        must be overwritten, and none be copied on the way.
+    """
+
+    name: str
+    kernels: tuple[str, ...]
+    run: Callable[..., Any]
+    arguments: Callable[[], tuple[Any, ...]]
+    launches: int | None = None
+    spill: int = 0
+    in_place: bool = False
+
+
+class Sizes(NamedTuple):
+    """Of a cache and what is new: K, G, U, S, H and D; D is H where it is None."""
+
+    kv_heads: int = 4
+    group: int = 2
+    new: int = 1
+    keys: int = 131072
+    head: int = 64
+    value: int | None = None
+    dtype: Any = jnp.bfloat16
+
+    def arrays(self):
+        """A cache, and query, key and value of what is new."""
+        width = self.value or self.head
+        cache = hsrjax.init_cache(
+            1, self.keys, self.kv_heads, self.head, value_dim=width, dtype=self.dtype
+        )
+        new = lambda heads, size: jnp.zeros((1, self.new, heads, size), self.dtype)
+        heads = self.kv_heads * self.group
+        query, key = new(heads, self.head), new(self.kv_heads, self.head)
+        return cache, query, key, new(self.kv_heads, width)
+
+
+def decode(
+    name: str,
+    *,
+    activation: hsrjax.Activation = RELU,
+    method: Any = "auto",
+    counted=False,
+    spill=0,
+    **sizes,
+) -> Case:
+    """Attention of what is new to a cache."""
+
+    def run(cache, query, *_):
+        return hsrjax.decode_attention(
+            query,
+            cache,
+            activation=activation,
+            method=method,
+            implementation="triton",
+        )[: 1 + counted]
+
+    arrays = lambda: Sizes(**sizes).arrays()
+    return Case(name, ("hsrjax_attend",), run, arrays, spill=spill)
+
+
+def append(name: str, **sizes) -> Case:
+    """A cache grows."""
+
+    def run(cache, _, key, value):
+        return hsrjax.extend(cache, key, value, implementation="triton")
+
+    arrays = lambda: Sizes(**sizes).arrays()
+    return Case(name, ("hsrjax_append",), run, arrays, in_place=True)
+
+
+def step(name: str, *, method: Any, launches: int, **sizes) -> Case:
+    """A cache grows and what is new attends to it, in one program."""
+
+    def run(cache, query, key, value):
+        cache = hsrjax.extend(cache, key, value, implementation="triton")
+        out, _ = hsrjax.decode_attention(
+            query,
+            cache,
+            activation=RELU,
+            method=method,
+            implementation="triton",
+        )
+        return cache, out
+
+    kernels = "hsrjax_append", "hsrjax_attend"
+    arrays = lambda: Sizes(**sizes).arrays()
+    return Case(name, kernels, run, arrays, launches=launches, in_place=True)
+
+
+def prefill(name: str, *, method: Any, head: int) -> Case:
+    """Causal attention over a sequence, without a cache."""
+    run = lambda query, key: hsrjax.attention(
+        query,
+        key,
+        key,
+        activation=RELU,
+        is_causal=True,
+        method=method,
+        implementation="triton",
+    )
+    new = lambda heads: jnp.zeros((1, 4096, heads, head), jnp.bfloat16)
+    return Case(name, ("hsrjax_attend",), run, lambda: (new(8), new(4)))
+
+
+FLOAT32, FLOAT16, BFLOAT16 = jnp.float32, jnp.float16, jnp.bfloat16
+SOFTMAX = hsrjax.Softmax()
+WIDE = {"head": 256, "dtype": FLOAT32}
+CASES = (
+    decode("decode, heads of 64"),
+    decode("decode, heads of 64, counted", counted=True),
+    decode("decode, heads of 64, hsr", method="hsr"),
+    decode("decode, heads of 128", kv_heads=8, group=4, keys=2**20, head=128),
+    decode("decode, heads of 20 and 40", head=20, value=40),
+    decode("decode, heads of 256", head=256),
+    decode("decode, float16", dtype=FLOAT16),
+    decode("decode, float32", dtype=FLOAT32),
+    decode("decode, heads of 256, float32", **WIDE),
+    decode("decode, 16 new", new=16),
+    decode("decode, 64 new, heads of 128", new=64, head=128),
+    decode("decode, 64 new, float16", new=64, head=128, dtype=FLOAT16),
+    decode("decode, 64 new, hsr, float32", method="hsr", new=64, spill=16, **WIDE),
+    decode("dense ReLU", method="dense"),
+    decode("dense ReLU, 64 new, float32", method="dense", new=64, **WIDE),
+    decode("dense softmax", activation=SOFTMAX),
+    decode("dense softmax, 64 new", activation=SOFTMAX, new=64, head=128),
+    decode("dense softmax, 64 new, float32", activation=SOFTMAX, new=64, **WIDE),
+    append("append, heads of 64"),
+    append("append 31, heads of 20 and 40", new=31, head=20, value=40),
+    append("append 31, float32", new=31, **WIDE),
+    step("step, auto", method="auto", launches=9),
+    step("step, hsr", method="hsr", launches=9),
+    prefill("prefill, hsr", method="hsr", head=64),
+    prefill("prefill, dense", method="dense", head=128),
+)
+
+
+def shapes(case: Case, sharding: Any) -> Any:
+    """The arguments of a case as shapes that lie on a device that need not be there."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(case.arguments),
+    )
