@@ -181,7 +181,7 @@ def _add_entries(
     begins = triton.load(begin.at[here[0], jnp.int32(0)])
     ends = triton.load(begin.at[here[0], jnp.int32(parts - 1)])
     busy = (begins < first + room.begin) & (ends >= first)
-    groups = jnp.where(busy, -(-parts // _PARTS), 0)
+    groups = busy.astype(jnp.int32) * -(-parts // _PARTS)
 
     def look(i):
         part = i * _PARTS + jnp.arange(_PARTS, dtype=jnp.int32)
