@@ -25,13 +25,15 @@ from hsrjax._src.core.visible import Visible
 from hsrjax._src.kernels.triton import entries
 from hsrjax._src.kernels.triton.attend import Operands
 from hsrjax._src.kernels.triton.entries import ByKey, Lists, Room
-from hsrjax._src.kernels.triton.loads import rows_of, shaped, store_rows
+from hsrjax._src.kernels.triton.loads import LEAST, padded, rows_of, shaped, store_rows
 from hsrjax._src.kernels.triton.place import Pieces, Place, Sizes
-from hsrjax._src.kernels.triton.products import crossed, wide
+from hsrjax._src.kernels.triton.products import Split, split, times
 
 _FAR = 2**31 - 1
 _LOOKED_UP = 128
 """Parts that a block of keys asks at once whether they see it."""
+_NUMBERS = 256
+"""Of a query and its cotangent that allow for the larger tiles: no register spills."""
 
 
 class Bars(NamedTuple):
@@ -91,12 +93,33 @@ def gradients(
         seen = functools.reduce(jnp.add, [high - low for low, high in spans])
         lists, every = entries.split(words, seen)
     todo = _todo(every, spans)
+    sizes, sizes_by_key = _tuned(x, sizes)
     rows = _row_grads(x, bars, todo, sizes)
-    by_key = _key_grads(x, bars, todo, sizes)
+    by_key = _key_grads(x, bars, todo, sizes_by_key)
     if lists is not None:
         rows, by_key = _listed(x, bars, lists, rows, by_key, sizes)
     queries, law = jax.tree.map(lambda x: jnp.sum(x, axis=2), tuple(rows))
     return queries, law, by_key
+
+
+def most_rows_of(x: Operands) -> int:
+    """Queries of a part of a tile, at most, for the registers and memory of any card."""
+    return 32 if _numbers(x) <= _NUMBERS else LEAST
+
+
+def _tuned(x: Operands, sizes: Sizes) -> tuple[Sizes, Sizes]:
+    """Of programs that have queries, and of those that have keys."""
+    numbers = _numbers(x)
+    few, many = numbers <= _NUMBERS // 2, numbers > _NUMBERS
+    by_query = {"gathered": 16 if many else 32, "warps": 4 if few else 8}
+    by_key = {"gathered": 32 if few else 16, "warps": 8 if many else 4}
+    return sizes._replace(**by_query), sizes._replace(**by_key)
+
+
+def _numbers(x: Operands) -> int:
+    """What a program holds of a query, in pieces of the dtype of keys."""
+    numbers = padded(x.keys.shape[-1]) + padded(x.values.shape[-1])
+    return numbers * (1 if x.keys.dtype == jnp.bfloat16 else 2)
 
 
 def _spans(visible: Visible, sizes: Sizes, ids: Any):
@@ -135,10 +158,13 @@ def _todo(every: jax.Array, spans: list[tuple[jax.Array, jax.Array]]) -> Todo:
 
 
 class _Rows(NamedTuple):
-    """Queries of a part of a tile with what their gradients start from."""
+    """Queries of a part of a tile with what their gradients start from.
 
-    queries: jax.Array
-    weighted: jax.Array
+    Products have keys first, [C, Q]: so what they give is multiplied as it is.
+    """
+
+    queries: Split
+    weighted: Split
     total: jax.Array
     law: Any
     visible: Visible
@@ -147,50 +173,53 @@ class _Rows(NamedTuple):
     @classmethod
     def of(cls, here: Place, x: Operands, bars: Bars) -> _Rows:
         sizes = here.sizes
-        column = lambda ref: here.row(ref)[:, None]
+        row = lambda ref: here.row(ref)[None, :]
         # Rows that are no queries may not be those of others: these may hold NaN.
         rows = functools.partial(rows_of, where=here.query, there=here.live)
+        queries = rows(x.queries, width=sizes.head_dim)
+        weighted = rows(bars.weighted, width=sizes.value_dim)
         return cls(
-            queries=rows(x.queries, width=sizes.head_dim),
-            weighted=rows(bars.weighted, width=sizes.value_dim),
-            total=jnp.where(here.live, here.row(bars.total), 0.0)[:, None],
-            law=jax.tree.map(column, x.law),
+            queries=split(queries, x.keys, 3),
+            weighted=split(weighted, x.values, 2),
+            total=jnp.where(here.live, here.row(bars.total), 0.0)[None, :],
+            law=jax.tree.map(row, x.law),
             visible=jax.tree.map(
-                lambda ref: jnp.where(here.live, here.row(ref), 0), x.visible
+                lambda ref: jnp.where(here.live, here.row(ref), 0)[None, :], x.visible
             ),
-            shift=None if bars.peak is None else finite_or_zero(column(bars.peak)),
+            shift=None if bars.peak is None else finite_or_zero(row(bars.peak)),
         )
 
     def pull(self, keys, values, position, there):
-        """Weights f32[Q, C] of keys, and cotangents of scores f32[Q, C] and law."""
-        seen = self.visible.mask(position[None, :]) & there[None, :]
-        sinks = self.visible.sinks(position[None, :])
-        scores = wide(self.queries, keys.T)
+        """Weights f32[C, Q] of keys, and cotangents of scores f32[C, Q] and law."""
+        position = position[:, None, None]
+        seen = self.visible.mask(position)[..., 0] & there[:, None]
+        sinks = self.visible.sinks(position)
+        sinks = None if sinks is None else sinks[..., 0]
+        scores = times(split(keys, keys, 1), self.queries.T, order=3)
         scores = jnp.where(seen, scores, -jnp.inf)
 
         def weigh(scores, law):
             return law.weigh_row(scores, sinks=sinks, peak=self.shift)
 
         weights, pull = jax.vjp(weigh, scores, self.law)
-        bar = wide(self.weighted, values.T, pieces=2) + self.total
+        bar = times(split(values, values, 1), self.weighted.T, order=2) + self.total
         scores_bar, law_bar = pull(bar)
         # On a GPU the larger of a number and NaN is the number.
         unknown = jnp.isnan(scores)
         if not self.law.keeps_all:
             unknown |= jnp.isnan(jnp.asarray(self.law.edge()))
         weights = jnp.where(unknown, jnp.nan, weights)
-        zero = jnp.float32(0.0)
         return (
-            jnp.where(seen, weights, zero),
-            jnp.where(seen, scores_bar, zero),
-            jax.tree.map(lambda x: x[:, 0], law_bar),
+            split(jnp.where(seen, weights, 0.0), values, 2),
+            split(jnp.where(seen, scores_bar, 0.0), keys, 2),
+            jax.tree.map(lambda x: x[0], law_bar),
         )
 
-    def by_key(self, weights, scores_bar, keys, values) -> ByKey:
+    def by_key(self, weights: Split, scores_bar: Split) -> ByKey:
         """What the keys get: f32[C, H'] and f32[C, D']."""
         return ByKey(
-            crossed(scores_bar.T, self.queries, keys),
-            crossed(weights.T, self.weighted, values),
+            times(scores_bar, self.queries, order=2),
+            times(weights, self.weighted, order=2),
         )
 
 
@@ -204,7 +233,7 @@ def _row_grads(x: Operands, bars: Bars, todo: Todo, sizes: Sizes) -> RowGrads:
         grid=(sets, tiles * sizes.parts, sizes.programs),
         out_shape=[RowGrads(out(sizes.head_dim), jax.tree.map(lambda _: out(), x.law))],
         interpret=sizes.interpret,
-        compiler_params=triton.CompilerParams(num_warps=sizes.warps, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=sizes.warps, num_stages=1),
         name="hsrjax_row_grads",
     )(x, bars, todo.every)
     return found
@@ -227,8 +256,8 @@ def _over(here: Place, x: Operands, rows: _Rows, number, slots, leave) -> RowGra
     """
     sizes = here.sizes
     start = RowGrads(
-        queries=jnp.zeros_like(rows.queries),
-        law=jax.tree.map(lambda x: jnp.zeros_like(x[:, 0]), rows.law),
+        queries=jnp.zeros(rows.queries.pieces[0].shape, jnp.float32),
+        law=jax.tree.map(lambda x: jnp.zeros_like(x[0]), rows.law),
     )
 
     def step(i, grads):
@@ -241,8 +270,9 @@ def _over(here: Place, x: Operands, rows: _Rows, number, slots, leave) -> RowGra
         position = slot if x.ids is None else triton.load(x.ids.at[here.set, slot])
         weights, scores_bar, law_bar = rows.pull(keys, values, position, there)
         if leave is not None:
-            leave(at, rows.by_key(weights, scores_bar, keys, values))
-        new = RowGrads(wide(scores_bar, keys, pieces=2), law_bar)
+            leave(at, rows.by_key(weights, scores_bar))
+        by_query = times(scores_bar.T, split(keys, keys, 1), order=2)
+        new = RowGrads(by_query, law_bar)
         return jax.tree.map(jnp.add, grads, new)
 
     rounds = (number + (sizes.gathered - 1)) // sizes.gathered
@@ -267,7 +297,7 @@ def _key_grads(x: Operands, bars: Bars, todo: Todo, sizes: Sizes) -> ByKey:
         grid=(sets, -(-slots // sizes.gathered), 1),
         out_shape=[ByKey(out(x.keys), out(x.values))],
         interpret=sizes.interpret,
-        compiler_params=triton.CompilerParams(num_warps=sizes.warps, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=sizes.warps, num_stages=1),
         name="hsrjax_key_grads",
     )(x, bars, todo)
     return found
@@ -287,7 +317,7 @@ def _key_kernel(x: Operands, bars: Bars, todo: Todo, out: ByKey, *, sizes: Sizes
         here = Place(sizes, set_, triton.load(todo.order.at[set_, i]))
         rows = _Rows.of(here, x, bars)
         weights, scores_bar, _ = rows.pull(keys, values, position, there)
-        new = rows.by_key(weights, scores_bar, keys, values)
+        new = rows.by_key(weights, scores_bar)
         return jax.tree.map(jnp.add, grads, new)
 
     start = ByKey(*(jnp.zeros(x.shape, jnp.float32) for x in (keys, values)))
@@ -370,7 +400,7 @@ def _list_grads(
             ],
             input_output_aliases={reads + i: i for i in range(writes)},
             interpret=sizes.interpret,
-            compiler_params=triton.CompilerParams(num_warps=sizes.warps, num_stages=2),
+            compiler_params=triton.CompilerParams(num_warps=sizes.warps, num_stages=1),
             name="hsrjax_list_grads",
         )(*operands, rows)
     )

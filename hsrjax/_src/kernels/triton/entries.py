@@ -152,7 +152,7 @@ def add_entries(
     """Adds what the lists of a round hold to the sums of the keys, in place."""
     sets, _, width = lists.words.shape
     words, base = (jnp.swapaxes(x, 1, 2) for x in (lists.words, lists.base))
-    takes = room.takes(lists.begin, first)[:, None, :]
+    takes = room.takes(lists.begin, first[0])[:, None, :]
     counts = jnp.where(takes, jax.lax.population_count(words), 0)
     counts = jnp.sum(counts, axis=-1, dtype=jnp.int32).reshape(-1)
     before = (jnp.cumsum(counts, dtype=jnp.int32) - counts).reshape(sets, width)

@@ -12,7 +12,7 @@ from hsrjax._src.core.tiles import Partial, Tiles
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels.triton.append import append as append
 from hsrjax._src.kernels.triton.attend import Found, Operands, attend
-from hsrjax._src.kernels.triton.backward import Bars, gradients
+from hsrjax._src.kernels.triton.backward import Bars, gradients, most_rows_of
 from hsrjax._src.kernels.triton.place import Sizes
 
 _PROGRAMS = 1024
@@ -72,8 +72,7 @@ def _run(options, tiles, keys, values, ids, sketch, *, kept=False) -> Found:
     counted, most, interpret = options
     _check_offsets(sketch)
     operands = _flat(tiles, keys, values, ids, sketch)
-    sizes = _sizes(operands, counted=counted, most=most, interpret=interpret)
-    sizes = sizes._replace(kept=kept)
+    sizes = _sizes(operands, counted=counted, most=most, interpret=interpret, kept=kept)
     groups = _groups(operands, sizes)
     by_group = lambda x: x.reshape(groups, -1, *x.shape[1:])
     rows = jax.tree.map(by_group, tuple(operands[:3]))
@@ -90,11 +89,16 @@ def _run(options, tiles, keys, values, ids, sketch, *, kept=False) -> Found:
     return jax.tree.map(unflat, found)
 
 
-def _sizes(x: Operands, *, counted: bool, most: float, interpret: bool) -> Sizes:
+def _sizes(
+    x: Operands, *, counted: bool, most: float, interpret: bool, kept: bool
+) -> Sizes:
     """Of a launch: enough programs for any card, and no more."""
     tiles, sets, queries, head_dim = x.queries.shape
     slots, value_dim = x.values.shape[1:]
-    parts = -(-queries // _MOST_ROWS)
+    most_rows = _MOST_ROWS
+    if kept:  # The backward pass holds more of a row, and has the same parts.
+        most_rows = most_rows_of(x)
+    parts = -(-queries // most_rows)
     rows = -(-queries // parts)
     pieces = -(-slots // _PIECE)
     programs = max(1, min(_PROGRAMS // (tiles * sets * parts), -(-pieces // 2)))
@@ -115,6 +119,7 @@ def _sizes(x: Operands, *, counted: bool, most: float, interpret: bool) -> Sizes
         counted=counted,
         interpret=interpret,
         warps=8 if wide else 4,
+        kept=kept,
     )
 
 
@@ -194,7 +199,7 @@ def _gradients(options, arrays, words, peak, cotangents):
     counted, most, interpret = options
     tiles, keys, values, ids = arrays
     operands = _flat(tiles, keys, values, ids, None)
-    sizes = _sizes(operands, counted=counted, most=most, interpret=interpret)
+    sizes = _sizes(operands, counted=counted, most=most, interpret=interpret, kept=True)
     bars = Bars(cotangents.weighted, cotangents.total, peak)
     flat = functools.partial(_flat_rows, lead=keys.shape[:-2])
     bars, words = jax.tree.map(flat, (bars, words))

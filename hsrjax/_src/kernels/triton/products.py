@@ -10,6 +10,8 @@ what leads to them, are made of two pieces of each number: 2^-16 of a term is lo
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton
@@ -19,50 +21,85 @@ _TF32 = -(2**13)
 """Masks of the bits of a float32 number that such a number has."""
 
 
-def wide(x: jax.Array, y: jax.Array, *, pieces: int = 3) -> jax.Array:
-    """x f[Q, C] times y f[C, D], f32[Q, D], exact up to float32 summation.
-
-    With two pieces up to 2^-16 of a term where x is float32 and y has 16 bits.
-    """
+def wide(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x f[Q, C] times y f[C, D], f32[Q, D], exact up to float32 summation."""
     if x.dtype == y.dtype:
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         return triton.dot(x, y, precision=precision)
     x = x.astype(jnp.float32)
     if y.dtype == jnp.bfloat16:
-        return _in_pieces(x, y, _BFLOAT16, pieces)
+        return _in_pieces(x, y, _BFLOAT16)
     # float16 fits into TF32; pieces of x may be too large or small for float16.
-    return _in_pieces(x, y.astype(jnp.float32), _TF32, pieces)
+    return _in_pieces(x, y.astype(jnp.float32), _TF32)
 
 
-def crossed(x: jax.Array, y: jax.Array, like: jax.Array) -> jax.Array:
-    """x f32[C, Q] times y f32[Q, D], f32[C, D], as good as the dtype of `like` needs.
+class Split(NamedTuple):
+    """A float32 array as the sum of arrays that matrix units multiply exactly.
 
-    Exact up to float32 summation for float32, else up to 2^-16 of a term.
+    Attributes:
+      pieces: f[...], the largest first.
+      precision: of their products.
+    """
+
+    pieces: tuple[jax.Array, ...]
+    precision: Any
+
+    @property
+    def T(self) -> Split:
+        """Transposed, as of an array."""
+        return Split(tuple(x.T for x in self.pieces), self.precision)
+
+
+def split(x: jax.Array, like: jax.Array, count: int) -> Split:
+    """For products with arrays that came in the dtype of `like`.
+
+    Args:
+      x: of that dtype, or float32.
+      like: whose dtype says what matrix units have to multiply.
+      count: pieces of a float32 array; all of it is in 3.
     """
     if like.dtype == jnp.float32:
-        return wide(x, y)
-    first = _cut(y, _BFLOAT16)
-    rest = (y - first).astype(jnp.bfloat16)
-    leading = _cut(x, _BFLOAT16).astype(jnp.bfloat16)
-    small = _known(triton.dot(leading, rest, precision=None))
-    return small + wide(x, first.astype(jnp.bfloat16), pieces=2)
+        return Split((x,), jax.lax.Precision.HIGHEST)
+    # float16 fits into TF32; pieces of x may be too large or small for float16.
+    short = like.dtype == jnp.bfloat16
+    dtype = jnp.bfloat16 if short else jnp.float32
+    if x.dtype == like.dtype:
+        return Split((x.astype(dtype),), None)
+    pieces = []
+    for number in range(count):
+        last = number == 2
+        piece = x if last else _cut(x, _BFLOAT16 if short else _TF32)
+        pieces.append(piece.astype(dtype))
+        x = x - piece
+    return Split(tuple(pieces), None)
 
 
-def _in_pieces(x, y, mask, pieces):
+def times(x: Split, y: Split, *, order: int) -> jax.Array:
+    """x times y, f32, of pieces whose numbers add up to less than `order`.
+
+    With 3 exact up to float32 summation where one of the two is in one piece.
+    """
+    pairs = [(i, j) for i in range(len(x.pieces)) for j in range(len(y.pieces))]
+    pairs = sorted((pair for pair in pairs if sum(pair) < order), key=sum)
+    first, *rest = (
+        triton.dot(x.pieces[i], y.pieces[j], precision=x.precision) for i, j in pairs
+    )
+    if not rest:
+        return first
+    small = sum(reversed(rest[:-1]), rest[-1])
+    # Of what is infinite the first piece says all, and the others are not a number.
+    return jnp.where(jnp.isnan(small), 0.0, small) + first
+
+
+def _in_pieces(x, y, mask):
     def times(piece):
         return triton.dot(piece.astype(y.dtype), y, precision=None)
 
     first = _cut(x, mask)
     second = _cut(x - first, mask)
-    rest = times(second)
-    if pieces == 3:
-        rest = times(x - first - second) + rest
-    return _known(rest) + times(first)
-
-
-def _known(rest):
-    """Of what is infinite the first piece says all, and the others are not a number."""
-    return jnp.where(jnp.isnan(rest), 0.0, rest)
+    rest = times(x - first - second) + times(second)
+    # Of what is infinite the first piece says all, and the others are not a number.
+    return jnp.where(jnp.isnan(rest), 0.0, rest) + times(first)
 
 
 def _cut(x, mask):
