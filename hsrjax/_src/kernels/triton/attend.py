@@ -21,55 +21,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from hsrjax._src.core import meshes
 from hsrjax._src.core.arrays import finite_or_zero
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.tiles import Partial
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.kernels.triton import sketched
-from hsrjax._src.kernels.triton.loads import (
-    INT8_DEPTH,
-    LEAST,
-    padded,
-    rows_of,
-    shaped,
-)
+from hsrjax._src.kernels.triton.loads import INT8_DEPTH, padded, rows_of, shaped
+from hsrjax._src.kernels.triton.place import Pieces, Place, Sizes
 from hsrjax._src.kernels.triton.products import wide
-
-
-class Sizes(NamedTuple):
-    """Static sizes of a launch.
-
-    Attributes:
-      rows: queries of a part of a tile, R.
-      queries: of a tile, Q.
-      head_dim: H.
-      value_dim: D.
-      slots: P.
-      piece: keys that are looked at at once.
-      gathered: keys that are gathered at once.
-      room: of a list, keys.
-      programs: that share the keys of a tile.
-      listed: False goes over all keys, with no sketch.
-      most: share of its first piece from which on a program goes over all keys.
-      counted: whether the numbers of keys are wanted.
-      interpret: whether JAX plays the kernel on a CPU.
-      warps: of a program.
-    """
-
-    rows: int
-    queries: int
-    head_dim: int
-    value_dim: int
-    slots: int
-    piece: int
-    gathered: int
-    room: int
-    programs: int
-    listed: bool
-    most: float
-    counted: bool
-    interpret: bool
-    warps: int
 
 
 class Operands(NamedTuple):
@@ -101,18 +61,26 @@ class Found(NamedTuple):
       sums: Partial of [M, X, W, Q].
       size: i32[M, X, W, J], keys that a part lists.
       slots: i32[M, X, W, J, room], which they are.
+      words: i32[M, X, J, P/32], the same as bit sets, or None. All of its keys where a
+        program gave up listing them.
     """
 
     sums: Partial
     size: Any
     slots: Any
+    words: Any
 
 
 def attend(x: Operands, sizes: Sizes) -> Found:
     """Launches a program for each set of keys, part of a tile and share of the keys."""
     tiles, sets, queries, _ = x.queries.shape
-    parts = -(-queries // sizes.rows)
+    parts = sizes.parts
     lead = tiles, sets, sizes.programs
+    words = None
+    if sizes.kept:
+        # What no program looks at stays zero.
+        words = jnp.zeros((tiles, sets, parts, sizes.slots // WORD), jnp.int32)
+        words = meshes.varying(words, x.queries)
     out = lambda *shape, dtype=jnp.float32: shaped((*lead, *shape), dtype, x.queries)
     found = Found(
         sums=Partial(
@@ -124,28 +92,32 @@ def attend(x: Operands, sizes: Sizes) -> Found:
         ),
         size=out(parts, dtype=jnp.int32),
         slots=out(parts, sizes.room if sizes.listed else 1, dtype=jnp.int32),
+        words=None if words is None else shaped(words.shape, words.dtype, words),
     )
+    reads, writes = (len(jax.tree.leaves(tree)) for tree in (x, found))
     (result,) = pl.pallas_call(
         functools.partial(_kernel, sizes=sizes),
         grid=(sets, tiles * parts, sizes.programs),
         out_shape=[found],
+        input_output_aliases={reads: writes - 1} if sizes.kept else {},
         interpret=sizes.interpret,
         compiler_params=triton.CompilerParams(num_warps=sizes.warps, num_stages=3),
         name="hsrjax_attend",
-    )(x)
+    )(x, words)
     return result
 
 
-def _kernel(x: Operands, out: Found, *, sizes: Sizes):
-    here = _Place(sizes)
+def _kernel(x: Operands, words: Any, out: Found, *, sizes: Sizes):
+    del words
+    here = Place.of_program(sizes)
     law = jax.tree.map(here.row, x.law)
     visible = jax.tree.map(
         lambda ref: jnp.where(here.live, here.row(ref), 0), x.visible
     )
-    pieces = _Pieces.of(here, visible, x.ids)
+    pieces = Pieces.of(here, visible, x.ids)
     every = pieces.count * sizes.piece
     if sizes.listed:
-        size, dense = _list_keys(here, x, out.slots, law, visible, pieces)
+        size, dense = _list_keys(here, x, out, law, visible, pieces)
         number = jnp.where(dense, every, size)
     else:
         size, dense, number = jnp.int32(0), jnp.bool_(True), every
@@ -190,8 +162,19 @@ def _list_keys(here, x, out, law, visible, pieces):
         place = number + jnp.cumsum(passes) - passes
         place = jnp.where(passes > 0, place, sizes.room)
         where = (*here.lead, here.part, place)
-        triton.store(out.at[where], at, mask=place < sizes.room)
+        triton.store(out.slots.at[where], at, mask=place < sizes.room)
+        if sizes.kept:
+            lane = jnp.arange(WORD, dtype=jnp.int32)[None, :]
+            keep(i, jnp.sum(passes.reshape(-1, WORD) << lane, axis=1))
         return number + jnp.sum(passes)
+
+    def keep(i, words):
+        """Writes the words i32[piece / 32] of piece i."""
+        word = jnp.arange(sizes.piece // WORD, dtype=jnp.int32)
+        word = pieces.start(i) // WORD + word
+        past = sizes.slots // WORD
+        where = (here.lead[0], here.set, here.part, jnp.minimum(word, past))
+        triton.store(out.words.at[where], words, mask=word < past)
 
     none, hopeless = jnp.int32(0), jnp.bool_(False)
     if sizes.most < 1:
@@ -200,6 +183,10 @@ def _list_keys(here, x, out, law, visible, pieces):
         hopeless = number > int(sizes.most * sizes.piece)
         rest = jnp.where(hopeless, first, pieces.count)
         number = jax.lax.fori_loop(first, rest, look, number)
+        if sizes.kept:
+            every = jnp.full((sizes.piece // WORD,), -1, jnp.int32)
+            fill = lambda i, number: (keep(i, every), number)[1]
+            number = jax.lax.fori_loop(rest, pieces.count, fill, number)
     else:
         number = jax.lax.fori_loop(none, pieces.count, look, none)
     if not sizes.interpret:
@@ -260,109 +247,3 @@ def _sum(here, x, law, visible, slots, number) -> Partial:
 
     rounds = (number + (sizes.gathered - 1)) // sizes.gathered
     return jax.lax.fori_loop(0, rounds, step, start)
-
-
-class _Place:
-    """Which program this is: it reads the rows of its tile, and writes its own.
-
-    Attributes:
-      lead: tile, set and number of the program among those of the tile.
-      part: of the tile.
-      live: bool[Q'], rows that are queries; Q' is a power of two.
-      at: i32[Q'], which query each row is.
-      query: where a row of its numbers begins.
-    """
-
-    def __init__(self, sizes: Sizes):
-        parts = -(-sizes.queries // sizes.rows)
-        self.sizes, self.set = sizes, pl.program_id(0)
-        tile, self.part = pl.program_id(1) // parts, pl.program_id(1) % parts
-        self.lead = tile, self.set, pl.program_id(2)
-        rows = padded(sizes.rows)
-        first = self.part * sizes.rows
-        row = jnp.arange(rows, dtype=jnp.int32)
-        self.live = row < jnp.minimum(sizes.rows, sizes.queries - first)
-        # Past the end, not clamped: JAX plays a masked store as one of all lanes.
-        self.out = jnp.where(self.live, first + row, sizes.queries)
-        self.at = jnp.minimum(self.out, sizes.queries - 1)
-        self.query = tile, self.set, self.at[:, None]
-
-    def row(self, ref):
-        """A number for each query."""
-        return triton.load(ref.at[self.lead[0], self.set, self.at])
-
-    def gather(self, ref, slots, width, there=None, *, least: int = LEAST):
-        """Rows [C, D'] at slots i32[C]; zeros where there is none."""
-        where = self.set, slots[:, None]
-        return rows_of(ref, where, width, there, least=least)
-
-    def store(self, refs: Any, sums: Any) -> None:
-        """Writes the Partial of the queries."""
-        width = self.sizes.value_dim
-        number = jnp.arange(padded(width), dtype=jnp.int32)[None, :]
-        mask = self.live[:, None] & (number < width)
-        where = (*self.lead, self.out[:, None], number)
-        triton.store(refs.weighted.at[where], sums.weighted, mask=mask)
-        for ref, x in zip(refs[1:], sums[1:], strict=True):
-            if ref is not None:
-                triton.store(ref.at[(*self.lead, self.out)], x, mask=self.live)
-
-
-class _Pieces(NamedTuple):
-    """The share of the keys that a program looks at, piece by piece.
-
-    All pieces that any query of the tile sees are numbered, those of the sinks first;
-    a program has a run of them.
-
-    Attributes:
-      size: keys of a piece, static.
-      first: i32, number of the program's first piece.
-      count: i32, of its pieces.
-      sinks: i32, how many pieces hold the sinks, or None.
-      spans: the ranges of slots that are seen.
-    """
-
-    size: int
-    first: jax.Array
-    count: jax.Array
-    sinks: Any
-    spans: list[tuple[jax.Array, jax.Array]]
-
-    @classmethod
-    def of(cls, here: _Place, visible: Visible, ids: Any) -> _Pieces:
-        sizes = here.sizes
-        spans = [(jnp.int32(0), jnp.int32(sizes.slots))]
-        if ids is None:
-            spans = visible.spans()
-        size = sizes.piece
-        low, high = spans[-1]
-        number, sinks = _pieces(low, high, size), None
-        if len(spans) == 2:
-            end = jnp.minimum((spans[0][1] + (size - 1)) // size, low // size)
-            sinks = jnp.maximum(end - spans[0][0] // size, 0)
-            number = number + sinks
-        share = (number + (sizes.programs - 1)) // sizes.programs
-        first = jnp.minimum(here.lead[2] * share, number)
-        return cls(size, first, jnp.minimum(share, number - first), sinks, spans)
-
-    def start(self, number):
-        """First slots of the program's pieces i32[...]."""
-        piece = self.first + number
-        start = self.spans[-1][0] // self.size + piece
-        if self.sinks is not None:
-            at_sinks = self.spans[0][0] // self.size + piece
-            start = jnp.where(piece < self.sinks, at_sinks, start - self.sinks)
-        return start * self.size
-
-    def slots(self, at):
-        """Slots of the keys number i32[C] of the program."""
-        return self.start(at // self.size) + at % self.size
-
-    def within(self, slots):
-        """Whether any query may see the slots."""
-        inside = [(slots >= low) & (slots < high) for low, high in self.spans]
-        return functools.reduce(jnp.logical_or, inside)
-
-
-def _pieces(low, high, size):
-    return jnp.maximum((high + (size - 1)) // size - low // size, 0)

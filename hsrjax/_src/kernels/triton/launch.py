@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,10 @@ import jax.numpy as jnp
 from hsrjax._src.core.tiles import Partial, Tiles
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels.triton.append import append as append
-from hsrjax._src.kernels.triton.attend import Found, Operands, Sizes, attend
+from hsrjax._src.kernels.triton.attend import Found, Operands, attend
+from hsrjax._src.kernels.triton.backward import Bars, gradients, most_rows_of
 from hsrjax._src.kernels.triton.loads import padded
-from hsrjax._src.kernels.xla.chunks import Chunks
-from hsrjax._src.kernels.xla.runs import Runs
-from hsrjax._src.kernels.xla.scan import scan
-from hsrjax._src.kernels.xla.sums import sum_tiles
+from hsrjax._src.kernels.triton.place import Sizes
 
 _PROGRAMS = 1024
 """Of a launch, at least: several for each unit of the largest cards."""
@@ -30,9 +29,7 @@ _ROOM_SHARE = 2
 """A list has room for one key in this many."""
 _DENSE_SHARE = 0.4
 """Of keys that are reported, from which on dense costs less: an estimate."""
-_RUN = 64
-_CHUNK = 1024
-_LIST_BYTES = 2**30
+_LIST_BYTES = 2**28
 _OFFSETS = 2**31
 """Numbers of an array of bytes that Triton counts in int32."""
 
@@ -64,31 +61,52 @@ def sum_all(
     return _all((counted, 1.0, interpret), tiles, keys, values, ids)
 
 
-def _run(options, tiles, keys, values, ids, sketch) -> Found:
-    counted, most, interpret = options
-    _check_offsets(sketch)
+def _flat(tiles, keys, values, ids, sketch) -> Operands:
+    """With one axis X instead of the batch axes."""
     lead = keys.shape[:-2]
     flat = lambda x: x.reshape(-1, *x.shape[len(lead) :])
-    by_tile = lambda x: x.reshape(x.shape[0], -1, *x.shape[len(lead) + 1 :])
-    queries, law, visible = jax.tree.map(by_tile, tuple(tiles))
-    operands = Operands(
-        queries, law, visible, *jax.tree.map(flat, (keys, values, ids, sketch))
+    rows = jax.tree.map(functools.partial(_flat_rows, lead=lead), tuple(tiles))
+    return Operands(*rows, *jax.tree.map(flat, (keys, values, ids, sketch)))
+
+
+def _flat_rows(x, lead):
+    return x.reshape(x.shape[0], -1, *x.shape[len(lead) + 1 :])
+
+
+def _run(options, tiles, keys, values, ids, sketch, *, kept=False) -> Found:
+    counted, most, interpret = options
+    _check_offsets(sketch)
+    operands = _flat(tiles, keys, values, ids, sketch)
+    sizes = _sizes(operands, counted=counted, most=most, interpret=interpret, kept=kept)
+    groups = _groups(operands, sizes)
+    by_group = lambda x: x.reshape(groups, -1, *x.shape[1:])
+    rows = jax.tree.map(by_group, tuple(operands[:3]))
+    one_group = lambda rows: attend(Operands(*rows, *operands[3:]), sizes)._replace(
+        slots=None
     )
-    sizes = _sizes(operands, counted=counted, most=most, interpret=interpret)
-    _check_lists(operands, sizes)
-    found = attend(operands, sizes)
+    if groups == 1:
+        found = one_group(tuple(operands[:3]))
+    else:
+        found = jax.lax.map(one_group, rows)
+        found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    lead = keys.shape[:-2]
     unflat = lambda x: x.reshape(x.shape[0], *lead, *x.shape[2:])
     return jax.tree.map(unflat, found)
 
 
-def _sizes(x: Operands, *, counted: bool, most: float, interpret: bool) -> Sizes:
+def _sizes(
+    x: Operands, *, counted: bool, most: float, interpret: bool, kept: bool
+) -> Sizes:
     """Of a launch: enough programs for any card, and no more."""
     tiles, sets, queries, head_dim = x.queries.shape
     slots, value_dim = x.values.shape[1:]
     width = padded(max(head_dim, value_dim))
     # A float16 number is multiplied as a float32 one, see `products`.
     row = width * (2 if x.keys.dtype == jnp.bfloat16 else 4)
-    parts = -(-queries // (_MOST_ROWS if row <= _NARROW else _FEW_ROWS))
+    most_rows = _MOST_ROWS if row <= _NARROW else _FEW_ROWS
+    if kept:  # The backward pass holds more of a row, and has the same parts.
+        most_rows = min(most_rows, most_rows_of(x))
+    parts = -(-queries // most_rows)
     rows = -(-queries // parts)
     pieces = -(-slots // _PIECE)
     programs = max(1, min(_PROGRAMS // (tiles * sets * parts), -(-pieces // 2)))
@@ -109,6 +127,7 @@ def _sizes(x: Operands, *, counted: bool, most: float, interpret: bool) -> Sizes
         counted=counted,
         interpret=interpret,
         warps=8 if wide else 4,
+        kept=kept,
     )
 
 
@@ -121,12 +140,22 @@ def _check_offsets(sketch):
         )
 
 
-def _check_lists(x: Operands, sizes: Sizes) -> None:
-    """The lists of all programs take memory, of which the planner knows nothing."""
-    tiles, sets, queries, _ = x.queries.shape
-    lists = tiles * sets * -(-queries // sizes.rows) * sizes.programs
-    if sizes.listed and 4 * lists * sizes.room > _LIST_BYTES:
+def _groups(x: Operands, sizes: Sizes) -> int:
+    """In how many groups of tiles the lists of all programs are made.
+
+    They take memory, of which the planner knows nothing.
+    """
+    tiles, sets, *_ = x.queries.shape
+    of_a_tile = 4 * sets * sizes.parts * sizes.programs * sizes.room
+    if not sizes.listed or tiles * of_a_tile <= _LIST_BYTES:
+        return 1
+    if of_a_tile > _LIST_BYTES:
         raise NotImplementedError(f"the lists would take over {_LIST_BYTES} bytes")
+    return next(
+        groups
+        for groups in range(2, tiles + 1)
+        if tiles % groups == 0 and tiles * of_a_tile <= groups * _LIST_BYTES
+    )
 
 
 def _of_all(found: Found) -> tuple[jax.Array, Partial]:
@@ -135,7 +164,7 @@ def _of_all(found: Found) -> tuple[jax.Array, Partial]:
     return jnp.sum(found.size, axis=axis), found.sums.merge_axis(axis)
 
 
-# Gradients: what weighs something is looked for again, by XLA.
+# Gradients, over the sets that the forward pass leaves.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -143,18 +172,15 @@ def _reported(options, tiles, keys, values, index):
     return _of_all(_run(options, tiles, keys, values, index.ids, index.sketch))
 
 
-def _reported_forward(options, *arrays):
-    return _reported(options, *arrays), arrays
+def _reported_forward(options, tiles, keys, values, index):
+    found = _run(options, tiles, keys, values, index.ids, index.sketch, kept=True)
+    result = _of_all(found)
+    arrays = tiles, keys, values, index.ids
+    return result, (arrays, found.words, result[1].peak)
 
 
-def _reported_backward(options, arrays, cotangents):
-    tiles, keys, values, index = arrays
-    look = lambda tile: scan(
-        index, tile.queries, tile.edges(), visible=tile.visible, parts=1
-    )
-    words = jax.lax.map(look, tiles)
-    again = lambda *x: sum_tiles(Runs(_RUN), False, *x, index.ids, words)
-    return *jax.vjp(again, tiles, keys, values)[1](cotangents[1]), None
+def _reported_backward(options, residuals, cotangents):
+    return _gradients(options, *residuals, cotangents[1])
 
 
 _reported.defvjp(_reported_forward, _reported_backward)
@@ -166,14 +192,32 @@ def _all(options, tiles, keys, values, ids):
 
 
 def _all_forward(options, *arrays):
-    return _all(options, *arrays), arrays
+    sums = _all(options, *arrays)
+    return sums, (arrays, None, sums.peak)
 
 
-def _all_backward(options, arrays, cotangents):
-    *arrays, ids = arrays
-    chunk = Chunks(min(_CHUNK, arrays[1].shape[-2]))
-    again = lambda *x: sum_tiles(chunk, False, *x, ids, None)
-    return *jax.vjp(again, *arrays)[1](cotangents), None
+def _all_backward(options, residuals, cotangents):
+    return _gradients(options, *residuals, cotangents)
 
 
 _all.defvjp(_all_forward, _all_backward)
+
+
+def _gradients(options, arrays, words, peak, cotangents):
+    counted, most, interpret = options
+    tiles, keys, values, ids = arrays
+    operands = _flat(tiles, keys, values, ids, None)
+    sizes = _sizes(operands, counted=counted, most=most, interpret=interpret, kept=True)
+    bars = Bars(cotangents.weighted, cotangents.total, peak)
+    flat = functools.partial(_flat_rows, lead=keys.shape[:-2])
+    bars, words = jax.tree.map(flat, (bars, words))
+    queries, law, by_key = gradients(operands, bars, words, sizes)
+    like = lambda x, shaped_as: x.reshape(shaped_as.shape).astype(shaped_as.dtype)
+    tiles_bar: Any = like(queries, tiles.queries), None, None
+    law_bar = jax.tree.map(like, law, tiles.activation)
+    return (
+        Tiles(*tiles_bar)._replace(activation=law_bar),
+        like(by_key.keys, keys),
+        like(by_key.values, values),
+        None,
+    )

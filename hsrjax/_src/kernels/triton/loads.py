@@ -51,3 +51,19 @@ def rows_of(ref, where, width: int, there: jax.Array | None = None, *, least=LEA
     if mask is None:
         return triton.load(ref.at[(*where, number)])
     return triton.load(ref.at[(*where, number)], mask=mask, other=0)
+
+
+def store_rows(ref, lead, rows, x, there) -> None:
+    """Writes rows x [C, D'] of as many numbers as `ref` has, where they are `there`.
+
+    Args:
+      ref: [*lead, rows, D].
+      lead: index of the first axes.
+      rows: i32[C], past the end where a row is not there: JAX plays a masked store as
+        one of all lanes.
+      x: the rows.
+      there: bool[C].
+    """
+    number = jnp.arange(x.shape[-1], dtype=jnp.int32)[None, :]
+    mask = there[:, None] & (number < ref.shape[-1])
+    triton.store(ref.at[(*lead, rows[:, None], number)], x, mask=mask)
