@@ -106,18 +106,19 @@ def fused(
     or_all: bool = False,
 ) -> tuple[Partial, Any, jax.Array] | None:
     """Both halves in one, where a kernel can; `or_all` as in `scan_and_sum`."""
-    if tiles.activation.whole_rows:
-        return None
+    options = {
+        "capacity": plan.capacity,
+        "parts": plan.parts,
+        "counted": counted,
+        "or_all": or_all,
+    }
     try:
-        sizes, sums = kernels.scan_and_sum(
-            index,
-            tiles,
-            values.rows,
-            capacity=plan.capacity,
-            parts=plan.parts,
-            counted=counted,
-            or_all=or_all,
-        )
+        if tiles.activation.whole_rows:
+            sizes, sums, certificate = kernels.select_and_sum(
+                index, values, tiles, **options
+            )
+            return sums, certificate, sizes
+        sizes, sums = kernels.scan_and_sum(index, tiles, values.rows, **options)
     except NotImplementedError:
         return None
     return sums, None, sizes

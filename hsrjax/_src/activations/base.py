@@ -255,7 +255,10 @@ class Sight(Protocol):
         ...
 
     def best(
-        self, words: jax.Array | None, rank: int, most: Callable[[int], int] | None = None
+        self,
+        words: jax.Array | None,
+        rank: int,
+        most: Callable[[int], int] | None = None,
     ) -> tuple[jax.Array, Any, jax.Array | None]:
         """The best exact scores of sets, and which keys have them.
 

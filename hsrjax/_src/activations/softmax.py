@@ -254,3 +254,31 @@ class Kept(Activation):
         """A score that ties with the offset is kept."""
         reaches = ~(scores < self.offset)
         return reaches if sinks is None else reaches | sinks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reported(Activation):
+    """The weights of full softmax, of all that an offset reports."""
+
+    offset: jax.Array
+    fusible = True
+    relative = True
+
+    def edge(self) -> jax.Array:
+        """Where the keys are left off that nothing else says to keep."""
+        return self.offset
+
+    def weigh(self, scores: jax.Array) -> jax.Array:
+        """exp(score)."""
+        return self.weigh_row(scores)
+
+    def weigh_row(self, scores, *, sinks=None, peak=None):
+        """exp(score - peak)."""
+        del sinks
+        return jnp.exp(scores if peak is None else scores - peak)
+
+    def fires(self, scores, *, sinks=None):
+        """Every key that is looked at does."""
+        del sinks
+        return jnp.ones(scores.shape, jnp.bool_)

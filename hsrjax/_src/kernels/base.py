@@ -156,6 +156,27 @@ class Implementation:
         """
         raise NotImplementedError(f"{self.name} does not fuse scan and sums")
 
+    def select_and_sum(
+        self,
+        index: Index,
+        values: Any,
+        tiles: Tiles,
+        *,
+        capacity: int,
+        parts: int,
+        counted: bool,
+        or_all: bool = False,
+    ) -> tuple[jax.Array, Partial, Any]:
+        """`select` and `sum_sets` in one, with arguments as there and `scan_and_sum`'s.
+
+        Args:
+          values: `Values`.
+
+        Returns:
+          Sizes of the sets i32[M, *B, J], Partial and certificates of [M, *B, Q].
+        """
+        raise NotImplementedError(f"{self.name} does not fuse choosing and sums")
+
     def sum_all(
         self,
         tiles: Tiles,

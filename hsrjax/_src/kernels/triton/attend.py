@@ -63,12 +63,15 @@ class Found(NamedTuple):
       slots: i32[M, X, W, J, room], which they are.
       words: i32[M, X, J, P/32], the same as bit sets, or None. All of its keys where a
         program gave up listing them.
+      left: f32[M, X, W, Q], at least sum exp(score - edge) over the keys not listed, or
+        None.
     """
 
     sums: Partial
     size: Any
     slots: Any
     words: Any
+    left: Any
 
 
 def attend(x: Operands, sizes: Sizes) -> Found:
@@ -93,13 +96,14 @@ def attend(x: Operands, sizes: Sizes) -> Found:
         size=out(parts, dtype=jnp.int32),
         slots=out(parts, sizes.room if sizes.listed else 1, dtype=jnp.int32),
         words=None if words is None else shaped(words.shape, words.dtype, words),
+        left=out(queries) if sizes.weighed else None,
     )
-    reads, writes = (len(jax.tree.leaves(tree)) for tree in (x, found))
+    reads, at = len(jax.tree.leaves(x)), len(jax.tree.leaves(found[:3]))
     (result,) = pl.pallas_call(
         functools.partial(_kernel, sizes=sizes),
         grid=(sets, tiles * parts, sizes.programs),
         out_shape=[found],
-        input_output_aliases={reads: writes - 1} if sizes.kept else {},
+        input_output_aliases={reads: at} if sizes.kept else {},
         interpret=sizes.interpret,
         compiler_params=triton.CompilerParams(num_warps=sizes.warps, num_stages=3),
         name="hsrjax_attend",
@@ -117,8 +121,11 @@ def _kernel(x: Operands, words: Any, out: Found, *, sizes: Sizes):
     pieces = Pieces.of(here, visible, x.ids)
     every = pieces.count * sizes.piece
     if sizes.listed:
-        size, dense = _list_keys(here, x, out, law, visible, pieces)
+        size, dense, left = _list_keys(here, x, out, law, visible, pieces)
         number = jnp.where(dense, every, size)
+        if sizes.weighed:
+            left = jnp.where(dense, 0.0, left)
+            triton.store(out.left.at[(*here.lead, here.out)], left, mask=here.live)
     else:
         size, dense, number = jnp.int32(0), jnp.bool_(True), every
     triton.store(out.size.at[(*here.lead, here.part)], size)
@@ -138,7 +145,11 @@ def _kernel(x: Operands, words: Any, out: Found, *, sizes: Sizes):
 
 
 def _list_keys(here, x, out, law, visible, pieces):
-    """Writes the slots that may weigh something; how many, and whether all must do."""
+    """Writes the slots that may weigh something.
+
+    Returns how many they are, whether all keys must do instead, and the mass of the
+    others f32[Q] relative to the edge.
+    """
     sizes = here.sizes
     deep = functools.partial(rows_of, width=sizes.head_dim, least=INT8_DEPTH)
     queries = deep(x.queries, here.query).astype(jnp.float32)
@@ -147,7 +158,8 @@ def _list_keys(here, x, out, law, visible, pieces):
     sees = visible.count() > 0
     offsets = jnp.where(sees, law.edge(), jnp.inf)
 
-    def look(i, number):
+    def look(i, found):
+        number, left = found
         at = pieces.start(i) + jnp.arange(sizes.piece, dtype=jnp.int32)
         seen = pieces.within(at).astype(jnp.int32)
         if sizes.slots % sizes.piece:
@@ -157,8 +169,12 @@ def _list_keys(here, x, out, law, visible, pieces):
         block = sketched.Block(
             *(triton.load(f.at[here.set, at // WORD]) for f in facts)
         )
-        passes = sketched.passing(coded, codes, block, offsets)
-        passes = passes * seen
+        found = sketched.bounds(coded, codes, block)
+        passes = sketched.passing(found, offsets) * seen
+        if sizes.weighed:
+            excess = found.middle + found.slack - offsets[None, :]
+            others = (seen > passes)[:, None] & sees[None, :]
+            left += jnp.sum(jnp.where(others, jnp.exp(excess), 0.0), axis=0)
         place = number + jnp.cumsum(passes) - passes
         place = jnp.where(passes > 0, place, sizes.room)
         where = (*here.lead, here.part, place)
@@ -166,7 +182,7 @@ def _list_keys(here, x, out, law, visible, pieces):
         if sizes.kept:
             lane = jnp.arange(WORD, dtype=jnp.int32)[None, :]
             keep(i, jnp.sum(passes.reshape(-1, WORD) << lane, axis=1))
-        return number + jnp.sum(passes)
+        return number + jnp.sum(passes), left
 
     def keep(i, words):
         """Writes the words i32[piece / 32] of piece i."""
@@ -176,22 +192,24 @@ def _list_keys(here, x, out, law, visible, pieces):
         where = (here.lead[0], here.set, here.part, jnp.minimum(word, past))
         triton.store(out.words.at[where], words, mask=word < past)
 
-    none, hopeless = jnp.int32(0), jnp.bool_(False)
+    nothing, hopeless = jnp.int32(0), jnp.bool_(False)
+    found = nothing, jnp.zeros(offsets.shape, jnp.float32) if sizes.weighed else None
     if sizes.most < 1:
         first = jnp.minimum(pieces.count, 1)
-        number = jax.lax.fori_loop(none, first, look, none)
-        hopeless = number > int(sizes.most * sizes.piece)
+        found = jax.lax.fori_loop(nothing, first, look, found)
+        hopeless = found[0] > int(sizes.most * sizes.piece)
         rest = jnp.where(hopeless, first, pieces.count)
-        number = jax.lax.fori_loop(first, rest, look, number)
+        found = jax.lax.fori_loop(first, rest, look, found)
         if sizes.kept:
             every = jnp.full((sizes.piece // WORD,), -1, jnp.int32)
-            fill = lambda i, number: (keep(i, every), number)[1]
-            number = jax.lax.fori_loop(rest, pieces.count, fill, number)
+            fill = lambda i, found: (keep(i, every), found)[1]
+            found = jax.lax.fori_loop(rest, pieces.count, fill, found)
     else:
-        number = jax.lax.fori_loop(none, pieces.count, look, none)
+        found = jax.lax.fori_loop(nothing, pieces.count, look, found)
     if not sizes.interpret:
         triton.debug_barrier()
-    return number, hopeless | (number > sizes.room)
+    number, left = found
+    return number, hopeless | (number > sizes.room), left
 
 
 def _sum(here, x, law, visible, slots, number) -> Partial:

@@ -8,6 +8,7 @@ import warnings
 
 import jax
 
+from hsrjax._src.activations.softmax import Softmax
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.kernels.xla.implementation import XLA
 from hsrjax._src.planning import costs
@@ -51,6 +52,25 @@ class Triton(XLA):
             interpret=self.interpret,
         )
 
+    def select_and_sum(
+        self, index, values, tiles, *, capacity, parts, counted, or_all=False
+    ):
+        del capacity, parts
+        law, seen = tiles.activation, tiles.visible
+        by_mass = isinstance(law, Softmax) and law.epsilon is not None and not law.tail
+        few = tiles.queries.shape[0] == 1 and index.ids is None
+        narrow = max(index.keys.shape[-1], values.rows.shape[-1]) <= WIDEST
+        if not (by_mass and few and narrow) or seen.sink_high is not None:
+            raise NotImplementedError("XLA does it in two steps")
+        return self._launch().within(
+            index,
+            tiles,
+            values.rows,
+            counted=counted,
+            or_all=or_all,
+            interpret=self.interpret,
+        )
+
     def sum_all(self, tiles, keys, values, ids, *, chunk, counted):
         if not _fits(tiles, keys, values):
             return super().sum_all(
@@ -72,9 +92,9 @@ class Triton(XLA):
     def _launch(self):
         # Said when a kernel is compiled; `hsrjax._src.kernels.triton` says what then.
         warnings.filterwarnings("ignore", _DEPRECATED, DeprecationWarning)
-        from hsrjax._src.kernels.triton import launch
+        from hsrjax._src.kernels.triton import operations
 
-        return launch
+        return operations
 
 
 def _fits(tiles, keys, values) -> bool:

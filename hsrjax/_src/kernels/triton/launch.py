@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hsrjax._src.core.tiles import Partial, Tiles
 from hsrjax._src.index.index import Index
-from hsrjax._src.kernels.triton.append import append as append
 from hsrjax._src.kernels.triton.attend import Found, Operands, attend
 from hsrjax._src.kernels.triton.backward import Bars, gradients, most_rows_of
 from hsrjax._src.kernels.triton.loads import padded
@@ -27,11 +26,21 @@ _NARROW = 256
 memory, of the smaller cards too."""
 _ROOM_SHARE = 2
 """A list has room for one key in this many."""
-_DENSE_SHARE = 0.4
+DENSE_SHARE = 0.4
 """Of keys that are reported, from which on dense costs less: an estimate."""
 _LIST_BYTES = 2**28
 _OFFSETS = 2**31
 """Numbers of an array of bytes that Triton counts in int32."""
+
+
+class Options(NamedTuple):
+    """Static; as in `Sizes`."""
+
+    counted: bool
+    interpret: bool
+    most: float = 1.0
+    weighed: bool = False
+    kept: bool = False
 
 
 def scan_and_sum(
@@ -44,7 +53,17 @@ def scan_and_sum(
     interpret: bool,
 ) -> tuple[jax.Array, Partial]:
     """As `Implementation.scan_and_sum`."""
-    options = counted, _DENSE_SHARE if or_all else 1.0, interpret
+    options = Options(counted, interpret, DENSE_SHARE if or_all else 1.0)
+    return reported(options, tiles, index, values)[:2]
+
+
+def reported(
+    options: Options, tiles: Tiles, index: Index, values: jax.Array
+) -> tuple[jax.Array, Partial, jax.Array | None]:
+    """The same, and the mass of the keys left out where options ask for it.
+
+    That is f32[M, *B, Q], at least sum exp(score - edge) over these keys.
+    """
     return _reported(options, tiles, index.keys, values, jax.lax.stop_gradient(index))
 
 
@@ -58,26 +77,25 @@ def sum_all(
     interpret: bool,
 ) -> Partial:
     """As `Implementation.sum_all`, without certificates."""
-    return _all((counted, 1.0, interpret), tiles, keys, values, ids)
+    return _all(Options(counted, interpret), tiles, keys, values, ids)
 
 
-def _flat(tiles, keys, values, ids, sketch) -> Operands:
+def flat(tiles, keys, values, ids, sketch) -> Operands:
     """With one axis X instead of the batch axes."""
     lead = keys.shape[:-2]
-    flat = lambda x: x.reshape(-1, *x.shape[len(lead) :])
-    rows = jax.tree.map(functools.partial(_flat_rows, lead=lead), tuple(tiles))
-    return Operands(*rows, *jax.tree.map(flat, (keys, values, ids, sketch)))
+    by_set = lambda x: x.reshape(-1, *x.shape[len(lead) :])
+    rows = jax.tree.map(functools.partial(flat_rows, lead=lead), tuple(tiles))
+    return Operands(*rows, *jax.tree.map(by_set, (keys, values, ids, sketch)))
 
 
-def _flat_rows(x, lead):
+def flat_rows(x, lead):
     return x.reshape(x.shape[0], -1, *x.shape[len(lead) + 1 :])
 
 
-def _run(options, tiles, keys, values, ids, sketch, *, kept=False) -> Found:
-    counted, most, interpret = options
+def _run(options, tiles, keys, values, ids, sketch) -> Found:
     _check_offsets(sketch)
-    operands = _flat(tiles, keys, values, ids, sketch)
-    sizes = _sizes(operands, counted=counted, most=most, interpret=interpret, kept=kept)
+    operands = flat(tiles, keys, values, ids, sketch)
+    sizes = sizes_of(operands, options)
     groups = _groups(operands, sizes)
     by_group = lambda x: x.reshape(groups, -1, *x.shape[1:])
     rows = jax.tree.map(by_group, tuple(operands[:3]))
@@ -94,9 +112,7 @@ def _run(options, tiles, keys, values, ids, sketch, *, kept=False) -> Found:
     return jax.tree.map(unflat, found)
 
 
-def _sizes(
-    x: Operands, *, counted: bool, most: float, interpret: bool, kept: bool
-) -> Sizes:
+def sizes_of(x: Operands, options: Options) -> Sizes:
     """Of a launch: enough programs for any card, and no more."""
     tiles, sets, queries, head_dim = x.queries.shape
     slots, value_dim = x.values.shape[1:]
@@ -104,7 +120,7 @@ def _sizes(
     # A float16 number is multiplied as a float32 one, see `products`.
     row = width * (2 if x.keys.dtype == jnp.bfloat16 else 4)
     most_rows = _MOST_ROWS if row <= _NARROW else _FEW_ROWS
-    if kept:  # The backward pass holds more of a row, and has the same parts.
+    if options.kept:  # The backward pass holds more of a row, and has the same parts.
         most_rows = min(most_rows, most_rows_of(x))
     parts = -(-queries // most_rows)
     rows = -(-queries // parts)
@@ -123,11 +139,8 @@ def _sizes(
         room=max(_PIECE, share // _ROOM_SHARE),
         programs=programs,
         listed=x.sketch is not None,
-        most=most,
-        counted=counted,
-        interpret=interpret,
         warps=8 if wide else 4,
-        kept=kept,
+        **options._asdict(),
     )
 
 
@@ -158,10 +171,11 @@ def _groups(x: Operands, sizes: Sizes) -> int:
     )
 
 
-def _of_all(found: Found) -> tuple[jax.Array, Partial]:
-    """Sizes i32[M, *B, J] and Partial [M, *B, Q] of what the programs found."""
+def _of_all(found: Found) -> tuple[jax.Array, Partial, jax.Array | None]:
+    """Sizes i32[M, *B, J], Partial and mass [M, *B, Q] of what the programs found."""
     axis = found.size.ndim - 2
-    return jnp.sum(found.size, axis=axis), found.sums.merge_axis(axis)
+    left = None if found.left is None else jnp.sum(found.left, axis=axis)
+    return jnp.sum(found.size, axis=axis), found.sums.merge_axis(axis), left
 
 
 # Gradients, over the sets that the forward pass leaves.
@@ -173,7 +187,8 @@ def _reported(options, tiles, keys, values, index):
 
 
 def _reported_forward(options, tiles, keys, values, index):
-    found = _run(options, tiles, keys, values, index.ids, index.sketch, kept=True)
+    options = options._replace(kept=True)
+    found = _run(options, tiles, keys, values, index.ids, index.sketch)
     result = _of_all(found)
     arrays = tiles, keys, values, index.ids
     return result, (arrays, found.words, result[1].peak)
@@ -204,13 +219,12 @@ _all.defvjp(_all_forward, _all_backward)
 
 
 def _gradients(options, arrays, words, peak, cotangents):
-    counted, most, interpret = options
     tiles, keys, values, ids = arrays
-    operands = _flat(tiles, keys, values, ids, None)
-    sizes = _sizes(operands, counted=counted, most=most, interpret=interpret, kept=True)
+    operands = flat(tiles, keys, values, ids, None)
+    sizes = sizes_of(operands, options._replace(kept=True))
     bars = Bars(cotangents.weighted, cotangents.total, peak)
-    flat = functools.partial(_flat_rows, lead=keys.shape[:-2])
-    bars, words = jax.tree.map(flat, (bars, words))
+    by_set = functools.partial(flat_rows, lead=keys.shape[:-2])
+    bars, words = jax.tree.map(by_set, (bars, words))
     queries, law, by_key = gradients(operands, bars, words, sizes)
     like = lambda x, shaped_as: x.reshape(shaped_as.shape).astype(shaped_as.dtype)
     tiles_bar: Any = like(queries, tiles.queries), None, None

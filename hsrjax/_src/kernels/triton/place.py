@@ -33,6 +33,7 @@ class Sizes(NamedTuple):
       interpret: whether JAX plays the kernel on a CPU.
       warps: of a program.
       kept: whether the sets of keys are wanted, for gradients.
+      weighed: whether the mass of the keys that are not listed is wanted.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class Sizes(NamedTuple):
     interpret: bool
     warps: int
     kept: bool = False
+    weighed: bool = False
 
     @property
     def parts(self) -> int:

@@ -21,7 +21,8 @@ there. A kernel differs in these points, u = 2^-24:
     2 |a| K in the slack.
 6.  The norm of the centre is divided by its largest number, so that no square leaves
     the range of float32: two more relative errors of 4u, in the inflation.
-7.  Where s t is not a normal number or slack not below 2^108 the key passes. That is
+7.  Point 3 holds for every b: the computed middle + slack is at least S.
+8.  Where s t is not a normal number or slack not below 2^108 the key passes. That is
     asked of the smallest t and the largest errors of all queries of the tile: a little
     more passes. NaN in any of it passes too.
 """
@@ -91,18 +92,33 @@ class Block(NamedTuple):
     radius: jax.Array
 
 
-def passing(
-    coded: Coded, codes: jax.Array, block: Block, offsets: jax.Array
-) -> jax.Array:
-    """Whether any query may reach its offset f32[Q] at keys i8[S, H'], i32[S]."""
+class Bounds(NamedTuple):
+    """What the codes say of scores: none is above middle + slack.
+
+    Attributes:
+      middle: f32[S, Q].
+      slack: f32[S, Q].
+      sound: i32[S], 0 where nothing is known of a key.
+    """
+
+    middle: jax.Array
+    slack: jax.Array
+    sound: jax.Array
+
+
+def bounds(coded: Coded, codes: jax.Array, block: Block) -> Bounds:
+    """Of the scores of queries at keys i8[S, H']."""
     products = triton.dot(codes, coded.codes.T).astype(jnp.float32)
     scale, spread, radius = (x[:, None] for x in block)
     slack = coded.lost[None, :] * spread + (coded.length[None, :] * radius + TINY)
     middle = coded.centre_score[None, :] + scale * coded.scale[None, :] * products
-    passes = ~(middle + slack < offsets[None, :])
-    return jnp.maximum(
-        jnp.max(passes.astype(jnp.int32), axis=1), 1 - _sound(coded, block)
-    )
+    return Bounds(middle, slack, _sound(coded, block))
+
+
+def passing(found: Bounds, offsets: jax.Array) -> jax.Array:
+    """Whether any query may reach its offset f32[Q] at keys, i32[S]."""
+    passes = ~(found.middle + found.slack < offsets[None, :])
+    return jnp.maximum(jnp.max(passes.astype(jnp.int32), axis=1), 1 - found.sound)
 
 
 def _sound(coded: Coded, block: Block) -> jax.Array:
