@@ -82,14 +82,14 @@ def _hsrjax(method: Any, task: Task, given: Inputs) -> Open:
 
     if task == "train":
         return peers_jax.train(attend, given, _relu(given))
-    return peers_jax.jitted(attend, *peers_jax.arrays(given), _relu(given))
+    return peers_jax.attending(attend, given, _relu(given))
 
 
 def _einsum(task: Task, given: Inputs) -> Open:
     attend, bias = dense.natural_einsum(given), jnp.asarray(given.bias)
     if task == "train":
         return peers_jax.train(attend, given, bias)
-    return peers_jax.jitted(attend, *peers_jax.arrays(given), bias)
+    return peers_jax.attending(attend, given, bias)
 
 
 def _chunked(task: Task, given: Inputs, quick: bool) -> Contestant:
@@ -104,6 +104,10 @@ def _chunked(task: Task, given: Inputs, quick: bool) -> Contestant:
         return lambda: jax.block_until_ready(compiled(*operands))
 
     def prepare() -> Open:
+        if given.loop is not None:
+            contestant.detail = str(chunked.LARGE)
+            attend = kinds[task](given, chunked.LARGE)
+            return peers_jax.attending(attend, given, *operands[3:])
         tilings = chunked.TILINGS[:1] if quick else chunked.TILINGS
         best = chunked.best_tiling(make, tilings)
         contestant.detail = str(best)
