@@ -89,9 +89,7 @@ def test_small_caches_take_turns():
 
 
 def test_looped_steps_are_scored_like_single_ones():
-    made = drawn.decode(
-        "gaussian", SHAPE, seed=0, dtype="bfloat16", loop=Loop(4, 2)
-    )
+    made = drawn.decode("gaussian", SHAPE, seed=0, dtype="bfloat16", loop=Loop(4, 2))
     given = made.firing(9)
     caches = growing.Looped(given)
     contestants = [
@@ -129,9 +127,7 @@ def test_a_failure_is_a_remark_where_that_is_asked_for():
     ]
     options = {"rounds": 2, "score": lambda *_: 0.0, "tick": lambda name: None}
     for together in (False, True):
-        found = timing.race(
-            contestants, lenient=True, together=together, **options
-        )
+        found = timing.race(contestants, lenient=True, together=together, **options)
         assert found["ours"].failure.startswith("RuntimeError: CUDA_ERROR of file.cc")
         assert found["other"].calls == 6
     with pytest.raises(RuntimeError):

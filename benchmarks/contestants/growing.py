@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -166,7 +167,9 @@ class Looped:
         assert inputs.loop is not None
         self.inputs, self.loop, self.reindexed = inputs, inputs.loop, reindexed
         self.activation = activation or hsrjax.ReLU(
-            power=inputs.power, bias=jnp.asarray(inputs.bias), normalize=inputs.normalize
+            power=inputs.power,
+            bias=jnp.asarray(inputs.bias),
+            normalize=inputs.normalize,
         )
         arrays = (inputs.query, inputs.key[:, -1:], inputs.value[:, -1:])
         self.moved = tuple(map(inputs.on_device, arrays))
@@ -174,31 +177,43 @@ class Looped:
             (inputs.query.shape[0], 1), inputs.key.shape[1] - 1, jnp.int32
         )
         self._held = loops.Held(())
+        self._programs: dict[Any, Any] = {}
+        self._lock = threading.Lock()
 
     def hold(self) -> loops.Held:
         """The caches, made anew where a call that failed has taken them away."""
-        leaves = jax.tree.leaves(self._held.caches)
-        if not leaves or any(leaf.is_deleted() for leaf in leaves):
-            self._held.caches = ()
-            keys = self.inputs.key.shape[1]
-            cache = filled(self.inputs, keys, room=keys + self.loop.steps + ROOM)
-            if self.reindexed:
-                cache = _reindex(_rewound(cache, keys - 1))
-            copies = [jax.tree.map(jnp.copy, cache) for _ in range(self.loop.caches - 1)]
-            self._held.caches = jax.block_until_ready((cache, *copies))
+        with self._lock:
+            leaves = jax.tree.leaves(self._held.caches)
+            if not leaves or any(leaf.is_deleted() for leaf in leaves):
+                self._held.caches = ()  # before the next ones take memory
+                self._held.caches = jax.block_until_ready(self._made())
         return self._held
 
-    def open(self, step: Callable[..., Any], *fixed: Any) -> Open:
-        """Of a step (cache, (query, key, value), fixed) -> (result, cache)."""
+    def _made(self) -> tuple[hsrjax.KVCache, ...]:
         keys = self.inputs.key.shape[1]
-        return loops.repeated(
-            step,
-            self.loop,
-            self.hold,
-            self.moved,
-            fixed,
-            begin=lambda cache: _rewound(cache, keys - 1),
-        )
+        cache = filled(self.inputs, keys, room=keys + self.loop.steps + ROOM)
+        if self.reindexed:
+            cache = _reindex(rewound(cache, keys - 1))
+        copies = [jax.tree.map(jnp.copy, cache) for _ in range(self.loop.caches - 1)]
+        return (cache, *copies)
+
+    def open(self, name: Any, step: Callable[..., Any], *fixed: Any) -> Open:
+        """Of a step (cache, (query, key, value), fixed) -> (result, cache).
+
+        Steps of one name are one program, whatever the numbers in `fixed`.
+        """
+        if name not in self._programs:
+            keys = self.inputs.key.shape[1]
+            self._programs[name] = loops.compiled(
+                step,
+                self.loop,
+                self.hold().caches,
+                self.moved,
+                fixed,
+                begin=lambda cache: rewound(cache, keys - 1),
+            )
+        program = self._programs[name]
+        return lambda: loops.opened(program, self.loop, self.hold(), self.moved, fixed)
 
     def attending(
         self,
@@ -231,7 +246,9 @@ class Looped:
             )
             return (out, info.count, info.candidates) if informed else (out,), cache
 
-        return self.open(step, activation or self.activation, self.positions)
+        law = activation or self.activation
+        name = method, implementation, informed, jax.tree.structure(law)
+        return self.open(name, step, law, self.positions)
 
     def appending(self, implementation: str | None = None) -> Open:
         """Steps that append alone; the result is a number of what they wrote."""
@@ -242,7 +259,7 @@ class Looped:
             cache = hsrjax.extend(cache, key, value, implementation=implementation)
             return cache.values.rows[:1, :1, -1, :1], cache
 
-        return self.open(step)
+        return self.open(("append", implementation), step)
 
 
 def looped_contestant(
@@ -264,7 +281,7 @@ def looped_contestant(
     )
 
 
-def _rewound(cache: hsrjax.KVCache, tokens: int) -> hsrjax.KVCache:
+def rewound(cache: hsrjax.KVCache, tokens: Any) -> hsrjax.KVCache:
     """The cache when it held so many tokens; what was behind them is overwritten."""
     size = jnp.full_like(cache.index.size, tokens)
     index = dataclasses.replace(cache.index, size=size)

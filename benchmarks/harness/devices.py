@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import jax
@@ -24,6 +25,8 @@ def choose(device: Device | None) -> None:
     """
     if device is None:
         return
+    # Tests and peers in the same minutes need memory as well.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     before = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_platforms", _PLATFORMS[device])
     try:

@@ -20,7 +20,6 @@ from hsrjax._src.kernels.triton.implementation import Triton
 from hsrjax._src.planning import costs as costs
 from hsrjax._src.planning import plan as planner
 
-
 KERNELS = "triton"
 PLAYED = "interpreted"
 

@@ -71,7 +71,6 @@ def repeated(
     moved: Any,
     fixed: Any = (),
     *,
-    begin: Callable[[Any], Any] = lambda cache: cache,
     like: Callable[[], Any] | None = None,
 ) -> Open:
     """Compiles a loop, and says how to open it for a turn.
@@ -82,15 +81,42 @@ def repeated(
       hold: the caches of a turn.
       moved: arrays of floats that each step gets anew, moved by nothing.
       fixed: arrays that all steps share.
-      begin: what a call does to each cache before its first step.
       like: makes the caches' shapes, traced; None is those of `hold`.
     """
-    zero = jnp.zeros((), jnp.float32)
     caches = jax.eval_shape(like) if like else hold().caches
+    program = compiled(step, loop, caches, moved, fixed)
+    return lambda: opened(program, loop, hold(), moved, fixed)
+
+
+def compiled(
+    step: Callable[..., tuple[Any, Any]],
+    loop: Loop,
+    caches: tuple[Any, ...],
+    moved: Any,
+    fixed: Any,
+    *,
+    begin: Callable[[Any], Any] = lambda cache: cache,
+) -> Callable[..., Any]:
+    """The program of a loop, for operands of these shapes.
+
+    Args:
+      step, loop, moved, fixed: as in `repeated`.
+      caches: or their shapes.
+      begin: what a call does to each cache before its first step.
+    """
     program = _program(step, loop, begin)
-    compiled = program.lower(caches, moved, fixed, zero).compile()
-    operands = moved, fixed, zero
-    return lambda: Repeated(compiled, hold(), operands, loop.steps)
+    return program.lower(caches, moved, fixed, _zero()).compile()
+
+
+def opened(
+    program: Callable[..., Any], loop: Loop, held: Held, moved: Any, fixed: Any
+) -> Repeated:
+    """A call of a compiled program."""
+    return Repeated(program, held, (moved, fixed, _zero()), loop.steps)
+
+
+def _zero() -> jax.Array:
+    return jnp.zeros((), jnp.float32)
 
 
 def _program(step, loop: Loop, begin):

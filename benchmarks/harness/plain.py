@@ -74,7 +74,9 @@ def _step(query, key, value, bias, counts, *, definition, power, normalize):
     return join(out), join((weights > 0).sum(-1)), join(share)
 
 
-def gradients(inputs: Inputs, definition: str, cotangent: Any) -> tuple[np.ndarray, ...]:
+def gradients(
+    inputs: Inputs, definition: str, cotangent: Any
+) -> tuple[np.ndarray, ...]:
     """Causal attention of a whole sequence and its gradients.
 
     Args:
@@ -86,7 +88,10 @@ def gradients(inputs: Inputs, definition: str, cotangent: Any) -> tuple[np.ndarr
       out, dquery, dkey, dvalue, f32.
     """
     found = _gradients(
-        *(jnp.asarray(x, jnp.float32) for x in (inputs.query, inputs.key, inputs.value)),
+        *(
+            jnp.asarray(x, jnp.float32)
+            for x in (inputs.query, inputs.key, inputs.value)
+        ),
         jnp.asarray(inputs.bias, jnp.float32),
         jnp.asarray(cotangent, jnp.float32),
         definition=definition,
@@ -107,7 +112,9 @@ def _causal(query, key, value, bias, *, definition, power, normalize):
     (b, t, n, h), k = query.shape, key.shape[2]
     tile = min(_TILE, t)
     tiles = -(-t // tile)
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, tiles * tile - t)] + [(0, 0)] * (x.ndim - 2))
+    pad = lambda x: jnp.pad(
+        x, [(0, 0), (0, tiles * tile - t)] + [(0, 0)] * (x.ndim - 2)
+    )
     cut = lambda x: jnp.moveaxis(
         pad(x).reshape(b, tiles, tile, k, n // k, *x.shape[3:]), 1, 0
     )
