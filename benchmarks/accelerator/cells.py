@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import hsrjax
-from benchmarks.accelerator.findings import Finding, lines
+from benchmarks.accelerator.findings import OURS, Finding, lines
 from benchmarks.accelerator.setting import Setting
 from benchmarks.contestants.growing import Looped, looped_contestant
 from benchmarks.harness import drawn, loops, plain, tables
 from benchmarks.harness.inputs import Shape
 from benchmarks.harness.loops import Loop
-from benchmarks.harness.timing import Contestant, relative_error
+from benchmarks.harness.timing import NO_TIME, Contestant, relative_error
 
 SHAPES = tuple(
     Shape(keys=keys, batch=batch)
@@ -26,7 +27,11 @@ SHAPES = tuple(
     )
 )
 PERCENTS = (0.01, 0.1, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0)
-METHODS = ("auto", "dense", "hsr")
+METHODS = {
+    "auto": "auto",
+    "hsrjax dense (kernels)": "dense",
+    f"{OURS}kernels)": "hsr",
+}
 STEPS = 40
 
 
@@ -37,44 +42,52 @@ def auto(setting: Setting) -> list[Finding]:
         small = Shape(keys=128, heads=4, kv_heads=2, head_dim=16, value_dim=16)
         shapes, percents = (small,), (1.0, 100.0)
     setting = dataclasses.replace(setting, rounds=min(2, setting.rounds))
-    finding, worst = Finding(12), 0.0
-    ratios = []
-    for shape in shapes:
-        for percent, found in _cells(shape, percents, setting):
-            finding.rows += found
-            us = {row["name"]: row["us"] for row in found}
-            wrong = [r["name"] for r in found if r["status"] != "measured"]
-            if wrong:
-                finding.status = (
-                    f"{', '.join(wrong)} at {shape.keys:,} keys: "
-                    + ", ".join(r["status"] for r in found if r["name"] in wrong)
-                )
-            if any(us.get(name) is None for name in METHODS):
-                continue
-            best = min(METHODS[1:], key=lambda name: us[name])
-            ratio = us["auto"] / us[best]
-            ratios.append(ratio)
-            for row in found:
-                row["auto_over_best"] = ratio
-            if ratio > worst:
-                worst = finding.measured = ratio
-                where = f"batch {shape.batch}, {shape.keys:,} keys, {percent:g} % fire"
-                finding.ours, finding.dense = f"auto: {where}", best
-                finding.ours_us, finding.dense_us = us["auto"], us[best]
-    if not ratios:
-        finding.status = finding.status if finding.rows else "not run"
-        return [finding]
-    finding.error = max(row["max_relative_error"] or 0.0 for row in finding.rows)
-    if finding.status == "measured" and len(ratios) < len(shapes) * len(percents):
-        finding.status = f"{len(ratios)} cells of {len(shapes) * len(percents)}"
-    finding.rows[0]["detail"] += (
-        f", median of all cells {statistics.median(ratios):.3f}"
-    )
-    return [finding]
+    cells = [_cells(shape, percents, setting) for shape in shapes]
+    return [_worst(list(itertools.chain(*cells)), len(shapes) * len(percents))]
 
 
-def _cells(shape: Shape, percents, setting: Setting):
-    """Percent and rows of each cell of a shape."""
+def _worst(cells: Iterable[list[tables.Row]], number: int) -> Finding:
+    """The cell in which auto loses most.
+
+    Args:
+      cells: rows of each cell, which get its ratio.
+      number: of cells that there are to be.
+    """
+    finding, ratios, faults = Finding(12), [], []
+    for found in cells:
+        finding.rows += found
+        faults += [f"{r['name']}: {r['status']}" for r in found if not _good(r)]
+        us = {row["name"]: row["us"] for row in found if _good(row)}
+        if us.keys() != METHODS.keys():
+            continue
+        best = min((name for name in us if name != "auto"), key=lambda name: us[name])
+        ratios.append(us["auto"] / us[best])
+        for row in found:
+            row["auto_over_best"] = ratios[-1]
+        if ratios[-1] == max(ratios):
+            where = "batch {batch}, {keys:,} keys, {percent:g} %".format(**found[0])
+            finding.ours, finding.dense = f"auto at {where}", best
+            finding.ours_us, finding.dense_us = us["auto"], us[best]
+    finding.measured = max(ratios, default=None)
+    errors = [row["max_relative_error"] for row in finding.rows if _good(row)]
+    finding.error = max(errors, default=None)
+    if faults:
+        finding.status = "; ".join(dict.fromkeys(faults))
+    elif len(ratios) < number:
+        finding.status = f"{len(ratios)} cells of {number}: {NO_TIME}"
+    return finding
+
+
+def _good(row: tables.Row) -> bool:
+    return row["us"] is not None and row["status"] == "measured"
+
+
+def _cells(
+    shape: Shape, percents: Sequence[float], setting: Setting
+) -> Iterator[list[tables.Row]]:
+    """Rows of each cell of a shape, as long as there is time."""
+    if setting.left < 0:
+        return
     scanned = shape.batch * shape.kv_heads * shape.keys * shape.head_dim
     loop = loops.of_step(scanned, steps=STEPS)
     if setting.quick:
@@ -92,8 +105,8 @@ def _cells(shape: Shape, percents, setting: Setting):
             return
         law = hsrjax.ReLU(power=given.power, bias=given.bias, normalize="none")
         contestants = [
-            looped_contestant(looped, name, name, setting.kernels, activation=law)
-            for name in METHODS
+            looped_contestant(looped, name, method, setting.kernels, activation=law)
+            for name, method in METHODS.items()
         ]
         asked = dataclasses.replace(given, normalize="none")
         expected = plain.step(asked, "relu")[0]
@@ -108,4 +121,4 @@ def _cells(shape: Shape, percents, setting: Setting):
             "caches": loop.caches,
             "heads_are": "gaussian",
         }
-        yield percent, lines(12, timings, shared)
+        yield lines(12, timings, shared)

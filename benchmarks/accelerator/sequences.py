@@ -112,7 +112,7 @@ def _union(layer: Captured) -> float:
 
 @jax.jit
 def _union_share(query, key, bias):
-    (_, t, n, h), k = query.shape, key.shape[2]
+    (_, t, n, _), k = query.shape, key.shape[2]
     tiles = t // _TILE
     cut = lambda x: x[0, : tiles * _TILE].reshape(tiles, _TILE, k, n // k, *x.shape[3:])
 

@@ -1,8 +1,8 @@
 """`python -m benchmarks accelerator --minutes 10`: every row that is asked of a card.
 
-First the contract suite's device part, then the rows in order of worth. What is found is
-written after each, so that whatever ends the run, all until then is there; a later run
-replaces the rows that it measures. For example:
+First the contract suite's device part, then the rows in order of worth. What is found
+is written after each, so that whatever ends the run, all until then is there; a later
+run replaces the rows that it measures. For example:
 
     python -m benchmarks accelerator --minutes 10
     python -m benchmarks accelerator --minutes 4 --only 2 4
@@ -51,7 +51,7 @@ BLOCKS: list[tuple[tuple[int, ...], Block]] = [
 """Rows that share inputs and programs, in order of worth."""
 _SUITE_SHARE = 0.25
 _QUICK_TEST = "test_kernels_are_for_new_nvidia_cards"
-_LEAST_SECONDS = 5.0
+_LEAST_SECONDS = 15.0
 _GRACE = 60.0
 _BROKEN = "the device does not answer any more"
 
@@ -159,7 +159,7 @@ def _measured(rows: tuple[int, ...], block: Block, setting: Setting) -> list[Fin
 
 
 def _answers() -> bool:
-    """Whether the device still works: after some faults nothing does in this process."""
+    """Whether the device still works: after some faults this process has lost it."""
     try:
         return float(jnp.ones(8).sum()) == 8.0
     except Exception:

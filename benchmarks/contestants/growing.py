@@ -97,7 +97,7 @@ class Growing:
 
 
 def filled(inputs: Inputs, tokens: int, *, room: int) -> hsrjax.KVCache:
-    """A cache of the first so many tokens, appended in as few calls as memory allows."""
+    """A cache of the first so many tokens, appended a good part at a time."""
     (batch, _, kv_heads, head_dim), value = inputs.key.shape, inputs.value
     cache = hsrjax.init_cache(
         batch,

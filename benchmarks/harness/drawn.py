@@ -19,11 +19,11 @@ from benchmarks.harness.loops import Loop
 Heads = Literal["gaussian", "trained"]
 _COOLEST, _HOTTEST = 2.6, 5.2
 """Standard deviation of the scores of heads, evenly spread. SmolLM2's softmax over 8,192
-keys has all but a tenth of its mass in 78 keys and all but 3 % in 344 (medians of heads and
-rows; means 221 and 621); Gaussian scores of this spread in 81 and 295 (207 and 582)."""
+keys has all but a tenth of its mass in 78 keys and all but 3 % in 344 (medians over heads
+and rows; means 221 and 621); Gaussian scores of this spread in 81 and 295 (207, 582)."""
 _LOUD, _LOUDER, _SHIFT = 16, 4.0, 2.0
 """One channel in so many is so many times as large; keys share a mean of this norm, in
-units of a key's own. Neither changes the weights, both are what sketches have to bear."""
+units of a key's own. Neither changes the weights; both are what sketches must bear."""
 
 
 class Drawn(NamedTuple):

@@ -50,7 +50,7 @@ def step(inputs: Inputs, definition: str, counts: Any = None) -> tuple[np.ndarra
 
 @functools.partial(jax.jit, static_argnames=("definition", "power", "normalize"))
 def _step(query, key, value, bias, counts, *, definition, power, normalize):
-    (b, _, n, h), k = query.shape, key.shape[2]
+    (b, _, n, _), k = query.shape, key.shape[2]
     rows = lambda x: x.reshape(b, k, n // k, *x.shape[3:])
     scores = _einsum("bkgh,bskh->bkgs", rows(query), key)
     share = jnp.ones(scores.shape[:3])
@@ -109,7 +109,7 @@ def _gradients(query, key, value, bias, cotangent, **law):
 
 def _causal(query, key, value, bias, *, definition, power, normalize):
     """In tiles of queries, whose scores are made again for the gradients."""
-    (b, t, n, h), k = query.shape, key.shape[2]
+    (b, t, n, _), k = query.shape, key.shape[2]
     tile = min(_TILE, t)
     tiles = -(-t // tile)
     pad = lambda x: jnp.pad(
