@@ -164,7 +164,7 @@ def _status(found: list[tables.Row], ours: Callable[[str], bool]) -> str:
 def table(findings: dict[int, Finding], device: str) -> str:
     """All rows as text; those without a number say why below it."""
     head = ("row", "what", "asked", "aim", "measured", "us", "dense us", "error")
-    cells = [(*head, "fastest dense")]
+    cells: list[tuple[str, ...]] = [(*head, "fastest dense")]
     for number, one in sorted(findings.items()):
         asked = ROWS[number]
         numbers = (asked.asked, asked.aim, one.measured)

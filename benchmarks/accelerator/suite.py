@@ -26,7 +26,7 @@ _WORKERS = 6
 _GRACE = 10.0
 _OUTCOME = re.compile(
     r"(?:(?P<before>PASSED|FAILED|ERROR|SKIPPED)\s+(?P<name>tests/\S.*)"
-    r"|(?P<other>tests/\S.*?)\s+(?P<after>PASSED|FAILED|ERROR|SKIPPED))\s*(?:\[.*)?$"
+    r"|(?P<other>tests/\S.*?)\s+(?P<after>PASSED|FAILED|ERROR|SKIPPED)(?:\s.*)?)$"
 )
 
 

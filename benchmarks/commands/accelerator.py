@@ -256,7 +256,8 @@ def draw(findings: list[Finding]) -> Figure:
     axes.bar_label(bars, [f"{x.measured:.2f}" for x in shown], padding=3)
     for place, one in enumerate(shown):
         asked = ROWS[one.number]
-        axes.plot([asked.asked, asked.aim], [place, place], "k|", markersize=14)
+        marks = [x for x in (asked.asked, asked.aim) if x is not None]
+        axes.plot(marks, [place] * len(marks), "k|", markersize=14)
     axes.axvline(1.0, color="tab:gray", linewidth=1)
     axes.set(xlabel="fastest dense / hsr; marks: asked, aim")
     axes.invert_yaxis()

@@ -80,8 +80,9 @@ def cached(inputs: Inputs, key_layout: str, value_layout: str, attend: Attend) -
 
         def step(cache, moved, fixed):
             query, new_key, new_value = moved
-            cache = write(*cache, new_key, new_value)
-            return attend(query, *cache, fixed), cache
+            keys, values = cache
+            keys, values = write(keys, values, new_key, new_value)
+            return attend(query, keys, values, fixed), (keys, values)
 
         number = inputs.loop.caches
         return loops.repeated(

@@ -5,6 +5,7 @@ The same as `inputs` for one decode step, at the speed of the device.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -18,9 +19,11 @@ from benchmarks.harness.loops import Loop
 
 Heads = Literal["gaussian", "trained"]
 _COOLEST, _HOTTEST = 2.6, 5.2
-"""Standard deviation of the scores of heads, evenly spread. SmolLM2's softmax over 8,192
-keys has all but a tenth of its mass in 78 keys and all but 3 % in 344 (medians over heads
-and rows; means 221 and 621); Gaussian scores of this spread in 81 and 295 (207, 582)."""
+"""Standard deviation of the scores of heads, evenly spread.
+
+SmolLM2's softmax over 8,192 keys has all but a tenth of its mass in 78 keys and all but
+3 % in 344 (medians over heads and rows; means 221 and 621); Gaussian scores of this
+spread in 81 and 295 (207 and 582)."""
 _LOUD, _LOUDER, _SHIFT = 16, 4.0, 2.0
 """One channel in so many is so many times as large; keys share a mean of this norm, in
 units of a key's own. Neither changes the weights; both are what sketches must bear."""
@@ -53,7 +56,7 @@ class Drawn(NamedTuple):
             else:
                 low, high = (self.ordered[..., size - number - i] for i in (1, 0))
                 bias = (low + high) / 2
-            found.append(_with(self.inputs, bias))
+            found.append(dataclasses.replace(self.inputs, bias=bias))
         return found
 
 
@@ -77,11 +80,6 @@ def decode(
         query=query, key=keys, value=values, bias=bias, dtype=dtype, loop=loop
     )
     return Drawn(inputs, ordered)
-
-
-def _with(inputs: Inputs, bias: jax.Array) -> Inputs:
-    fields = vars(inputs) | {"bias": bias}
-    return Inputs(**fields)
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "shape", "dtype"))

@@ -103,7 +103,9 @@ def gradients(
 
 @functools.partial(jax.jit, static_argnames=("definition", "power", "normalize"))
 def _gradients(query, key, value, bias, cotangent, **law):
-    out, pull = jax.vjp(lambda *x: _causal(*x, bias, **law), query, key, value)
+    out, pull = jax.vjp(
+        lambda q, k, v: _causal(q, k, v, bias, **law), query, key, value
+    )
     return out, *pull(cotangent)
 
 
