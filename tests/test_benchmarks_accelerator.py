@@ -20,7 +20,7 @@ from benchmarks.harness import devices, inputs, internals, timing
 from benchmarks.harness.loops import Loop
 from benchmarks.harness.timing import NO_TIME
 
-pytestmark = pytest.mark.usefixtures("lenient_promotion", "forgotten_kernels")
+pytestmark = pytest.mark.usefixtures("compile_cache", "forgotten_kernels")
 FEW = ("hsr (kernels)", "hsr (xla)", "auto", "hsrjax dense (kernels)")
 FEW += ("hsrjax dense (xla)", "dense einsum (keys transposed)")
 
@@ -155,19 +155,33 @@ def test_every_row_on_the_cpu(tmp_path):
         assert line["status"] in {"measured", "passed"} | refused, line
 
 
-def test_a_wrong_result_is_noticed(monkeypatch, tmp_path, capsys):
-    real = hsrjax.decode_attention
+@pytest.mark.parametrize(
+    "row", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, 10, 11, 12))]
+)
+def test_a_wrong_result_is_noticed(row, monkeypatch, tmp_path, capsys):
+    def wrong(name):
+        real = getattr(hsrjax, name)
 
-    def off(*arrays, method, **options):
-        out, info = real(*arrays, method=method, **options)
-        return (out * 1.05 if method == "hsr" else out), info
+        def off(*arrays, method, **options):
+            found = real(*arrays, method=method, **options)
+            if method != "hsr":
+                return found
+            if isinstance(found, tuple):
+                return found[0] * 1.5, found[1]
+            return found * 1.5
 
-    monkeypatch.setattr(hsrjax, "decode_attention", off)
-    names = ["hsr (xla)", "dense einsum (keys transposed)"]
-    assert rehearse(tmp_path, "--only", 4, *without(*names)) == 1
-    assert "wrong result: row 4, hsr (xla)" in capsys.readouterr().err
+        monkeypatch.setattr(hsrjax, name, off)
+
+    wrong("decode_attention")
+    wrong("attention")
+    names = ["hsr (xla)", "hsrjax dense (xla)"]
+    if row == 12:
+        names = ["hsr (kernels)", "hsrjax dense (kernels)", "auto"]
+    assert rehearse(tmp_path, "--only", row, *without(*names)) == 1
+    assert f"wrong result: row {row}, {names[0]}" in capsys.readouterr().err
     rows, _ = read(tmp_path)
-    assert rows["4"]["measured"] is None and "differs" in rows["4"]["status"]
+    assert rows[str(row)]["measured"] is None
+    assert "differs" in rows[str(row)]["status"]
 
 
 @pytest.mark.slow
