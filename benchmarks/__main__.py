@@ -15,6 +15,7 @@ COMMANDS = {
     "query": "half-space reporting against range search libraries",
     "generate": "a trained model's tokens per second, end to end",
     "grid": "auto against the better of dense and hsr, everywhere",
+    "accelerator": "all that is asked of a GPU or TPU, in as many minutes as there are",
     "calibrate": "what work costs here: the table that auto chooses by",
     "paper-table1": "the paper's Table 1, counted",
     "paper-lemma61": "Lemma 6.1's bound on the keys that fire, printed and repaired",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import hsrjax
 from benchmarks.files.captured import Captured, save
 from models.command import carry_out
 from models.files.runs import load_run, read_run_config
-from models.network.operands import as_relu, attention_operands
+from models.network.operands import Operands, as_relu, attention_operands
 from models.network.transformer import Transformer
 from train.data import load_corpus, split
 
@@ -106,15 +107,34 @@ def capture(model: Transformer, tokens: np.ndarray, *, layer: int) -> Captured:
       tokens: integers [T].
       layer: which; negative counts from the last.
     """
-    layer = _layer(model, layer)
+    (captured,) = layers(model, tokens, (_layer(model, layer),))
+    return captured
+
+
+def layers(
+    model: Transformer, tokens: np.ndarray, which: Sequence[int]
+) -> list[Captured]:
+    """What the attention of several layers gets, from one reading.
+
+    Args:
+      model: any transformer.
+      tokens: integers [T].
+      which: layers, from 0 on.
+    """
     graph, state = nnx.split(model)
 
     @jax.jit
     def run(state, tokens):
-        return as_relu(attention_operands(nnx.merge(graph, state), tokens)[layer])
+        found = attention_operands(nnx.merge(graph, state), tokens)
+        return [as_relu(found[layer]) for layer in which]
 
-    query, key, value, activation = run(state, jnp.asarray(tokens, jnp.int32)[None])
-    query, key, value = (np.asarray(x) for x in (query, key, value))
+    found = run(state, jnp.asarray(tokens, jnp.int32)[None])
+    return [_captured(model, operands) for operands in found]
+
+
+def _captured(model: Transformer, operands: Operands) -> Captured:
+    *arrays, activation = operands
+    query, key, value = map(np.asarray, arrays)
     about = {"attention_kind": model.config.attention_kind}
     if isinstance(activation, hsrjax.ReLU):
         about |= {"power": activation.power, "normalize": activation.normalize}

@@ -19,6 +19,7 @@ from benchmarks.contestants import peers, search
 from benchmarks.files import results
 from benchmarks.files.environment import environment
 from benchmarks.files.results import Results as Results
+from benchmarks.harness import devices
 from benchmarks.harness.allocator import keep_freed_memory
 from benchmarks.harness.inputs import Kind, Source
 from models.command import carry_out
@@ -106,6 +107,9 @@ class Attending(Settings):
     """What keys and queries are."""
     captured: Path | None = None
     """File of python -m benchmarks.capture, for --inputs captured."""
+    device: devices.Device | None = None
+    """Where to run: cpu, gpu or tpu; what jax prefers unless given. On gpu and tpu many
+    steps are one program, and results go to a folder of their own."""
 
     @property
     def source(self) -> Source:
@@ -126,6 +130,7 @@ def carry_through(module: Any, words: list[str]) -> int:
 
     def work(command: Any) -> int:
         keep_freed_memory()
+        devices.choose(getattr(command, "device", None))
         found = module.run(command)
         return getattr(module, "finish", finish)(words, command, found)
 
@@ -134,7 +139,9 @@ def carry_through(module: Any, words: list[str]) -> int:
 
 def finish(words: list[str], command: Basics, found: Results) -> int:
     """Writes and prints; 1 if a result was wrong."""
-    folder = command.folder / words[0].replace("paper-", "paper/")
+    device = getattr(command, "device", None)
+    name = words[0].replace("paper-", "paper/")
+    folder = command.folder / (name if device in (None, "cpu") else f"{name}-{device}")
     everyone = [*peers.PEERS.values(), *search.PEERS.values()]
     about = environment(words, [peer.package for peer in everyone])
     results.write(folder, found, about | {"quick": command.quick})

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks import memory
 from benchmarks.contestants import causal, peers
-from benchmarks.harness import inputs, oracle, pictures, tables
+from benchmarks.harness import devices, inputs, oracle, pictures, tables
 from benchmarks.harness.timing import race
 from benchmarks.header import Attending, Results
 
@@ -74,6 +74,7 @@ def _lengths(command: Command) -> tuple[int, ...]:
 def _measure(command: Command, keys: int, names: list[str], bar) -> list[tables.Row]:
     """Rows of one length."""
     given = causal.make_inputs(command.source, keys)
+    given = dataclasses.replace(given, loop=devices.sequence_loop())
     score, expected = oracle.scoring(given)
     timings = race(
         causal.contestants(names, "prefill", given, quick=command.quick),

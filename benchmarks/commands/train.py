@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.contestants import causal, peers, peers_jax
-from benchmarks.harness import oracle, pictures, tables
+from benchmarks.harness import devices, oracle, pictures, tables
 from benchmarks.harness.timing import race, relative_error
 from benchmarks.header import Attending, Results
 
@@ -55,6 +55,7 @@ def summarize(rows: list[tables.Row]) -> dict[str, Any]:
 def _measure(command: Command, keys: int, names: list[str], bar) -> list[tables.Row]:
     """Rows of one length."""
     given = causal.make_inputs(command.source, keys)
+    given = dataclasses.replace(given, loop=devices.sequence_loop())
     upstream = peers_jax.cotangent(given)
     expected = functools.cache(lambda x: oracle.gradients(given, x, upstream))
 

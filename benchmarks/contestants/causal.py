@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import hsrjax
 from benchmarks.contestants import chunked, dense, peers, peers_jax
 from benchmarks.contestants.peers import Task
-from benchmarks.harness import inputs
+from benchmarks.harness import inputs, internals
 from benchmarks.harness.inputs import Inputs, Shape, Source
 from benchmarks.harness.timing import Contestant, Open
 
@@ -43,6 +43,11 @@ def contestants(
         "hsrjax dense": lambda: _hsrjax("dense", task, given),
         "dense einsum": lambda: _einsum(task, given),
     }
+    if given.loop is not None and not internals.kernels_missing():
+        makers["hsr (triton)"] = lambda: _hsrjax("hsr", task, given, "triton")
+        makers["hsrjax dense (triton)"] = lambda: _hsrjax(
+            "dense", task, given, "triton"
+        )
     ours = [
         Contestant(
             name,
@@ -53,6 +58,19 @@ def contestants(
         for name, make in makers.items()
     ]
     return [*ours, _chunked(task, given, quick), *peers.contestants(names, task, given)]
+
+
+def contestant(
+    name: str, method: str, implementation: str, task: Task, given: Inputs
+) -> Contestant:
+    """A method of hsrjax by an implementation."""
+    return Contestant(
+        name,
+        "relu",
+        lambda: _hsrjax(method, task, given, implementation),
+        peers_jax.finish,
+        detail=f"implementation {implementation}",
+    )
 
 
 def _prepare(name: str, make: Callable[[], Open], task: Task, given: Inputs) -> Open:
@@ -66,7 +84,9 @@ def _relu(given: Inputs) -> hsrjax.ReLU:
     return hsrjax.ReLU(power=given.power, bias=bias, normalize=given.normalize)
 
 
-def _hsrjax(method: Any, task: Task, given: Inputs) -> Open:
+def _hsrjax(
+    method: Any, task: Task, given: Inputs, implementation: str | None = None
+) -> Open:
     """Building the index is part of the call."""
 
     def attend(query, key, value, relu) -> Any:
@@ -76,20 +96,21 @@ def _hsrjax(method: Any, task: Task, given: Inputs) -> Open:
             value,
             activation=relu,
             method=method,
+            implementation=implementation,
             is_causal=True,
             scale=1.0,
         )
 
     if task == "train":
         return peers_jax.train(attend, given, _relu(given))
-    return peers_jax.jitted(attend, *peers_jax.arrays(given), _relu(given))
+    return peers_jax.attending(attend, given, _relu(given))
 
 
 def _einsum(task: Task, given: Inputs) -> Open:
     attend, bias = dense.natural_einsum(given), jnp.asarray(given.bias)
     if task == "train":
         return peers_jax.train(attend, given, bias)
-    return peers_jax.jitted(attend, *peers_jax.arrays(given), bias)
+    return peers_jax.attending(attend, given, bias)
 
 
 def _chunked(task: Task, given: Inputs, quick: bool) -> Contestant:
@@ -104,6 +125,10 @@ def _chunked(task: Task, given: Inputs, quick: bool) -> Contestant:
         return lambda: jax.block_until_ready(compiled(*operands))
 
     def prepare() -> Open:
+        if given.loop is not None:
+            contestant.detail = str(chunked.LARGE)
+            attend = kinds[task](given, chunked.LARGE)
+            return peers_jax.attending(attend, given, *operands[3:])
         tilings = chunked.TILINGS[:1] if quick else chunked.TILINGS
         best = chunked.best_tiling(make, tilings)
         contestant.detail = str(best)

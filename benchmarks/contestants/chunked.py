@@ -45,6 +45,8 @@ TILINGS = [
     for by_head in (False, True)
     if (tile, chunk) != (128, 2048)
 ]
+LARGE = Tiling(256, 2048, by_head=False)
+"""The one that accelerators get."""
 
 
 class _Rows(NamedTuple):

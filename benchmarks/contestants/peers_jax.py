@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.contestants.dense import cached
+from benchmarks.harness import loops
 from benchmarks.harness.inputs import Inputs
 from benchmarks.harness.timing import Arrays, Open, Unavailable
 
@@ -43,6 +44,19 @@ def jitted(attend: Callable[..., Any], *operands: Any) -> Open:
     return lambda: lambda: jax.block_until_ready(compiled(*operands))
 
 
+def attending(attend: Callable[..., Any], inputs: Inputs, *more: Any) -> Open:
+    """attend(query, key, value, *more), a jitted call or many in one program."""
+    if inputs.loop is None:
+        return jitted(attend, *arrays(inputs), *more)
+    return loops.repeated(
+        lambda cache, moved, fixed: (attend(*moved, *fixed), cache),
+        inputs.loop,
+        loops.Held,
+        arrays(inputs),
+        more,
+    )
+
+
 def train(attend: Callable[..., jax.Array], inputs: Inputs, *more: Any) -> Open:
     """The output and the gradients by query, key and value.
 
@@ -51,19 +65,19 @@ def train(attend: Callable[..., jax.Array], inputs: Inputs, *more: Any) -> Open:
       inputs: what is attended to.
       more: further operands, without gradient.
     """
-    upstream = jnp.asarray(cotangent(inputs))
+    upstream = inputs.on_device(cotangent(inputs))
 
-    def forward_backward(query, key, value, *more):
+    def forward_backward(query, key, value, upstream, *more):
         out, pull = jax.vjp(lambda *x: attend(*x, *more), query, key, value)
-        return out, *pull(upstream)
+        return out, *pull(upstream.astype(out.dtype))
 
-    return jitted(forward_backward, *arrays(inputs), *more)
+    return attending(forward_backward, inputs, upstream, *more)
 
 
 def _causal(make: Callable[[Any, Inputs], Causal]) -> dict[str, Any]:
     """Prefill and training of one causal function."""
     return {
-        "prefill": lambda module, x: jitted(make(module, x), *arrays(x)),
+        "prefill": lambda module, x: attending(make(module, x), x),
         "train": lambda module, x: train(make(module, x), x),
     }
 
@@ -76,15 +90,19 @@ def _dot_product_decode(module: Any, inputs: Inputs) -> Open:
     return cached(inputs, "bskh", "bskh", lambda q, k, v, bias: attend(q, k, v))
 
 
-def _cudnn_decode(module: Any, inputs: Inputs) -> Open:
+def _cudnn(module: Any, inputs: Inputs, **options: Any) -> Causal:
     """FlashAttention of cuDNN, which has no float32."""
     if jax.default_backend() != "gpu":
         raise Unavailable("needs a GPU")
     if inputs.dtype == "float32":
         raise Unavailable("has no float32: --dtype bfloat16")
-    attend = functools.partial(
-        module.nn.dot_product_attention, scale=1.0, implementation="cudnn"
+    return functools.partial(
+        module.nn.dot_product_attention, scale=1.0, implementation="cudnn", **options
     )
+
+
+def _cudnn_decode(module: Any, inputs: Inputs) -> Open:
+    attend = _cudnn(module, inputs)
     return cached(inputs, "bskh", "bskh", lambda q, k, v, bias: attend(q, k, v))
 
 
@@ -92,7 +110,10 @@ def _dot_product(module: Any, inputs: Inputs) -> Causal:
     return functools.partial(module.nn.dot_product_attention, scale=1.0, is_causal=True)
 
 
-CUDNN: Any = {"decode": _cudnn_decode}
+CUDNN: Any = {
+    "decode": _cudnn_decode,
+    **_causal(functools.partial(_cudnn, is_causal=True)),
+}
 DOT_PRODUCT: Any = {"decode": _dot_product_decode, **_causal(_dot_product)}
 
 
@@ -143,7 +164,8 @@ def _tokamax_attend(module: Any, *, is_causal: bool) -> Causal:
         module.dot_product_attention,
         scale=1.0,
         is_causal=is_causal,
-        implementation="xla_chunked",
+        # On accelerators the best that it knows of there.
+        implementation="xla_chunked" if jax.default_backend() == "cpu" else None,
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.files import captured
+from benchmarks.harness.loops import Loop
 
 Kind = Literal["gaussian", "clustered", "captured"]
 DType = Literal["float32", "bfloat16"]
@@ -31,7 +32,7 @@ _CLUSTERS, _RUN, _SPREAD = 64, 32, 0.45
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Attention inputs, in float32 arrays.
+    """Attention inputs, in float32 arrays of numpy, or on the device in the dtype.
 
     Attributes:
       query: [B, T, N, H], scaled already: the score is the plain inner product.
@@ -42,18 +43,20 @@ class Inputs:
       normalize: as in `hsrjax.ReLU`.
       causal: query i sees keys 0..i (then T = S); else all.
       dtype: in which query, key and value are handed over; they are exact in it.
+      loop: how contestants repeat their steps in one program; None is a step a call.
     """
 
-    query: np.ndarray
-    key: np.ndarray
-    value: np.ndarray
-    bias: np.ndarray
+    query: Any
+    key: Any
+    value: Any
+    bias: Any
     power: int = 2
     normalize: Any = "row_sum"
     causal: bool = False
     dtype: DType = "float32"
+    loop: Loop | None = None
 
-    def on_device(self, x: np.ndarray) -> jax.Array:
+    def on_device(self, x: Any) -> jax.Array:
         """A part of query, key or value, in the dtype."""
         return jnp.asarray(x, self.dtype)
 

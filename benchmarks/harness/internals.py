@@ -1,7 +1,8 @@
-"""The only place that looks inside hsrjax: its costs, its plans, its balls."""
+"""The only place that looks inside hsrjax: its costs, plans, balls and kernels."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -15,12 +16,42 @@ import hsrjax
 from hsrjax._src import run
 from hsrjax._src.core.visible import of_decode
 from hsrjax._src.kernels import base as registry
+from hsrjax._src.kernels.triton.implementation import Triton
 from hsrjax._src.planning import costs as costs
 from hsrjax._src.planning import plan as planner
 
 STEPS = 20
 """Steps of one call on accelerators, each after the one before: in a model a step does
 not wait for the host."""
+KERNELS = "triton"
+PLAYED = "interpreted"
+
+
+def kernels_missing() -> str:
+    """Why the fused kernels do not run here, or ""."""
+    try:
+        registry.implementations_for(KERNELS, costs.platform())
+    except ValueError as reason:
+        return str(reason)
+    return ""
+
+
+def play_kernels() -> str:
+    """Lets JAX play the kernels, slowly; the name of that implementation."""
+    with contextlib.suppress(ValueError):  # it is known already
+        registry.register(Triton(PLAYED, interpret=True))
+    return PLAYED
+
+
+@contextlib.contextmanager
+def preferring(implementation: str):
+    """Calls that name no implementation use this one, where it can."""
+    chosen = registry._implementations[implementation]
+    before, chosen.preferred = chosen.preferred, True
+    try:
+        yield
+    finally:
+        chosen.preferred = before
 
 
 class Work(NamedTuple):
