@@ -103,7 +103,7 @@ def gradients(
 
 
 def most_rows_of(x: Operands) -> int:
-    """Queries of a part of a tile, at most, for the registers and memory of any card."""
+    """Queries of a part of a tile, at most, that fit into any card."""
     return 32 if _numbers(x) <= _NUMBERS else LEAST
 
 

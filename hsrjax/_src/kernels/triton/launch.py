@@ -151,9 +151,16 @@ def _groups(x: Operands, sizes: Sizes) -> int:
 
 
 def _of_all(found: Found) -> tuple[jax.Array, Partial]:
-    """Sizes i32[M, *B, J] and Partial [M, *B, Q] of what the programs found."""
-    axis = found.size.ndim - 2
-    return jnp.sum(found.size, axis=axis), found.sums.merge_axis(axis)
+    """Sizes i32[M, *B, Q] and Partial [M, *B, Q] of what the programs found.
+
+    The size of a part is that of each of its queries: parts may be smaller where
+    gradients are asked for, and the shape may not depend on it.
+    """
+    axis, sums = found.size.ndim - 2, found.sums
+    size = jnp.sum(found.size, axis=axis)
+    queries = sums.total.shape[-1]
+    size = jnp.repeat(size, -(-queries // size.shape[-1]), axis=-1)[..., :queries]
+    return size, sums.merge_axis(axis)
 
 
 # Gradients, over the sets that the forward pass leaves.
