@@ -386,8 +386,7 @@ def _list_grads(
 ) -> tuple[RowGrads, ByKey]:
     """Gradients of the rows whose lists a round has, in place, and its entries."""
     tiles, sets, *_ = x.queries.shape
-    size = jnp.sum(jax.lax.population_count(lists.words), axis=-1, dtype=jnp.int32)
-    operands = x, bars, lists.begin, size, first, slots
+    operands = x, bars, lists.begin, lists.size, first, slots
     reads, writes = (len(jax.tree.leaves(tree)) for tree in (operands, rows))
     out = lambda width: shaped((room.size, width), jnp.float32, x.keys)
     return tuple(
