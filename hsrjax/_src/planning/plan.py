@@ -197,8 +197,8 @@ def _choose(
 def runner(activation: Any, shape: Shape, implementations: tuple[str, ...]) -> str:
     """The implementation that does the work of a call, whose costs therefore count.
 
-    What kernels do not take XLA does: rows that have to be known whole, wide heads,
-    keys in cells.
+    What kernels do not take XLA does: most rows that have to be known whole, wide
+    heads, keys in cells.
     """
     widest = max(shape.head_dim, shape.value_dim)
     fused = activation.fusible and not activation.whole_rows

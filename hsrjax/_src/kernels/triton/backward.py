@@ -103,7 +103,7 @@ def gradients(
 
 
 def most_rows_of(x: Operands) -> int:
-    """Queries of a part of a tile, at most, for the registers and memory of any card."""
+    """Queries of a part of a tile, at most, that fit into any card."""
     return 32 if _numbers(x) <= _NUMBERS else LEAST
 
 
@@ -386,8 +386,7 @@ def _list_grads(
 ) -> tuple[RowGrads, ByKey]:
     """Gradients of the rows whose lists a round has, in place, and its entries."""
     tiles, sets, *_ = x.queries.shape
-    size = jnp.sum(jax.lax.population_count(lists.words), axis=-1, dtype=jnp.int32)
-    operands = x, bars, lists.begin, size, first, slots
+    operands = x, bars, lists.begin, lists.size, first, slots
     reads, writes = (len(jax.tree.leaves(tree)) for tree in (operands, rows))
     out = lambda width: shaped((room.size, width), jnp.float32, x.keys)
     return tuple(

@@ -41,7 +41,8 @@ class Lists(NamedTuple):
     Attributes:
       words: i32[X, Y, V], bit sets.
       base: i32[X, Y, V], entries of all lists before those of each word.
-      begin: i32[X, Y], entries before each list.
+      begin: i32[X, Y], entries before each list, -1 where all keys are better.
+      size: i32[X, Y], keys of a list, 0 where all are better.
       total: i32, entries.
       most: keys of a list, static.
     """
@@ -49,6 +50,7 @@ class Lists(NamedTuple):
     words: jax.Array
     base: jax.Array
     begin: jax.Array
+    size: jax.Array
     total: jax.Array
     most: int
 
@@ -89,20 +91,19 @@ def split(words: jax.Array, seen: jax.Array) -> tuple[Lists, jax.Array]:
       seen: i32[X, Y], keys that any query of the part may see.
 
     Returns:
-      The lists, empty where all keys are better, and bool[X, Y].
+      The lists, and bool[X, Y].
     """
     sets, parts, width = words.shape
     most = max(1, min(width * WORD // _SHARE, _ENTRIES // (sets * parts)))
     counts = jax.lax.population_count(words)
     size = jnp.sum(counts, axis=-1, dtype=jnp.int32)
     every = size > jnp.minimum(seen // _SHARE, most)
-    listed = ~every[..., None]
-    words, counts = jnp.where(listed, words, 0), jnp.where(listed, counts, 0)
-    size = jnp.where(every, 0, size).reshape(-1)
-    end = jnp.cumsum(size, dtype=jnp.int32)
-    begin = (end - size).reshape(sets, parts)
+    size = jnp.where(every, 0, size)
+    end = jnp.cumsum(size.reshape(-1), dtype=jnp.int32)
+    begin = end.reshape(sets, parts) - size
     within = jnp.cumsum(counts, axis=-1, dtype=jnp.int32) - counts
-    return Lists(words, begin[..., None] + within, begin, end[-1], most), every
+    base = begin[..., None] + within
+    return Lists(words, base, jnp.where(every, -1, begin), size, end[-1], most), every
 
 
 def room_for(lists: Lists, row_bytes: int) -> Room:
@@ -151,14 +152,14 @@ def add_entries(
 ) -> ByKey:
     """Adds what the lists of a round hold to the sums of the keys, in place."""
     sets, _, width = lists.words.shape
-    words, base = (jnp.swapaxes(x, 1, 2) for x in (lists.words, lists.base))
-    takes = room.takes(lists.begin, first[0])[:, None, :]
-    counts = jnp.where(takes, jax.lax.population_count(words), 0)
-    counts = jnp.sum(counts, axis=-1, dtype=jnp.int32).reshape(-1)
-    before = (jnp.cumsum(counts, dtype=jnp.int32) - counts).reshape(sets, width)
-    operands = words, base, lists.begin, first, before, entries
+    takes = room.takes(lists.begin, first[0])[..., None]
+    counts = jnp.where(takes, jax.lax.population_count(lists.words), 0)
+    counts = jnp.sum(counts, axis=1, dtype=jnp.int32)
+    end = jnp.cumsum(counts.reshape(-1), dtype=jnp.int32).reshape(sets, width)
+    blocks = end - counts, counts
+    operands = lists.words, lists.base, lists.begin, first, blocks, entries
     reads = len(jax.tree.leaves(operands))
-    inverse = shaped((room.size,), jnp.int32, words)
+    inverse = shaped((room.size,), jnp.int32, lists.words)
     wide = entries.keys.shape[-1] + entries.values.shape[-1] > 128
     _, sums = pl.pallas_call(
         functools.partial(_add_entries, room=room, barrier=not interpret),
@@ -173,21 +174,18 @@ def add_entries(
 
 
 def _add_entries(
-    words, base, begin, first, before, entries, sums, inverse, out, *, room, barrier
+    words, base, begin, first, blocks, entries, sums, inverse, out, *, room, barrier
 ):
-    here = pl.program_id(0), pl.program_id(1)
-    parts, first = words.shape[-1], triton.load(first.at[jnp.int32(0)])
-    # The lists of a set of keys follow each other: it may have none in this round.
-    begins = triton.load(begin.at[here[0], jnp.int32(0)])
-    ends = triton.load(begin.at[here[0], jnp.int32(parts - 1)])
-    busy = (begins < first + room.begin) & (ends >= first)
-    groups = busy.astype(jnp.int32) * -(-parts // _PARTS)
+    set_, word = pl.program_id(0), pl.program_id(1)
+    parts, first = words.shape[1], triton.load(first.at[jnp.int32(0)])
+    before, entries_here = (triton.load(ref.at[set_, word]) for ref in blocks)
+    groups = (entries_here > 0).astype(jnp.int32) * -(-parts // _PARTS)
 
     def look(i):
         part = i * _PARTS + jnp.arange(_PARTS, dtype=jnp.int32)
         inside, part = part < parts, jnp.minimum(part, parts - 1)
-        inside &= room.takes(triton.load(begin.at[here[0], part]), first)
-        bits = jnp.where(inside, triton.load(words.at[(*here, part)]), 0)
+        inside &= room.takes(triton.load(begin.at[set_, part]), first)
+        bits = jnp.where(inside, triton.load(words.at[set_, part, word]), 0)
         return part, bits, _members(bits)
 
     def count(i, number):
@@ -195,11 +193,11 @@ def _add_entries(
 
     none = jnp.zeros((WORD,), jnp.int32)
     number = jax.lax.fori_loop(0, groups, count, none)
-    start = triton.load(before.at[here]) + jnp.cumsum(number) - number
+    start = before + jnp.cumsum(number) - number
 
     def place(i, done):
         part, bits, members = look(i)
-        entry = triton.load(base.at[(*here, part)])[:, None] - first + _below(bits)
+        entry = triton.load(base.at[set_, part, word])[:, None] - first + _below(bits)
         rank = start[None, :] + done[None, :] + jnp.cumsum(members, axis=0) - members
         there = members > 0
         triton.store(inverse.at[jnp.where(there, rank, room.size)], entry, mask=there)
@@ -217,11 +215,11 @@ def _add_entries(
         )
         return jax.tree.map(jnp.add, sums, new)
 
-    slot = here[1] * WORD + jnp.arange(WORD, dtype=jnp.int32)
-    start_of = lambda ref: rows_of(ref, (here[0], slot[:, None]), ref.shape[-1])
+    slot = word * WORD + jnp.arange(WORD, dtype=jnp.int32)
+    start_of = lambda ref: rows_of(ref, (set_, slot[:, None]), ref.shape[-1])
     found = jax.lax.fori_loop(0, jnp.max(number), add, jax.tree.map(start_of, sums))
     for ref, x in zip(out, found, strict=True):
-        store_rows(ref, (here[0],), slot, x, slot >= 0)
+        store_rows(ref, (set_,), slot, x, slot >= 0)
 
 
 def _members(words):

@@ -172,10 +172,17 @@ def _groups(x: Operands, sizes: Sizes) -> int:
 
 
 def _of_all(found: Found) -> tuple[jax.Array, Partial, jax.Array | None]:
-    """Sizes i32[M, *B, J], Partial and mass [M, *B, Q] of what the programs found."""
-    axis = found.size.ndim - 2
+    """Sizes i32, Partial and mass [M, *B, Q] of what the programs found.
+
+    The size of a part is that of each of its queries: parts may be smaller where
+    gradients are asked for, and the shape may not depend on it.
+    """
+    axis, sums = found.size.ndim - 2, found.sums
+    size = jnp.sum(found.size, axis=axis)
+    queries = sums.total.shape[-1]
+    size = jnp.repeat(size, -(-queries // size.shape[-1]), axis=-1)[..., :queries]
     left = None if found.left is None else jnp.sum(found.left, axis=axis)
-    return jnp.sum(found.size, axis=axis), found.sums.merge_axis(axis), left
+    return size, sums.merge_axis(axis), left
 
 
 # Gradients, over the sets that the forward pass leaves.

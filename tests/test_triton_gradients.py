@@ -1,0 +1,201 @@
+"""Gradients by fused kernels, played on the CPU, are those of XLA."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import extend
+
+import hsrjax
+from hsrjax._src.core.tiles import Tiles
+from hsrjax._src.core.visible import Visible
+from hsrjax._src.index.index import Index
+from hsrjax._src.kernels import base as registry
+from hsrjax._src.kernels.triton import entries, launch
+from hsrjax._src.kernels.triton.implementation import Triton
+from tests.contract import inputs, relative_error, slow
+
+# (B, T, S, N, K, H, D): several parts of a tile, of queries of two heads.
+CAUSAL = (1, 100, 100, 2, 1, 12, 20)
+# Several programs share the keys of a part.
+FEW = (1, 6, 500, 4, 2, 16, 8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreted():
+    before = dict(registry._implementations)
+    registry.register(Triton("interpreted", interpret=True))
+    yield
+    registry._implementations.clear()
+    registry._implementations.update(before)
+
+
+def gradients(implementation, method, activation, arrays, **options):
+    """Of query, key, value and the activation's fields."""
+    *arrays, cotangent = arrays
+
+    def loss(query, key, value, activation):
+        out = hsrjax.attention(
+            query,
+            key,
+            value,
+            activation=activation,
+            method=method,
+            implementation=implementation,
+            **options,
+        )
+        return jnp.vdot(out.astype(jnp.float32), cotangent.astype(jnp.float32))
+
+    found = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*arrays, activation)
+    return [np.asarray(x, np.float32) for x in jax.tree.leaves(found)]
+
+
+def relu(power, bias, **options):
+    return hsrjax.ReLU(power=power, bias=jnp.array(bias), normalize="none", **options)
+
+
+def check(method, activation, arrays, *, tolerance=2e-6, **options):
+    options |= {"method": method, "activation": activation, "arrays": arrays}
+    got, expected = (gradients(name, **options) for name in ("interpreted", "xla"))
+    for one, other in zip(got, expected, strict=True):
+        assert one.shape == other.shape and np.isfinite(other).all()
+        assert relative_error(one, other) <= tolerance
+        if not activation.keeps_all:
+            np.testing.assert_array_equal(one[other == 0], 0)
+    return got
+
+
+@pytest.mark.parametrize(
+    ("power", "bias", "options"),
+    [
+        (1, [1.3, 0.9], {}),
+        *slow(
+            (2, [1.3, -0.5], {"window": 30, "sinks": 3}),
+            (2, [1.3, -0.5], {"segment_ids": np.repeat([3, 7, 2], [20, 50, 30])[None]}),
+        ),
+    ],
+)
+def test_of_lists(power, bias, options):
+    """Early parts see few keys and go over all of them: both ways in one call."""
+    check("hsr", relu(power, bias), inputs(CAUSAL), is_causal=True, **options)
+
+
+@pytest.mark.parametrize("method", ["hsr", *slow(("auto",), ("dense",))])
+def test_of_keys_that_programs_share(method):
+    check(method, relu(2, [1.5, 2.0, -0.3, 4.0]), inputs(FEW))
+
+
+def test_lists_are_gone_over_in_rounds_and_made_in_groups(monkeypatch):
+    monkeypatch.setattr(entries, "_BYTES", 4096)
+    monkeypatch.setattr(launch, "_LIST_BYTES", 4096)
+    monkeypatch.setattr("hsrjax._src.planning.plan._MOST_PARTS", 2)
+    once = functools.partial(check, "hsr", relu(1, [1.3, 1.1]), inputs(CAUSAL))
+    got, again = once(is_causal=True), once(is_causal=True)
+    for one, other in zip(got, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "activation", [hsrjax.Softmax(), *slow((relu(1, [0.3, -0.2]),))]
+)
+def test_of_dense(activation):
+    check("dense", activation, inputs(CAUSAL), is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [(jnp.bfloat16, "hsr"), *slow((jnp.float16, "hsr"), (jnp.bfloat16, "dense"))],
+)
+def test_low_precision(dtype, method):
+    """Off by one rounding to the dtype, and by that of what leads to it."""
+    arrays = inputs((1, 40, 40, 2, 1, 16, 16), dtype=dtype)
+    tolerance = 2 * float(jnp.finfo(dtype).eps)
+    check(method, relu(2, [0.5, 0.8]), arrays, tolerance=tolerance, is_causal=True)
+
+
+def test_nan_is_where_xla_has_it():
+    """A key and a query of a tile; with more tiles it depends on where these end."""
+    query, key, value, cotangent = inputs((1, 14, 14, 1, 1, 8, 8))
+    key = key.at[0, 8, 0, 3].set(jnp.nan)
+    query = query.at[0, 11, 0, 1].set(jnp.nan)
+    arrays = query, key, value, cotangent
+    run = functools.partial(
+        gradients, method="hsr", activation=relu(2, [0.5]), arrays=arrays
+    )
+    got, expected = (run(name, is_causal=True) for name in ("interpreted", "xla"))
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(np.isnan(one), np.isnan(other))
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    assert np.isnan(got[0]).any() and not np.isnan(got[0]).all()
+
+
+def shapes(tiles, kv_heads, slots, h, dtype, rows=512):
+    """Of tiles of queries, an index and values."""
+
+    def make():
+        lead = tiles, 1, kv_heads, rows
+        visible = Visible(jnp.zeros(lead, jnp.int32))
+        law = hsrjax.ReLU(power=2, bias=jnp.zeros(lead))
+        index = Index.empty((1, kv_heads), h, max_keys=slots, dtype=dtype)
+        values = jnp.zeros((1, kv_heads, slots, h), dtype)
+        return Tiles(jnp.zeros((*lead, h)), law, visible), index, values
+
+    return jax.eval_shape(make)
+
+
+def step(kernels, tiles, index, values, *, method="hsr"):
+    """Gradients of queries and values."""
+
+    def loss(queries, values):
+        these = tiles._replace(queries=queries)
+        options = {"counted": False}
+        if method == "dense":
+            found = kernels.sum_all(these, index.keys, values, None, chunk=1, **options)
+            return jnp.sum(found[0].weighted)
+        options |= {"capacity": 32, "parts": 1, "or_all": True}
+        found = kernels.scan_and_sum(index, these, values, **options)
+        return jnp.sum(found[1].weighted)
+
+    return jax.grad(loss, argnums=(0, 1))(tiles.queries, values)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("method", ["hsr", "dense"])
+def test_they_are_lowered_for_gpus_without_one(dtype, method):
+    where = contextlib.nullcontext()
+    if jax.__version_info__ >= (0, 11):
+        card = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=card)
+        where = jax.sharding.use_abstract_mesh(mesh)
+    skip = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    run = jax.jit(functools.partial(step, Triton(), method=method))
+    with where:
+        exported = jax.export.export(run, platforms=["cuda"], disabled_checks=[skip])(
+            *shapes(4, 2, 2048, 40, dtype)
+        )
+    names = {"row_grads", "key_grads"}
+    names |= {"list_grads", "add_entries", "expand"} if method == "hsr" else set()
+    text = exported.mlir_module()
+    assert all(f"hsrjax_{name}" in text for name in names)
+
+
+def arrays_of(jaxpr):
+    """Bytes of every array that a program makes, but inside kernels."""
+    for equation in jaxpr.eqns:
+        yield from (x.aval.size * x.aval.dtype.itemsize for x in equation.outvars)
+        if equation.primitive.name != "pallas_call":
+            for inner in extend.core.jaxprs_in_params(equation.params):
+                yield from arrays_of(inner)
+
+
+@pytest.mark.parametrize("tokens", [2**14, 2**17])
+def test_long_prompts_stay_in_kernels_and_memory(tokens):
+    """But for sets and lists, which take 64 times less than the scores of a head."""
+    run = functools.partial(step, Triton())
+    arrays = shapes(tokens // 512, 1, tokens, 64, jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(run)(*arrays)
+    assert "scatter" not in str(jaxpr)
+    assert max(arrays_of(jaxpr.jaxpr)) <= 2**28
