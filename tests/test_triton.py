@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 import hsrjax
+from hsrjax._src.activations.softmax import Reported
 from hsrjax._src.core.tiles import Tiles
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels import base as registry
-from hsrjax._src.kernels.triton import implementation, launch
+from hsrjax._src.kernels.triton import implementation, launch, select
 from hsrjax._src.kernels.triton.implementation import Triton
 from hsrjax._src.planning import costs
 from tests.contract import AttentionContract, CacheContract, relative_error, slow
@@ -288,3 +289,114 @@ def test_the_warning_that_pallas_for_triton_is_deprecated_stays_inside():
     warnings.warn(said, DeprecationWarning, stacklevel=1)
     with pytest.raises(DeprecationWarning, match="another"):
         warnings.warn("another", DeprecationWarning, stacklevel=1)
+
+
+def with_heavy_keys(dtype, *, tokens=700):
+    """A cache of which few keys have most of the mass of a row, and a query."""
+    rng = np.random.default_rng(5)
+    draw = lambda *shape: rng.standard_normal((2, *shape))
+    direction = draw(1, 3, 32)
+    along = rng.gumbel(size=(2, tokens, 3, 1)) * 2.0
+    cache = hsrjax.init_cache(2, tokens + 60, 3, 32, value_dim=8, dtype=dtype)
+    key = jnp.asarray(draw(tokens, 3, 32) + along * direction, dtype)
+    value = jnp.asarray(draw(tokens, 3, 8), dtype)
+    cache = hsrjax.extend(cache, key, value, lengths=jnp.array([tokens, tokens // 2]))
+    query = jnp.repeat(direction, 2, axis=2) + 0.3 * draw(1, 6, 32)
+    return cache, jnp.asarray(query, dtype)
+
+
+def attend_by_mass(cache, query, epsilon, name=NAME, method="hsr"):
+    return jax.jit(
+        lambda cache, query: hsrjax.decode_attention(
+            query,
+            cache,
+            activation=hsrjax.Softmax(epsilon=epsilon),
+            method=method,
+            implementation=name,
+        )
+    )(cache, query)
+
+
+def check_by_mass(cache, query, epsilon, found):
+    """Nothing that was promised is broken, against full softmax; keys left out."""
+    out, info = found
+    full, _ = hsrjax.decode_attention(
+        query, cache, activation=hsrjax.Softmax(), method="dense", implementation="xla"
+    )
+    wrong = jnp.max(jnp.abs(out.astype(jnp.float32) - full.astype(jnp.float32)), -1)
+    rounding = 2.0**-7 if out.dtype == jnp.bfloat16 else 1e-5
+    assert (info.missed_mass <= epsilon).all()
+    assert (wrong <= info.error_bound + rounding).all()
+    return cache.length[:, None, None] - info.count
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, *slow((jnp.float32,))])
+@pytest.mark.parametrize("epsilon", [0.1, *slow((1e-3,))])
+def test_a_share_of_the_mass_is_left_out(dtype, epsilon):
+    cache, query = with_heavy_keys(dtype)
+    found = attend_by_mass(cache, query, epsilon)
+    left_out = check_by_mass(cache, query, epsilon, found)
+    assert (left_out >= 0).all()
+    assert float(jnp.mean(left_out / cache.length[:, None, None])) > 0.5
+
+
+def test_what_is_not_listed_is_weighed():
+    """At least what it weighs, and not much more."""
+    cache, offset = filled(jnp.float32, kv_heads=3, h=32), 1.5
+    draw = np.random.default_rng(6).standard_normal((1, 2, 3, 2, 32))
+    queries, keys = jnp.asarray(32**-0.5 * draw, jnp.float32), cache.index.keys
+    scores = np.einsum("mbkqh,bksh->mbkqs", queries, keys, dtype=np.float64)
+    length = jnp.broadcast_to(cache.length[None, :, None, None], (1, 2, 3, 2))
+    seen = np.arange(keys.shape[-2]) < np.asarray(length)[..., None]
+    weights = np.exp(np.minimum(scores - offset, 0.0))
+
+    def below(edge):
+        """Mass of the keys that no query of the tile lists."""
+        unlisted = np.all(scores < edge, axis=-2, keepdims=True)
+        return np.sum(np.where(seen & unlisted, weights, 0.0), axis=-1)
+
+    law = Reported(jnp.full(length.shape, offset))
+    options = launch.Options(False, NAME == "interpreted", weighed=True)
+    _, _, left = jax.jit(
+        lambda: launch.reported(
+            options,
+            Tiles(queries, law, Visible(length)),
+            cache.index,
+            cache.values.rows,
+        )
+    )()
+    left = np.asarray(left, np.float64)
+    assert (left >= below(offset - 0.1)).all()
+    assert (left <= 1.1 * below(offset)).all()
+
+
+@pytest.mark.parametrize(("too_high", "dense"), [(2.0, False), (60.0, True)])
+def test_a_guess_that_is_too_high_is_noticed(too_high, dense, monkeypatch):
+    """A second look repairs it, or all keys of the row are summed."""
+    cache, query = with_heavy_keys(jnp.float32)
+    guess = select.guess
+    monkeypatch.setattr(select, "guess", lambda *x: guess(*x) + too_high)
+    left_out = check_by_mass(cache, query, 0.1, attend_by_mass(cache, query, 0.1))
+    assert bool((left_out == 0).any()) == dense
+
+
+@pytest.mark.slow
+def test_a_key_that_is_no_number_is_not_left_out():
+    cache, query = with_heavy_keys(jnp.float32)
+    key = jnp.full((2, 1, 3, 32), jnp.nan)
+    cache = hsrjax.extend(cache, key, jnp.ones((2, 1, 3, 8)))
+    out, _ = attend_by_mass(cache, query, 0.1)
+    assert jnp.isnan(out).all()
+
+
+@pytest.mark.slow
+def test_gradients_where_mass_is_left_out():
+    """Those of full softmax over the keys that were kept."""
+    cache, query = with_heavy_keys(jnp.float32, tokens=300)
+    loss = lambda attend: lambda q: jnp.sum(jnp.sin(attend(q)))
+    by_mass = lambda q: attend_by_mass(cache, q, 1e-3)[0]
+    full = lambda q: hsrjax.decode_attention(
+        q, cache, activation=hsrjax.Softmax(), method="dense", implementation="xla"
+    )[0]
+    got, expected = (jax.grad(loss(f))(query) for f in (by_mass, full))
+    assert relative_error(got, expected) < 1e-2

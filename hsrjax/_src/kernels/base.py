@@ -167,10 +167,16 @@ class Implementation:
         counted: bool,
         or_all: bool = False,
     ) -> tuple[jax.Array, Partial, Any]:
-        """`select` and `sum_sets` in one, with arguments as there and `scan_and_sum`'s.
+        """`select` and `sum_sets` in one.
 
         Args:
+          index: batch axes *B.
           values: `Values`.
+          tiles: as in `sum_sets`.
+          capacity: as in `scan_and_sum`, and what follows.
+          parts: J.
+          counted: whether the numbers of keys are wanted.
+          or_all: may sum over all keys where that costs less.
 
         Returns:
           Sizes of the sets i32[M, *B, J], Partial and certificates of [M, *B, Q].

@@ -29,7 +29,7 @@ def within(
     or_all: bool,
     interpret: bool,
 ) -> tuple[jax.Array, Partial, LeftOut]:
-    """As `Implementation.select_and_sum`, for an activation with a field epsilon."""
+    """As `Implementation.select_and_sum`, of one tile, for a field `epsilon`."""
     most = launch.DENSE_SHARE if or_all else 1.0
     options = launch.Options(counted, interpret, most, weighed=True)
     share = jax.lax.stop_gradient(tiles.activation.epsilon)
@@ -56,7 +56,7 @@ def within(
         every, index.keys, values, None, counted=counted, interpret=interpret
     )
     mass = jnp.where(pending, 0.0, mass) * guard(values.shape[-2])
-    rounding = score_rounding(tiles.queries, index.sketch.key_norm())
+    rounding = score_rounding(tiles.queries[0], index.sketch.key_norm())[None]
     return sizes, _merged(sums, found), LeftOut(mass, share, rounding)
 
 
