@@ -68,6 +68,7 @@ def decode(
     method: Any = "auto",
     counted=False,
     spill=0,
+    kernels=("hsrjax_attend", "hsrjax_combine"),
     **sizes,
 ) -> Case:
     """Attention of what is new to a cache."""
@@ -82,7 +83,7 @@ def decode(
         )[: 1 + counted]
 
     arrays = lambda: Sizes(**sizes).arrays()
-    return Case(name, ("hsrjax_attend",), run, arrays, spill=spill)
+    return Case(name, kernels, run, arrays, spill=spill)
 
 
 def append(name: str, **sizes) -> Case:
@@ -109,7 +110,7 @@ def step(name: str, *, method: Any, launches: int, **sizes) -> Case:
         )
         return cache, out
 
-    kernels = "hsrjax_append", "hsrjax_attend"
+    kernels = "hsrjax_append", "hsrjax_attend", "hsrjax_combine"
     arrays = lambda: Sizes(**sizes).arrays()
     return Case(name, kernels, run, arrays, launches=launches, in_place=True)
 
@@ -126,11 +127,19 @@ def prefill(name: str, *, method: Any, head: int) -> Case:
         implementation="triton",
     )
     new = lambda heads: jnp.zeros((1, 4096, heads, head), jnp.bfloat16)
-    return Case(name, ("hsrjax_attend",), run, lambda: (new(8), new(4)))
+    return Case(
+        name, ("hsrjax_attend", "hsrjax_combine"), run, lambda: (new(8), new(4))
+    )
 
 
 FLOAT32, FLOAT16, BFLOAT16 = jnp.float32, jnp.float16, jnp.bfloat16
 SOFTMAX = hsrjax.Softmax()
+BY_MASS: dict[str, Any] = {
+    "activation": hsrjax.Softmax(epsilon=0.1),
+    "method": "hsr",
+    "counted": True,
+    "kernels": ("hsrjax_guess", "hsrjax_attend", "hsrjax_combine"),
+}
 WIDE = {"head": 256, "dtype": FLOAT32}
 CASES = (
     decode("decode, heads of 64"),
@@ -151,11 +160,14 @@ CASES = (
     decode("dense softmax", activation=SOFTMAX),
     decode("dense softmax, 64 new", activation=SOFTMAX, new=64, head=128),
     decode("dense softmax, 64 new, float32", activation=SOFTMAX, new=64, **WIDE),
+    decode("epsilon", **BY_MASS),
+    decode("epsilon, heads of 128", kv_heads=8, group=4, head=128, **BY_MASS),
+    decode("epsilon, 4 new, float32", new=4, dtype=FLOAT32, **BY_MASS),
     append("append, heads of 64"),
     append("append 31, heads of 20 and 40", new=31, head=20, value=40),
     append("append 31, float32", new=31, **WIDE),
-    step("step, auto", method="auto", launches=9),
-    step("step, hsr", method="hsr", launches=9),
+    step("step, auto", method="auto", launches=8),
+    step("step, hsr", method="hsr", launches=8),
     prefill("prefill, hsr", method="hsr", head=64),
     prefill("prefill, dense", method="dense", head=128),
 )

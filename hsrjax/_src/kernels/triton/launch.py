@@ -12,6 +12,7 @@ from hsrjax._src.core.tiles import Partial, Tiles
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels.triton.attend import Found, Operands, attend
 from hsrjax._src.kernels.triton.backward import Bars, gradients, most_rows_of
+from hsrjax._src.kernels.triton.combine import combine
 from hsrjax._src.kernels.triton.loads import padded
 from hsrjax._src.kernels.triton.place import Sizes
 
@@ -99,9 +100,10 @@ def _run(options, tiles, keys, values, ids, sketch) -> Found:
     groups = _groups(operands, sizes)
     by_group = lambda x: x.reshape(groups, -1, *x.shape[1:])
     rows = jax.tree.map(by_group, tuple(operands[:3]))
-    one_group = lambda rows: attend(Operands(*rows, *operands[3:]), sizes)._replace(
-        slots=None
-    )
+
+    def one_group(rows):
+        return combine(attend(Operands(*rows, *operands[3:]), sizes), sizes)
+
     if groups == 1:
         found = one_group(tuple(operands[:3]))
     else:
@@ -172,17 +174,7 @@ def _groups(x: Operands, sizes: Sizes) -> int:
 
 
 def _of_all(found: Found) -> tuple[jax.Array, Partial, jax.Array | None]:
-    """Sizes i32, Partial and mass [M, *B, Q] of what the programs found.
-
-    The size of a part is that of each of its queries: parts may be smaller where
-    gradients are asked for, and the shape may not depend on it.
-    """
-    axis, sums = found.size.ndim - 2, found.sums
-    size = jnp.sum(found.size, axis=axis)
-    queries = sums.total.shape[-1]
-    size = jnp.repeat(size, -(-queries // size.shape[-1]), axis=-1)[..., :queries]
-    left = None if found.left is None else jnp.sum(found.left, axis=axis)
-    return size, sums.merge_axis(axis), left
+    return found.size, found.sums, found.left
 
 
 # Gradients, over the sets that the forward pass leaves.
