@@ -109,7 +109,7 @@ def test_of_keys_that_programs_share(method):
 
 def test_lists_are_gone_over_in_rounds_and_made_in_groups(monkeypatch):
     monkeypatch.setattr(entries, "_BYTES", 4096)
-    monkeypatch.setattr(launch, "_LIST_BYTES", 4096)
+    monkeypatch.setattr(launch, "_LIST_BYTES", 1024)
     monkeypatch.setattr("hsrjax._src.planning.plan._MOST_PARTS", 2)
     once = functools.partial(check, "hsr", relu(1, [2.8, 3.0]), inputs(CAUSAL))
     got, again = once(is_causal=True), once(is_causal=True)

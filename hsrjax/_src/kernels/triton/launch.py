@@ -12,8 +12,9 @@ from hsrjax._src.core.tiles import Partial, Tiles
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels.triton.append import append as append
 from hsrjax._src.kernels.triton.attend import Found, Operands, attend
-from hsrjax._src.kernels.triton.backward import Bars, gradients, most_rows_of
+from hsrjax._src.kernels.triton.backward import gradients, most_rows_of
 from hsrjax._src.kernels.triton.place import Sizes
+from hsrjax._src.kernels.triton.rows import Bars
 
 _PROGRAMS = 1024
 """Of a launch, at least: several for each unit of the largest cards."""
@@ -74,15 +75,18 @@ def _run(options, tiles, keys, values, ids, sketch, *, kept=False) -> Found:
     operands = _flat(tiles, keys, values, ids, sketch)
     sizes = _sizes(operands, counted=counted, most=most, interpret=interpret, kept=kept)
     groups = _groups(operands, sizes)
-    by_group = lambda x: x.reshape(groups, -1, *x.shape[1:])
-    rows = jax.tree.map(by_group, tuple(operands[:3]))
-    one_group = lambda rows: attend(Operands(*rows, *operands[3:]), sizes)._replace(
-        slots=None
-    )
+    rows = operands.queries, operands.law, operands.visible
+
+    def one_group(rows):
+        queries, law, visible = rows
+        x = operands._replace(queries=queries, law=law, visible=visible)
+        return attend(x, sizes)._replace(slots=None)
+
     if groups == 1:
-        found = one_group(tuple(operands[:3]))
+        found = one_group(rows)
     else:
-        found = jax.lax.map(one_group, rows)
+        by_group = lambda x: x.reshape(groups, -1, *x.shape[1:])
+        found = jax.lax.map(one_group, jax.tree.map(by_group, rows))
         found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
     lead = keys.shape[:-2]
     unflat = lambda x: x.reshape(x.shape[0], *lead, *x.shape[2:])
@@ -179,7 +183,7 @@ def _reported_forward(options, tiles, keys, values, index):
 
 
 def _reported_backward(options, residuals, cotangents):
-    return _gradients(options, *residuals, cotangents[1])
+    return _gradients(options, residuals, cotangents[1])
 
 
 _reported.defvjp(_reported_forward, _reported_backward)
@@ -191,20 +195,20 @@ def _all(options, tiles, keys, values, ids):
 
 
 def _all_forward(options, *arrays):
-    sums = _all(options, *arrays)
+    sums: Any = _all(options, *arrays)
     return sums, (arrays, None, sums.peak)
 
 
 def _all_backward(options, residuals, cotangents):
-    return _gradients(options, *residuals, cotangents)
+    return _gradients(options, residuals, cotangents)
 
 
 _all.defvjp(_all_forward, _all_backward)
 
 
-def _gradients(options, arrays, words, peak, cotangents):
+def _gradients(options, residuals, cotangents):
     counted, most, interpret = options
-    tiles, keys, values, ids = arrays
+    (tiles, keys, values, ids), words, peak = residuals
     operands = _flat(tiles, keys, values, ids, None)
     sizes = _sizes(operands, counted=counted, most=most, interpret=interpret, kept=True)
     bars = Bars(cotangents.weighted, cotangents.total, peak)
