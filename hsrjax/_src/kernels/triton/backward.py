@@ -20,34 +20,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from hsrjax._src.core.arrays import finite_or_zero
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.kernels.triton import entries
 from hsrjax._src.kernels.triton.attend import Operands
 from hsrjax._src.kernels.triton.entries import ByKey, Lists, Room
 from hsrjax._src.kernels.triton.loads import LEAST, padded, rows_of, shaped, store_rows
 from hsrjax._src.kernels.triton.place import Pieces, Place, Sizes
-from hsrjax._src.kernels.triton.products import Split, split, times
+from hsrjax._src.kernels.triton.products import split, times
+from hsrjax._src.kernels.triton.rows import Bars, Rows
 
 _FAR = 2**31 - 1
 _LOOKED_UP = 128
 """Parts that a block of keys asks at once whether they see it."""
 _NUMBERS = 256
 """Of a query and its cotangent that allow for the larger tiles: no register spills."""
-
-
-class Bars(NamedTuple):
-    """What gradients start from.
-
-    Attributes:
-      weighted: f32[M, X, Q, D], of the sums of weighted values.
-      total: f32[M, X, Q], of the sums of weights.
-      peak: f32[M, X, Q], the best scores that weights are relative to, or None.
-    """
-
-    weighted: Any
-    total: Any
-    peak: Any
 
 
 class RowGrads(NamedTuple):
@@ -157,72 +143,6 @@ def _todo(every: jax.Array, spans: list[tuple[jax.Array, jax.Array]]) -> Todo:
     return Todo(every, order, jnp.sum(every, axis=1), jax.tree.map(ordered, spans))
 
 
-class _Rows(NamedTuple):
-    """Queries of a part of a tile with what their gradients start from.
-
-    Products have keys first, [C, Q]: so what they give is multiplied as it is.
-    """
-
-    queries: Split
-    weighted: Split
-    total: jax.Array
-    law: Any
-    visible: Visible
-    shift: Any
-
-    @classmethod
-    def of(cls, here: Place, x: Operands, bars: Bars) -> _Rows:
-        sizes = here.sizes
-        row = lambda ref: here.row(ref)[None, :]
-        # Rows that are no queries may not be those of others: these may hold NaN.
-        rows = functools.partial(rows_of, where=here.query, there=here.live)
-        queries = rows(x.queries, width=sizes.head_dim)
-        weighted = rows(bars.weighted, width=sizes.value_dim)
-        return cls(
-            queries=split(queries, x.keys, 3),
-            weighted=split(weighted, x.values, 2),
-            total=jnp.where(here.live, here.row(bars.total), 0.0)[None, :],
-            law=jax.tree.map(row, x.law),
-            visible=jax.tree.map(
-                lambda ref: jnp.where(here.live, here.row(ref), 0)[None, :], x.visible
-            ),
-            shift=None if bars.peak is None else finite_or_zero(row(bars.peak)),
-        )
-
-    def pull(self, keys, values, position, there):
-        """Weights f32[C, Q] of keys, and cotangents of scores f32[C, Q] and law."""
-        position = position[:, None, None]
-        seen = self.visible.mask(position)[..., 0] & there[:, None]
-        sinks = self.visible.sinks(position)
-        sinks = None if sinks is None else sinks[..., 0]
-        scores = times(split(keys, keys, 1), self.queries.T, order=3)
-        scores = jnp.where(seen, scores, -jnp.inf)
-
-        def weigh(scores, law):
-            return law.weigh_row(scores, sinks=sinks, peak=self.shift)
-
-        weights, pull = jax.vjp(weigh, scores, self.law)
-        bar = times(split(values, values, 1), self.weighted.T, order=2) + self.total
-        scores_bar, law_bar = pull(bar)
-        # On a GPU the larger of a number and NaN is the number.
-        unknown = jnp.isnan(scores)
-        if not self.law.keeps_all:
-            unknown |= jnp.isnan(jnp.asarray(self.law.edge()))
-        weights = jnp.where(unknown, jnp.nan, weights)
-        return (
-            split(jnp.where(seen, weights, 0.0), values, 2),
-            split(jnp.where(seen, scores_bar, 0.0), keys, 2),
-            jax.tree.map(lambda x: x[0], law_bar),
-        )
-
-    def by_key(self, weights: Split, scores_bar: Split) -> ByKey:
-        """What the keys get: f32[C, H'] and f32[C, D']."""
-        return ByKey(
-            times(scores_bar, self.queries, order=2),
-            times(weights, self.weighted, order=2),
-        )
-
-
 def _row_grads(x: Operands, bars: Bars, todo: Todo, sizes: Sizes) -> RowGrads:
     """Of parts that go over all of their keys; zero for others."""
     tiles, sets, queries, _ = x.queries.shape
@@ -241,7 +161,7 @@ def _row_grads(x: Operands, bars: Bars, todo: Todo, sizes: Sizes) -> RowGrads:
 
 def _row_kernel(x: Operands, bars: Bars, every, out: RowGrads, *, sizes: Sizes):
     here = Place.of_program(sizes)
-    rows = _Rows.of(here, x, bars)
+    rows = Rows.of(here, x, bars)
     pieces = Pieces.of(here, rows.visible, x.ids)
     is_todo = triton.load(every.at[here.set, pl.program_id(1)]) > 0
     number = jnp.where(is_todo, pieces.count * sizes.piece, 0)
@@ -249,7 +169,7 @@ def _row_kernel(x: Operands, bars: Bars, every, out: RowGrads, *, sizes: Sizes):
     _store_rows(here, out, found, here.live)
 
 
-def _over(here: Place, x: Operands, rows: _Rows, number, slots, leave) -> RowGrads:
+def _over(here: Place, x: Operands, rows: Rows, number, slots, leave) -> RowGrads:
     """Gradients of the rows from `number` keys, `slots(at)`.
 
     `leave(at, by_key)` is called with what the keys get.
@@ -315,7 +235,7 @@ def _key_kernel(x: Operands, bars: Bars, todo: Todo, out: ByKey, *, sizes: Sizes
 
     def step(i, grads):
         here = Place(sizes, set_, triton.load(todo.order.at[set_, i]))
-        rows = _Rows.of(here, x, bars)
+        rows = Rows.of(here, x, bars)
         weights, scores_bar, _ = rows.pull(keys, values, position, there)
         new = rows.by_key(weights, scores_bar)
         return jax.tree.map(jnp.add, grads, new)
@@ -410,7 +330,7 @@ def _list_kernel(
 ):
     del old
     here = Place.of_program(sizes)
-    rows = _Rows.of(here, x, bars)
+    rows = Rows.of(here, x, bars)
     part = here.set, pl.program_id(1)
     first = triton.load(first.at[jnp.int32(0)])
     begin, size = triton.load(begin.at[part]), triton.load(size.at[part])

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from hsrjax._src.core.tiles import Partial, Tiles
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels.triton.attend import Found, Operands, attend
-from hsrjax._src.kernels.triton.backward import Bars, gradients, most_rows_of
+from hsrjax._src.kernels.triton.backward import gradients, most_rows_of
 from hsrjax._src.kernels.triton.combine import combine
 from hsrjax._src.kernels.triton.loads import padded
 from hsrjax._src.kernels.triton.place import Sizes
+from hsrjax._src.kernels.triton.rows import Bars
 
 _PROGRAMS = 1024
 """Of a launch, at least: several for each unit of the largest cards."""
@@ -98,16 +99,18 @@ def _run(options, tiles, keys, values, ids, sketch) -> Found:
     operands = flat(tiles, keys, values, ids, sketch)
     sizes = sizes_of(operands, options)
     groups = _groups(operands, sizes)
-    by_group = lambda x: x.reshape(groups, -1, *x.shape[1:])
-    rows = jax.tree.map(by_group, tuple(operands[:3]))
+    rows = operands.queries, operands.law, operands.visible
 
     def one_group(rows):
-        return combine(attend(Operands(*rows, *operands[3:]), sizes), sizes)
+        queries, law, visible = rows
+        x = operands._replace(queries=queries, law=law, visible=visible)
+        return combine(attend(x, sizes), sizes)
 
     if groups == 1:
-        found = one_group(tuple(operands[:3]))
+        found = one_group(rows)
     else:
-        found = jax.lax.map(one_group, rows)
+        by_group = lambda x: x.reshape(groups, -1, *x.shape[1:])
+        found = jax.lax.map(one_group, jax.tree.map(by_group, rows))
         found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
     lead = keys.shape[:-2]
     unflat = lambda x: x.reshape(x.shape[0], *lead, *x.shape[2:])
@@ -194,7 +197,7 @@ def _reported_forward(options, tiles, keys, values, index):
 
 
 def _reported_backward(options, residuals, cotangents):
-    return _gradients(options, *residuals, cotangents[1])
+    return _gradients(options, residuals, cotangents[1])
 
 
 _reported.defvjp(_reported_forward, _reported_backward)
@@ -206,19 +209,19 @@ def _all(options, tiles, keys, values, ids):
 
 
 def _all_forward(options, *arrays):
-    sums = _all(options, *arrays)
+    sums: Any = _all(options, *arrays)
     return sums, (arrays, None, sums.peak)
 
 
 def _all_backward(options, residuals, cotangents):
-    return _gradients(options, *residuals, cotangents)
+    return _gradients(options, residuals, cotangents)
 
 
 _all.defvjp(_all_forward, _all_backward)
 
 
-def _gradients(options, arrays, words, peak, cotangents):
-    tiles, keys, values, ids = arrays
+def _gradients(options, residuals, cotangents):
+    (tiles, keys, values, ids), words, peak = residuals
     operands = flat(tiles, keys, values, ids, None)
     sizes = sizes_of(operands, options._replace(kept=True))
     bars = Bars(cotangents.weighted, cotangents.total, peak)
