@@ -132,6 +132,34 @@ def prefill(name: str, *, method: Any, head: int) -> Case:
     )
 
 
+def gradients(
+    name: str,
+    *kernels: str,
+    method: Any = "hsr",
+    activation: hsrjax.Activation = RELU,
+    dtype: Any = jnp.bfloat16,
+    head: int = 64,
+    spill: int = 0,
+) -> Case:
+    """Of causal attention over a sequence, by queries, keys and values."""
+
+    def loss(query, key, value):
+        out = hsrjax.attention(
+            query,
+            key,
+            value,
+            activation=activation,
+            is_causal=True,
+            method=method,
+            implementation="triton",
+        )
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    new = lambda heads: jnp.zeros((1, 4096, heads, head), dtype)
+    arrays = lambda: (new(8), new(4), new(4))
+    return Case(name, kernels, jax.grad(loss, (0, 1, 2)), arrays, spill=spill)
+
+
 FLOAT32, FLOAT16, BFLOAT16 = jnp.float32, jnp.float16, jnp.bfloat16
 SOFTMAX = hsrjax.Softmax()
 BY_MASS: dict[str, Any] = {
@@ -140,6 +168,8 @@ BY_MASS: dict[str, Any] = {
     "counted": True,
     "kernels": ("hsrjax_guess", "hsrjax_attend", "hsrjax_combine"),
 }
+OF_ALL = "hsrjax_row_grads", "hsrjax_key_grads"
+OF_LISTS = "hsrjax_list_grads", "hsrjax_expand", "hsrjax_add_entries"
 WIDE = {"head": 256, "dtype": FLOAT32}
 CASES = (
     decode("decode, heads of 64"),
@@ -170,6 +200,11 @@ CASES = (
     step("step, hsr", method="hsr", launches=8),
     prefill("prefill, hsr", method="hsr", head=64),
     prefill("prefill, dense", method="dense", head=128),
+    gradients("gradients, hsr", *OF_LISTS),
+    gradients("gradients, hsr, heads of 128", *OF_LISTS, head=128),
+    gradients("gradients, hsr, float32", *OF_LISTS, dtype=FLOAT32),
+    gradients("gradients, dense", *OF_ALL, method="dense"),
+    gradients("gradients, softmax", *OF_ALL, method="dense", activation=SOFTMAX),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def combine(found: Found, sizes: Sizes) -> Found:
     return result._replace(words=found.words)
 
 
-def _kernel(x: Found, out: Found, *, sizes: Sizes):
+def _kernel(x: Any, out: Any, *, sizes: Sizes):
     keys, number = pl.program_id(0), pl.program_id(1)
     tile, row = number // sizes.queries, number % sizes.queries
     program = jnp.arange(padded(sizes.programs, 1), dtype=jnp.int32)

@@ -39,7 +39,8 @@ def within(
     for _ in range(2):
         some = _among(tiles, pending)._replace(activation=Reported(offset))
         more, found, left = launch.reported(options, some, index, values)
-        left *= jnp.exp(offset - finite_or_zero(found.peak))
+        assert left is not None and found.peak is not None
+        left = left * jnp.exp(offset - finite_or_zero(found.peak))
         left = jax.lax.stop_gradient(jnp.where(jnp.isfinite(offset), left, 0.0))
         sums, mass = _merged(sums, found), jnp.where(pending, left, mass)
         sizes = sizes + more
