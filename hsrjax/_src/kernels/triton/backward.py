@@ -70,6 +70,10 @@ def gradients(
       words: i32[M, X, J, P/32], the sets of keys; None is all of them.
       sizes: static.
     """
+    if x.keys.dtype == jnp.float16 and _numbers(x) > 2 * _NUMBERS:
+        # Pieces of wide heads would take more shared memory than small cards have.
+        keys, values = (y.astype(jnp.float32) for y in (x.keys, x.values))
+        x = x._replace(keys=keys, values=values)
     spans = _spans(x.visible, sizes, x.ids)
     lists = None
     every = spans[-1][1] > 0
