@@ -8,15 +8,15 @@ import argparse
 import csv
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import sys
 import time
+from concurrent import futures
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-import jax
 
 from tests.gpu import compiled
 from tests.gpu.cases import CASES
@@ -33,13 +33,19 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder ({OUT})")
     options = parser.parse_args(words)
     chosen = [case for case in CASES if options.only in case.name]
+    if not chosen:
+        parser.error(f"no case has {options.only!r} in its name")
     rows, faults, start = [], [], time.time()
     print(f"{'case':<34}{'card':<6}{'kernel':<16}registers spilled shared launches")
-    for card in map(compiled.Card, options.cards):
-        for case in chosen:
-            found, wrong = check(case, card)
+    jobs = [(case.name, card) for card in options.cards for case in chosen]
+    spawned = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(os.cpu_count(), spawned) as pool:
+        for job, (found, wrong) in zip(
+            jobs, pool.map(compiled.check, jobs), strict=True
+        ):
+            show(found)
             rows += found
-            faults += [f"{case.name}, {card.name}: {fault}" for fault in wrong]
+            faults += [f"{', '.join(job)}: {fault}" for fault in wrong]
     write(options.out, rows)
     print(f"{len(rows)} kernels in {time.time() - start:.0f} s: {options.out}")
     for fault in faults:
@@ -47,13 +53,7 @@ def main(words: list[str] | None = None) -> int:
     return 1 if faults or not rows else 0
 
 
-def check(case, card):
-    """Lines of the table, and what is wrong."""
-    try:
-        found = compiled.compile_case(case, card)
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        return [], [f"is not compiled: {error}"]
-    rows = compiled.rows_of(case, card, found)
+def show(rows) -> None:
     for row in rows:
         print(
             f"{row['case']:<34}{row['card']:<6}{row['kernel']:<16}"
@@ -61,7 +61,6 @@ def check(case, card):
             f"{row['launches']:>9}",
             flush=True,
         )
-    return rows, compiled.faults_of(case, found)
 
 
 def write(folder: Path, rows) -> None:

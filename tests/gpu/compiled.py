@@ -6,6 +6,7 @@ NVIDIA's ptxas tells the registers and spills of the same PTX.
 """
 
 import contextlib
+import functools
 import importlib.util
 import re
 import subprocess
@@ -20,7 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hsrjax._src.planning import costs
-from tests.gpu.cases import Case, shapes
+from tests.gpu.cases import CASES, Case, shapes
 
 CARDS = Path(__file__).with_name("cards")
 OURS = "hsrjax_"
@@ -83,6 +84,20 @@ class Card:
             where = jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh)
         with where, mock.patch.object(costs, "default_device", lambda: self.device):
             yield
+
+
+card_of = functools.cache(Card)
+
+
+def check(job: tuple[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Lines of the table, and what is wrong, of a case and a card by their names."""
+    name, card = job
+    (case,) = (case for case in CASES if case.name == name)
+    try:
+        found = compile_case(case, card_of(card))
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        return [], [f"is not compiled: {error}"]
+    return rows_of(case, card_of(card), found), faults_of(case, found)
 
 
 def compile_case(case: Case, card: Card) -> Compiled:
