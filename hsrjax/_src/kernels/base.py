@@ -2,7 +2,8 @@
 
 Dense attention is `sum_all`. Attention to reported keys is `scan`, or `select` where
 all scores of a row are needed to say which keys take part, and then `sum_sets`; or
-`scan_and_sum` in one, where fusing pays. An index grows by `append`, a cache by `grow`.
+`scan_and_sum` and `select_and_sum` in one, where fusing pays. An index grows by
+`append`, a cache by `grow`.
 
 An operation that an implementation cannot do, at all or for these arguments, raises
 NotImplementedError with a reason: the next one is tried.
