@@ -78,7 +78,7 @@ def test_the_bound_covers_what_is_left_out():
     scores, lower, upper = bounded_scores(2.0, 0.3)
     values = np.random.default_rng(1).standard_normal((400, 3))
     top = jax.lax.top_k(jnp.asarray(scores), 11)[0]
-    shift, offset = top[:, 0], certificates.between((top[:, 9], top[:, 10]))
+    shift, offset = top[:, 0], certificates.between((top[:, 9], top[:, 10]), 0.0)
     mass = certificates.mass_below(offset, shift, lower, upper)
     weights = np.exp((scores - np.asarray(shift)[:, None]).astype(np.float64))
     kept = np.where(scores >= np.asarray(offset)[:, None], weights, 0.0)

@@ -229,7 +229,8 @@ class Looped:
           method: of hsrjax.
           implementation: of hsrjax.
           activation: None is that of the caches.
-          informed: return how many keys were kept and looked at as well.
+          informed: return how many keys were kept, the certified error and how many
+            keys were looked at as well.
         """
 
         def step(cache, moved, fixed):
@@ -244,7 +245,8 @@ class Looped:
                 scale=1.0,
                 positions=fixed[1],
             )
-            return (out, info.count, info.candidates) if informed else (out,), cache
+            known = info.count, info.error_bound, info.candidates
+            return (out, *known) if informed else (out,), cache
 
         law = activation or self.activation
         name = method, implementation, informed, jax.tree.structure(law)

@@ -40,6 +40,8 @@ _MORE_KEPT = 0.03
 _LESS_LEFT_OUT = 0.02
 """log of the share of the mass allowed that may stay unused."""
 _RESOLUTION = 2.0**-12
+_TYPICAL = 0.125
+"""Share of the bound on a rounding error that errors stay below in practice."""
 _CAUTION = 0.75
 _OF_ONE = 0.25
 """Shares of the mass allowed that a sample, or a key, may leave out."""
@@ -219,15 +221,22 @@ def guessed_epsilon_offset(
     return offset, peak, sound | (highest == -jnp.inf)
 
 
-def between(best: tuple[jax.Array, jax.Array]) -> jax.Array:
+def between(best: tuple[jax.Array, jax.Array], rounding: jax.Array) -> jax.Array:
     """Between the r-th best score and the next: no rounding changes the set.
 
-    The r-th itself where nothing lies between.
+    Where they are as good as equal, a little below both: scores are made again, maybe
+    in another order of summation, and none of the best r may be lost.
+
+    Args:
+      best: the two, f32[*B, Q].
+      rounding: f32[*B, Q], bound on the rounding error of a score.
     """
     last, next_best = best
     # Their sum may overflow, and without the barrier XLA would halve that.
     middle = 0.5 * next_best + jax.lax.optimization_barrier(0.5 * last)
     middle = jnp.where(middle > next_best, middle, last)
+    close = _TYPICAL * rounding
+    middle = jnp.where(last - next_best <= 2.0 * close, last - 2.0 * close, middle)
     return jnp.where(next_best == -jnp.inf, -jnp.inf, middle)
 
 

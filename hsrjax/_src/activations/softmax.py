@@ -201,7 +201,7 @@ class Softmax(Activation):
         shift = finite_or_zero(peak)
         # Keys that were not looked at are below the offset of the bounds, wherever the
         # best that were looked at leave off.
-        kept = offset if best is None else certificates.between(best)
+        kept = offset if best is None else certificates.between(best, sight.rounding())
         below = jnp.maximum(kept, offset)
         bounds = sight.lower, sight.upper, sight.sinks
         mass = certificates.mass_below(below, shift, *bounds)
