@@ -44,6 +44,7 @@ class TestDense(AttentionContract):
     method, implementation = "dense", NAME
 
 
+@pytest.mark.slow
 class TestCache(CacheContract):
     method, implementation = "hsr", NAME
 

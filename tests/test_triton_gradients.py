@@ -107,6 +107,7 @@ def test_of_keys_that_programs_share(method):
     check(method, relu(2, [2.2, 2.6, 2.4, 2.5]), inputs(FEW))
 
 
+@pytest.mark.slow
 def test_lists_are_gone_over_in_rounds_and_made_in_groups(monkeypatch):
     monkeypatch.setattr(entries, "_BYTES", 4096)
     monkeypatch.setattr(launch, "_LIST_BYTES", 1024)
