@@ -98,12 +98,13 @@ def test_the_bound_covers_what_is_left_out():
 @pytest.mark.parametrize("decoding", [False, *slow((True,))])
 @pytest.mark.parametrize("nearest", [None, 0.9])
 def test_keys_that_were_not_looked_at_count_as_left_out(nearest, decoding):
-    """The sketch lets exactly the best past it, or one that scores far less.
+    """The sketch lets the best past it with two of the sample, or some that score less.
 
     Key 10 shares its block with a huge one, beside which its 39 is rounded to nothing:
     all of that block are looked at.
     """
     key = jnp.zeros((1, 96, 1, 8)).at[0, 80, 0, 0].set(1.0)
+    key = key.at[0, 82:88:5, 0, 0].set(0.95)
     if nearest is not None:
         key = key.at[0, 10, 0, :2].set(jnp.array([nearest - 0.6, 39.0]))
         key = key.at[0, 11, 0, 1].set(1e4)
@@ -120,7 +121,7 @@ def test_keys_that_were_not_looked_at_count_as_left_out(nearest, decoding):
     weights = np.exp(np.asarray(key, np.float64)[0, :, 0, 0])
     weights /= weights.sum()
     kept = np.arange(96) == 80
-    assert int(info.candidates[0, 0, 0]) == (1 if nearest is None else 33)
+    assert int(info.candidates[0, 0, 0]) == (3 if nearest is None else 35)
     assert int(info.count[0, 0, 0]) == 1 and float(out[0, 0, 0, 0]) == 1.0
     assert 1 - weights[kept].sum() <= float(info.missed_mass[0, 0, 0]) <= 1.0
     error = abs(1.0 - float(weights @ np.asarray(value)[0, :, 0, 0]))
@@ -136,7 +137,7 @@ def test_a_guess_is_reached_by_as_many_of_the_sample_as_are_asked_for(
     guess, room = certificates.guessed_offset(rank, jnp.asarray(sample), stride)
     reached = (sample >= np.asarray(guess)[:, None]).sum(-1)
     least = 1 if rank == 1 else 64 / 32 + 3
-    assert (reached >= least).all() and (reached.mean() * stride <= room).all()
+    assert (reached >= least).all() and (reached.mean() * stride <= room(1)).all()
     nothing, _ = certificates.guessed_offset(rank, jnp.full((1, 3), -jnp.inf), stride)
     assert float(nothing[0]) == -np.inf
 

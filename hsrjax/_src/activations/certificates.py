@@ -218,10 +218,13 @@ def guessed_epsilon_offset(
     mass = mass_below(offset, peak, lower, upper, sinks)
     close = jnp.max(upper, axis=-1) - peak <= _NEAR
     sound = close & (mass * guard(keys) <= allowed)
-    return offset, peak, sound | (highest == -jnp.inf)
+    nothing = jnp.max(upper, axis=-1) == -jnp.inf
+    return offset, peak, sound | nothing
 
 
-def between(best: tuple[jax.Array, jax.Array], rounding: jax.Array) -> jax.Array:
+def between(
+    best: tuple[jax.Array, jax.Array], rounding: jax.typing.ArrayLike
+) -> jax.Array:
     """Between the r-th best score and the next: no rounding changes the set.
 
     Where they are as good as equal, a little below both: scores are made again, maybe
@@ -229,14 +232,16 @@ def between(best: tuple[jax.Array, jax.Array], rounding: jax.Array) -> jax.Array
 
     Args:
       best: the two, f32[*B, Q].
-      rounding: f32[*B, Q], bound on the rounding error of a score.
+      rounding: f32[*B, Q], bound on the rounding error of a score; 0 where the scores
+        are not made again.
     """
     last, next_best = best
     # Their sum may overflow, and without the barrier XLA would halve that.
     middle = 0.5 * next_best + jax.lax.optimization_barrier(0.5 * last)
     middle = jnp.where(middle > next_best, middle, last)
-    close = _TYPICAL * rounding
-    middle = jnp.where(last - next_best <= 2.0 * close, last - 2.0 * close, middle)
+    close = _TYPICAL * jnp.asarray(rounding, jnp.float32)
+    equal = last - next_best <= 2.0 * close
+    middle = jnp.where(equal, last - 2.0 * close, middle)
     return jnp.where(next_best == -jnp.inf, -jnp.inf, middle)
 
 

@@ -201,7 +201,11 @@ class Softmax(Activation):
         shift = finite_or_zero(peak)
         # Keys that were not looked at are below the offset of the bounds, wherever the
         # best that were looked at leave off.
-        kept = offset if best is None else certificates.between(best, sight.rounding())
+        kept = offset
+        if best is not None:
+            # Scores that are all known are not made again.
+            again = sight.rounding() if sight.scores is None else 0.0
+            kept = certificates.between(best, again)
         below = jnp.maximum(kept, offset)
         bounds = sight.lower, sight.upper, sight.sinks
         mass = certificates.mass_below(below, shift, *bounds)
