@@ -108,7 +108,7 @@ def test_looped_steps_are_scored_like_single_ones():
     )
     for one in timings.values():
         assert one.calls == 6 and one.error <= 2**-7
-    assert (seen["hsr"][1] == 9).all() and (seen["hsr"][2] >= 9).all()
+    assert (seen["hsr"][1] == 9).all() and (seen["hsr"][-1] >= 9).all()
     first = jax.tree.leaves(caches.hold().caches)
     assert len(caches.hold().caches) == 2 and not first[0].is_deleted()
     first[0].delete()
