@@ -3,7 +3,6 @@
 On an NVIDIA GPU from Ampere on they run as users run them, elsewhere in interpret mode.
 """
 
-import contextlib
 import sys
 import warnings
 from unittest import mock
@@ -23,17 +22,13 @@ from hsrjax._src.kernels.triton import implementation, launch, select
 from hsrjax._src.kernels.triton.implementation import Triton
 from hsrjax._src.planning import costs
 from tests.contract import AttentionContract, CacheContract, relative_error, slow
-
-NAME = "interpreted" if Triton().unavailable(costs.platform()) else "triton"
+from tests.kernels import NAME, PLAYED, known, lowered
 
 
 @pytest.fixture(autouse=True, scope="module")
-def interpreted():
-    before = dict(registry._implementations)
-    registry.register(Triton("interpreted", interpret=True))
-    yield
-    registry._implementations.clear()
-    registry._implementations.update(before)
+def kernels():
+    with known():
+        yield
 
 
 class TestReported(AttentionContract):
@@ -44,9 +39,9 @@ class TestDense(AttentionContract):
     method, implementation = "dense", NAME
 
 
-@pytest.mark.slow
 class TestCache(CacheContract):
     method, implementation = "hsr", NAME
+    pytestmark = [pytest.mark.slow] if NAME == PLAYED else []
 
 
 @pytest.mark.slow
@@ -182,17 +177,7 @@ def cuda_text(kv_heads, slots, h, dtype=jnp.bfloat16):
         options = {"capacity": 32, "parts": 1, "counted": True, "or_all": True}
         return Triton().scan_and_sum(index, tiles, values, **options)
 
-    where = contextlib.nullcontext()
-    if jax.__version_info__ >= (0, 11):
-        card = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
-        mesh = jax.sharding.AbstractMesh((), (), abstract_device=card)
-        where = jax.sharding.use_abstract_mesh(mesh)
-    skip = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-    with where:
-        exported = jax.export.export(
-            jax.jit(step), platforms=["cuda"], disabled_checks=[skip]
-        )(*shapes)
-    return exported.mlir_module()
+    return lowered(step, *shapes)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -357,7 +342,7 @@ def test_what_is_not_listed_is_weighed():
         return np.sum(np.where(seen & unlisted, weights, 0.0), axis=-1)
 
     law = Reported(jnp.full(length.shape, offset))
-    options = launch.Options(False, NAME == "interpreted", weighed=True)
+    options = launch.Options(False, NAME == PLAYED, weighed=True)
     _, _, left = jax.jit(
         lambda: launch.reported(
             options,

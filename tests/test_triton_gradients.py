@@ -1,4 +1,4 @@
-"""Gradients by fused kernels, played on the CPU, are those of XLA."""
+"""Gradients by fused kernels are those of XLA."""
 
 import contextlib
 import functools
@@ -13,10 +13,10 @@ import hsrjax
 from hsrjax._src.core.tiles import Tiles
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.index.index import Index
-from hsrjax._src.kernels import base as registry
 from hsrjax._src.kernels.triton import entries, launch
 from hsrjax._src.kernels.triton.implementation import Triton
 from tests.contract import inputs, relative_error, slow
+from tests.kernels import NAME, known, lowered
 
 # (B, T, S, N, K, H, D): several parts of a tile, of queries of two heads.
 CAUSAL = (1, 100, 100, 2, 1, 12, 20)
@@ -25,12 +25,9 @@ FEW = (1, 6, 500, 4, 2, 16, 8)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def interpreted():
-    before = dict(registry._implementations)
-    registry.register(Triton("interpreted", interpret=True))
-    yield
-    registry._implementations.clear()
-    registry._implementations.update(before)
+def kernels():
+    with known():
+        yield
 
 
 def gradients(implementation, method, activation, arrays, **options):
@@ -76,7 +73,7 @@ def both_ways():
 
 def check(method, activation, arrays, *, tolerance=1e-5, **options):
     options |= {"method": method, "activation": activation, "arrays": arrays}
-    got, expected = (gradients(name, **options) for name in ("interpreted", "xla"))
+    got, expected = (gradients(name, **options) for name in (NAME, "xla"))
     for one, other in zip(got, expected, strict=True):
         assert one.shape == other.shape and np.isfinite(other).all()
         assert relative_error(one, other) <= tolerance
@@ -145,7 +142,7 @@ def test_nan_is_where_xla_has_it():
     run = functools.partial(
         gradients, method="hsr", activation=relu(2, [0.5]), arrays=arrays
     )
-    got, expected = (run(name, is_causal=True) for name in ("interpreted", "xla"))
+    got, expected = (run(name, is_causal=True) for name in (NAME, "xla"))
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_array_equal(np.isnan(one), np.isnan(other))
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
@@ -185,20 +182,10 @@ def step(kernels, tiles, index, values, *, method="hsr"):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("method", ["hsr", "dense"])
 def test_they_are_lowered_for_gpus_without_one(dtype, method):
-    where = contextlib.nullcontext()
-    if jax.__version_info__ >= (0, 11):
-        card = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
-        mesh = jax.sharding.AbstractMesh((), (), abstract_device=card)
-        where = jax.sharding.use_abstract_mesh(mesh)
-    skip = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-    run = jax.jit(functools.partial(step, Triton(), method=method))
-    with where:
-        exported = jax.export.export(run, platforms=["cuda"], disabled_checks=[skip])(
-            *shapes(4, 2, 2048, 40, dtype)
-        )
+    run = functools.partial(step, Triton(), method=method)
     names = {"row_grads", "key_grads"}
     names |= {"list_grads", "add_entries", "expand"} if method == "hsr" else set()
-    text = exported.mlir_module()
+    text = lowered(run, *shapes(4, 2, 2048, 40, dtype))
     assert all(f"hsrjax_{name}" in text for name in names)
 
 

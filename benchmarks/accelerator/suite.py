@@ -17,6 +17,7 @@ from benchmarks.accelerator.findings import Finding
 
 FILES = (
     "tests/test_triton.py",
+    "tests/test_triton_gradients.py",
     "tests/test_decode.py",
     "tests/test_attention.py",
     "tests/test_bounds.py",

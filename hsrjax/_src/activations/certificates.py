@@ -197,13 +197,20 @@ def guessed_epsilon_offset(
     upper: jax.Array,
     sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same from a sample, with one pass over all bounds and another that verifies.
+    """As `epsilon_offset`, from a sample, which one more pass over all bounds verifies.
 
     The mass of all keys is known from their bounds; the sample only says how much of it
     is below an offset, where no single key weighs much.
 
+    Args:
+      epsilon: f32[*B, Q].
+      lower: f32[*B, Q, S], lower bounds, -inf where a key is not visible.
+      upper: f32[*B, Q, S], upper bounds likewise.
+      sinks: bool[*B, Q, S], keys kept whatever they score, or None.
+
     Returns:
-      The offset, a shift near the best score, f32[*B, Q], and whether both will do.
+      The offset and a shift near the best score, f32[*B, Q], and whether both will do,
+      bool[*B, Q].
     """
     highest = jnp.max(lower, axis=-1)
     peak = finite_or_zero(highest)

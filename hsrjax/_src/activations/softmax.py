@@ -269,6 +269,9 @@ class Reported(Activation):
     fusible = True
     relative = True
 
+    weigh_row = Softmax.weigh_row
+    fires = Softmax.fires
+
     def edge(self) -> jax.Array:
         """Where the keys are left off that nothing else says to keep."""
         return self.offset
@@ -276,13 +279,3 @@ class Reported(Activation):
     def weigh(self, scores: jax.Array) -> jax.Array:
         """exp(score)."""
         return self.weigh_row(scores)
-
-    def weigh_row(self, scores, *, sinks=None, peak=None):
-        """exp(score - peak)."""
-        del sinks
-        return jnp.exp(scores if peak is None else scores - peak)
-
-    def fires(self, scores, *, sinks=None):
-        """Every key that is looked at does."""
-        del sinks
-        return jnp.ones(scores.shape, jnp.bool_)

@@ -27,7 +27,7 @@ from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.tiles import Partial
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.kernels.triton import sketched
-from hsrjax._src.kernels.triton.loads import INT8_DEPTH, padded, rows_of, shaped
+from hsrjax._src.kernels.triton.loads import padded, rows_of, shaped
 from hsrjax._src.kernels.triton.place import Pieces, Place, Sizes
 from hsrjax._src.kernels.triton.products import wide
 
@@ -151,10 +151,7 @@ def _list_keys(here, x, out, law, visible, pieces):
     others f32[Q] relative to the edge.
     """
     sizes = here.sizes
-    deep = functools.partial(rows_of, width=sizes.head_dim, least=INT8_DEPTH)
-    queries = deep(x.queries, here.query).astype(jnp.float32)
-    centre = deep(x.sketch.centre, (here.set,))
-    coded = sketched.code(queries, centre, sizes.head_dim)
+    coded = sketched.code_rows(here, x.queries, x.sketch)
     sees = visible.count() > 0
     offsets = jnp.where(sees, law.edge(), jnp.inf)
 
@@ -164,15 +161,10 @@ def _list_keys(here, x, out, law, visible, pieces):
         seen = pieces.within(at).astype(jnp.int32)
         if sizes.slots % sizes.piece:
             at = jnp.minimum(at, sizes.slots - 1)
-        codes = here.gather(x.sketch.codes, at, sizes.head_dim, least=INT8_DEPTH)
-        facts = (x.sketch.scale, x.sketch.spread, x.sketch.radius)
-        block = sketched.Block(
-            *(triton.load(f.at[here.set, at // WORD]) for f in facts)
-        )
-        found = sketched.bounds(coded, codes, block)
-        passes = sketched.passing(found, offsets) * seen
+        bounds = sketched.bounds_at(here, x.sketch, coded, at)
+        passes = sketched.passing(bounds, offsets) * seen
         if sizes.weighed:
-            excess = found.middle + found.slack - offsets[None, :]
+            excess = bounds.middle + bounds.slack - offsets[None, :]
             others = (seen > passes)[:, None] & sees[None, :]
             left += jnp.sum(jnp.where(others, jnp.exp(excess), 0.0), axis=0)
         place = number + jnp.cumsum(passes) - passes
@@ -223,13 +215,7 @@ def _sum(here, x, law, visible, slots, number) -> Partial:
     )
 
     def step(i, sums):
-        at = i * sizes.gathered + jnp.arange(sizes.gathered, dtype=jnp.int32)
-        slot = slots(at)
-        there = (at < number) & (slot < sizes.slots)
-        slot = jnp.minimum(slot, sizes.slots - 1)
-        keys = here.gather(x.keys, slot, sizes.head_dim, there)
-        values = here.gather(x.values, slot, sizes.value_dim, there)
-        position = slot if x.ids is None else triton.load(x.ids.at[here.set, slot])
+        _, keys, values, position, there = here.take(x, i, number, slots)
         seen = visible.mask(position[None, :]) & there[None, :]
         sinks = visible.sinks(position[None, :])
         scores = wide(queries, keys.T)

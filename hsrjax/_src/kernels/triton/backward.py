@@ -185,13 +185,7 @@ def _over(here: Place, x: Operands, rows: Rows, number, slots, leave) -> RowGrad
     )
 
     def step(i, grads):
-        at = i * sizes.gathered + jnp.arange(sizes.gathered, dtype=jnp.int32)
-        slot = slots(at)
-        there = (at < number) & (slot < sizes.slots)
-        slot = jnp.minimum(slot, sizes.slots - 1)
-        keys = here.gather(x.keys, slot, sizes.head_dim, there)
-        values = here.gather(x.values, slot, sizes.value_dim, there)
-        position = slot if x.ids is None else triton.load(x.ids.at[here.set, slot])
+        at, keys, values, position, there = here.take(x, i, number, slots)
         weights, scores_bar, law_bar = rows.pull(keys, values, position, there)
         if leave is not None:
             leave(at, rows.by_key(weights, scores_bar))

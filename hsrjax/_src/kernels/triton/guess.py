@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from hsrjax._src.core.bitset import WORD
 from hsrjax._src.kernels.triton import sketched
 from hsrjax._src.kernels.triton.attend import Operands
-from hsrjax._src.kernels.triton.loads import INT8_DEPTH, rows_of, shaped
+from hsrjax._src.kernels.triton.loads import shaped
 from hsrjax._src.kernels.triton.place import Place, Sizes
 
 _SAMPLE = 512
@@ -57,14 +56,8 @@ def _kernel(x: Operands, share: Any, out: Any, *, sizes: Sizes):
     low, high = visible.spans()[-1]
     at, there, weight = _sample(low, high)
     at = jnp.clip(at, 0, sizes.slots - 1)
-    deep = functools.partial(rows_of, width=sizes.head_dim, least=INT8_DEPTH)
-    queries = deep(x.queries, here.query).astype(jnp.float32)
-    centre = deep(x.sketch.centre, (here.set,))
-    coded = sketched.code(queries, centre, sizes.head_dim)
-    codes = here.gather(x.sketch.codes, at, sizes.head_dim, least=INT8_DEPTH)
-    facts = (x.sketch.scale, x.sketch.spread, x.sketch.radius)
-    block = sketched.Block(*(triton.load(f.at[here.set, at // WORD]) for f in facts))
-    found = sketched.bounds(coded, codes, block)
+    coded = sketched.code_rows(here, x.queries, x.sketch)
+    found = sketched.bounds_at(here, x.sketch, coded, at)
     known = (there & (found.sound > 0))[:, None]
     lower = jnp.where(known, found.middle - found.slack, -jnp.inf)
     upper = jnp.where(known, found.middle + found.slack, -jnp.inf)

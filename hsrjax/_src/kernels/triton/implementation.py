@@ -92,9 +92,9 @@ class Triton(XLA):
     def _launch(self):
         # Said when a kernel is compiled; `hsrjax._src.kernels.triton` says what then.
         warnings.filterwarnings("ignore", _DEPRECATED, DeprecationWarning)
-        from hsrjax._src.kernels.triton import operations
+        from hsrjax._src.kernels.triton import calls
 
-        return operations
+        return calls
 
 
 def _fits(tiles, keys, values) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +60,24 @@ class Sizes(NamedTuple):
         return -(-self.queries // self.rows)
 
 
+class Taken(NamedTuple):
+    """Keys that are gathered at once.
+
+    Attributes:
+      at: i32[C], their numbers among those that are gone over.
+      keys: f[C, H'].
+      values: f[C, D'].
+      position: i32[C].
+      there: bool[C], False past the last; zeros there.
+    """
+
+    at: Any
+    keys: Any
+    values: Any
+    position: Any
+    there: Any
+
+
 class Place:
     """Whose rows a program has: it reads the rows of its tile, and writes its own.
 
@@ -97,6 +116,21 @@ class Place:
         """Rows [C, D'] at slots i32[C]; zeros where there is none."""
         where = self.set, slots[:, None]
         return rows_of(ref, where, width, there, least=least)
+
+    def take(self, x: Any, i: Any, number: Any, slots: Callable[[Any], Any]) -> Taken:
+        """Gather number i of `number` keys, whose slots `slots(at)` says."""
+        sizes = self.sizes
+        at = i * sizes.gathered + jnp.arange(sizes.gathered, dtype=jnp.int32)
+        slot = slots(at)
+        there = (at < number) & (slot < sizes.slots)
+        slot = jnp.minimum(slot, sizes.slots - 1)
+        return Taken(
+            at=at,
+            keys=self.gather(x.keys, slot, sizes.head_dim, there),
+            values=self.gather(x.values, slot, sizes.value_dim, there),
+            position=slot if x.ids is None else triton.load(x.ids.at[self.set, slot]),
+            there=there,
+        )
 
     def store(self, refs: Any, sums: Any) -> None:
         """Writes the Partial of the queries."""

@@ -29,13 +29,15 @@ there. A kernel differs in these points, u = 2^-24:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton
 
 from hsrjax._src.core.arrays import TINY, UNIT, inflation
+from hsrjax._src.core.bitset import WORD
 from hsrjax._src.index.sketch import (
     INEXACT,
     LARGEST,
@@ -44,6 +46,8 @@ from hsrjax._src.index.sketch import (
     SMALLEST_RANGE,
     UNCODED,
 )
+from hsrjax._src.kernels.triton.loads import INT8_DEPTH, rows_of
+from hsrjax._src.kernels.triton.place import Place
 
 
 class Coded(NamedTuple):
@@ -92,6 +96,14 @@ class Block(NamedTuple):
     radius: jax.Array
 
 
+def code_rows(here: Place, queries: Any, sketch: Any) -> Coded:
+    """Codes the queries of a program, against its keys."""
+    width = here.sizes.head_dim
+    deep = functools.partial(rows_of, width=width, least=INT8_DEPTH)
+    rows = deep(queries, here.query).astype(jnp.float32)
+    return code(rows, deep(sketch.centre, (here.set,)), width)
+
+
 class Bounds(NamedTuple):
     """What the codes say of scores: none is above middle + slack.
 
@@ -113,6 +125,14 @@ def bounds(coded: Coded, codes: jax.Array, block: Block) -> Bounds:
     slack = coded.lost[None, :] * spread + (coded.length[None, :] * radius + TINY)
     middle = coded.centre_score[None, :] + scale * coded.scale[None, :] * products
     return Bounds(middle, slack, _sound(coded, block))
+
+
+def bounds_at(here: Place, sketch: Any, coded: Coded, at: jax.Array) -> Bounds:
+    """The same of the keys at slots i32[S]."""
+    codes = here.gather(sketch.codes, at, here.sizes.head_dim, least=INT8_DEPTH)
+    facts = sketch.scale, sketch.spread, sketch.radius
+    block = Block(*(triton.load(x.at[here.set, at // WORD]) for x in facts))
+    return bounds(coded, codes, block)
 
 
 def passing(found: Bounds, offsets: jax.Array) -> jax.Array:

@@ -135,7 +135,10 @@ class SketchSight:
         return *join_parts((peak, best), self.batch), words
 
     def _best_of_few(self, words: jax.Array, rank: int, most: Any):
-        """The same with all scores of a set in memory, and the sets of the best."""
+        """The same with all scores of a set in memory, and the sets of the best.
+
+        `most(R)` keys have room; what a part reports beyond makes its rows NaN.
+        """
         rows = self.tile.queries.shape[-2] // self.parts
         room = _round_up(min(most(rows), self.index.keys.shape[-2]))
         scores, sinks = self._passes(words)(0, room)
@@ -145,7 +148,9 @@ class SketchSight:
         last, after = (
             jnp.where(fits, x, jnp.nan) for x in search.at_ranks(others, rank)
         )
-        kept = jnp.any(~(scores < last[..., None]), axis=-2)
+        # The sums make these scores again, maybe in another order of summation.
+        least = last - self._cut(self.rounding())
+        kept = jnp.any(~(scores < least[..., None]), axis=-2)
         slots = bitset.select(bitset.rank(words), positions(room, 1))
         bits = kept.astype(jnp.uint32) << (slots % WORD).astype(jnp.uint32)
         nothing = jnp.zeros((*words.shape, 1), jnp.uint32)

@@ -118,8 +118,8 @@ class _Sight(NamedTuple):
         del words
         return jnp.zeros_like(self.visible)
 
-    def best(self, words, rank, share=None):
-        del share
+    def best(self, words, rank, most=None):
+        del most
         scores = self.lower
         peak = jnp.max(scores, axis=-1)
         if not rank:
