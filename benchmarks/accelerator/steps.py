@@ -91,7 +91,7 @@ def relu(number: int, setting: Setting) -> list[Finding]:
         "caches": looped.loop.caches,
         "heads_are": "gaussian",
     }
-    shared["firing_keys"] = float(np.mean(expected("relu")[1][0]))
+    shared["firing_keys"] = float(np.mean(expected("relu")[1]))
     found = lines(number, timings, shared)
     findings = [compare(number, found)]
     if number == 1:

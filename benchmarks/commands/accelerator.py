@@ -96,9 +96,7 @@ class Command(Settings):
 def run(command: Command) -> Results:
     """Measures row after row and writes each."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    command.chosen_peers(
-        peers.names("decode")
-    )  # a name that is unknown costs no minutes
+    command.chosen_peers(peers.names("decode"))  # refused here, an error costs nothing
     begun = time.monotonic()
     report = Report(command, command.folder / "accelerator")
     try:

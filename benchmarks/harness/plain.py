@@ -21,7 +21,9 @@ _TILE = 128
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def step(inputs: Inputs, definition: str, counts: Any = None) -> tuple[np.ndarray, Any]:
+def step(
+    inputs: Inputs, definition: str, counts: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Attention of one position a row.
 
     Args:
@@ -30,12 +32,11 @@ def step(inputs: Inputs, definition: str, counts: Any = None) -> tuple[np.ndarra
       counts: [B, 1, N], how many keys `KEPT` keeps.
 
     Returns:
-      f32[B, 1, N, D], and of each row how many keys have a weight, and which share of
-      the whole softmax they are.
+      f32[B, 1, N, D], and how many keys of each row have a weight.
     """
     if counts is None:
         counts = np.zeros(inputs.query.shape[:3])
-    out, firing, share = _step(
+    out, firing = _step(
         inputs.query,
         inputs.key,
         inputs.value,
@@ -45,7 +46,7 @@ def step(inputs: Inputs, definition: str, counts: Any = None) -> tuple[np.ndarra
         power=inputs.power,
         normalize=inputs.normalize,
     )
-    return np.asarray(out), (np.asarray(firing), np.asarray(share))
+    return np.asarray(out), np.asarray(firing)
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "power", "normalize"))
@@ -53,7 +54,6 @@ def _step(query, key, value, bias, counts, *, definition, power, normalize):
     (b, _, n, _), k = query.shape, key.shape[2]
     rows = lambda x: x.reshape(b, k, n // k, *x.shape[3:])
     scores = _einsum("bkgh,bskh->bkgs", rows(query), key)
-    share = jnp.ones(scores.shape[:3])
     if definition == "relu":
         weights = jax.nn.relu(scores - rows(bias)[..., None]) ** power
     else:
@@ -62,8 +62,7 @@ def _step(query, key, value, bias, counts, *, definition, power, normalize):
             last = scores.shape[-1] - jnp.clip(rows(counts), 1)
             ordered = jnp.sort(scores, axis=-1)
             least = jnp.take_along_axis(ordered, last[..., None], axis=-1)
-            kept = jnp.where(scores >= least, weights, 0.0)
-            share, weights = kept.sum(-1) / weights.sum(-1), kept
+            weights = jnp.where(scores >= least, weights, 0.0)
     total = weights.sum(-1, keepdims=True)
     out = _einsum("bkgs,bskd->bkgd", weights, value)
     if definition != "relu" or normalize == "row_sum":
@@ -71,7 +70,7 @@ def _step(query, key, value, bias, counts, *, definition, power, normalize):
     elif normalize == "length":
         out = out / scores.shape[-1]
     join = lambda x: x.reshape(b, 1, n, *x.shape[3:])
-    return join(out), join((weights > 0).sum(-1)), join(share)
+    return join(out), join((weights > 0).sum(-1))
 
 
 def gradients(
