@@ -52,6 +52,7 @@ BLOCKS: list[tuple[tuple[int, ...], Block]] = [
 _SUITE_SHARE = 0.25
 _QUICK_TEST = "test_kernels_are_for_new_nvidia_cards"
 _LEAST_SECONDS = 15.0
+_REHEARSED = "; a rehearsal: sizes are small"
 _GRACE = 60.0
 _BROKEN = "the device does not answer any more"
 
@@ -220,7 +221,7 @@ class Report:
 
     def add(self, found: list[Finding]) -> None:
         """Takes findings, prints the table and writes everything."""
-        device = devices.here()
+        device = devices.here() + _REHEARSED * self._quick
         for one in found:
             for row in one.rows:
                 row["device"] = device
@@ -243,11 +244,12 @@ class Report:
             if row["status"] == tables.DIFFERS
         ]
         text = table(self.findings, self._device or devices.here()) + "\n"
-        figures = {"rows.png": draw(ordered)} if ordered else {}
+        note = _REHEARSED * self._quick
+        figures = {"rows.png": draw(ordered, note)} if ordered else {}
         return Results(rows, summary, figures, wrong, {"table.txt": text})
 
 
-def draw(findings: list[Finding]) -> Figure:
+def draw(findings: list[Finding], note: str = "") -> Figure:
     """How many times as fast as the fastest dense, beside what is asked."""
     shown = [x for x in findings if ROWS[x.number].unit == "x" and x.measured]
     figure = pictures.figure(width=9, height=1.5 + 0.4 * len(shown))
@@ -260,7 +262,7 @@ def draw(findings: list[Finding]) -> Figure:
         marks = [x for x in (asked.asked, asked.aim) if x is not None]
         axes.plot(marks, [place] * len(marks), "k|", markersize=14)
     axes.axvline(1.0, color="tab:gray", linewidth=1)
-    axes.set(xlabel="fastest dense / hsr; marks: asked, aim")
+    axes.set(xlabel=f"fastest dense / hsr; marks: asked, aim{note}")
     axes.invert_yaxis()
     return figure
 
