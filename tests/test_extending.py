@@ -360,6 +360,9 @@ class _AllScores:
     def rounding(self):
         return 1e-4 + jnp.zeros(self.lower.shape[:-1])
 
+    def remade(self):
+        return jnp.zeros(self.lower.shape[:-1])
+
 
 class Fused(Plain):
     """Scan and sums in one."""

@@ -287,6 +287,10 @@ class Sight(Protocol):
         """Bound f32[*B, Q] on the rounding error of any score."""
         ...
 
+    def remade(self) -> jax.Array:
+        """Bound f32[*B, Q] on how far the scores of the sums are from those here."""
+        ...
+
 
 def remember(x: Any) -> Any:
     """Without gradient, and kept by a backward pass that makes scores again."""

@@ -42,6 +42,8 @@ _LESS_LEFT_OUT = 0.02
 _RESOLUTION = 2.0**-12
 _TYPICAL = 0.125
 """Share of the bound on a rounding error that errors stay below in practice."""
+_REMADE = 2.0**-18
+"""Share of the largest score that they stay below, too."""
 _CAUTION = 0.75
 _OF_ONE = 0.25
 """Shares of the mass allowed that a sample, or a key, may leave out."""
@@ -230,26 +232,34 @@ def guessed_epsilon_offset(
 
 
 def between(
-    best: tuple[jax.Array, jax.Array], rounding: jax.typing.ArrayLike
+    best: tuple[jax.Array, jax.Array], apart: jax.typing.ArrayLike
 ) -> jax.Array:
     """Between the r-th best score and the next: no rounding changes the set.
 
-    Where they are as good as equal, a little below both: scores are made again, maybe
-    in another order of summation, and none of the best r may be lost.
+    Where they are as good as equal, a little below both, so that none of the best r is
+    lost where scores are made again.
 
     Args:
       best: the two, f32[*B, Q].
-      rounding: f32[*B, Q], bound on the rounding error of a score; 0 where the scores
-        are not made again.
+      apart: how far, at most; from `as_good_as_equal`.
     """
     last, next_best = best
     # Their sum may overflow, and without the barrier XLA would halve that.
     middle = 0.5 * next_best + jax.lax.optimization_barrier(0.5 * last)
     middle = jnp.where(middle > next_best, middle, last)
-    close = _TYPICAL * jnp.asarray(rounding, jnp.float32)
-    equal = last - next_best <= 2.0 * close
-    middle = jnp.where(equal, last - 2.0 * close, middle)
+    middle = jnp.where(last - next_best <= apart, last - apart, middle)
     return jnp.where(next_best == -jnp.inf, -jnp.inf, middle)
+
+
+def as_good_as_equal(remade: jax.Array, peak: jax.Array, last: jax.Array) -> jax.Array:
+    """How far apart, f32[...], scores may be that may be equal where made again.
+
+    One key of a huge norm, or one that is not finite, spoils the bound `remade` for all
+    others. The largest of the scores, the best one `peak` and the r-th best `last`, do
+    not know of it.
+    """
+    largest = jnp.maximum(*(jnp.abs(finite_or_zero(x)) for x in (peak, last)))
+    return 2.0 * jnp.fmin(_TYPICAL * remade, _REMADE * largest)
 
 
 def mass_below(

@@ -203,9 +203,8 @@ class Softmax(Activation):
         # best that were looked at leave off.
         kept = offset
         if best is not None:
-            # Scores that are all known are not made again.
-            again = sight.rounding() if sight.scores is None else 0.0
-            kept = certificates.between(best, again)
+            apart = certificates.as_good_as_equal(sight.remade(), peak, best[0])
+            kept = certificates.between(best, apart)
         below = jnp.maximum(kept, offset)
         bounds = sight.lower, sight.upper, sight.sinks
         mass = certificates.mass_below(below, shift, *bounds)

@@ -132,6 +132,14 @@ def score_rounding(queries: jax.Array, key_norm: jax.Array) -> jax.Array:
     return (2 * h + 32) * UNIT * length * key_norm[..., None] + TINY
 
 
+def order_rounding(queries: jax.Array, key_norm: jax.Array) -> jax.Array:
+    """The same bound on how far scores are apart that add in different orders."""
+    length, sums = norm(queries.astype(jnp.float32)), queries.shape[-1] - 1
+    if not sums:  # and the norm of the keys may be infinite
+        return jnp.zeros_like(length)
+    return 2 * sums * UNIT * length * key_norm[..., None]
+
+
 def guard(terms: int) -> float:
     """Factor that covers the rounding of float32 sums of so many terms."""
     return 1.0 + 4 * (terms + 256) * UNIT

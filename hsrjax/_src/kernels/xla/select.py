@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hsrjax._src.activations import search
+from hsrjax._src.activations import certificates, search
 from hsrjax._src.core import bitset, meshes
 from hsrjax._src.core.arrays import (
     add_rows,
     dot,
     gather_rows,
+    order_rounding,
     positions,
     score_rounding,
 )
@@ -100,6 +101,9 @@ class SketchSight:
     def rounding(self) -> jax.Array:
         return score_rounding(self.tile.queries, self.index.sketch.key_norm())
 
+    def remade(self) -> jax.Array:
+        return order_rounding(self.tile.queries, self.index.sketch.key_norm())
+
     def best(self, words: jax.Array, rank: int, most: Any = None):
         if most is not None:
             return self._best_of_few(words, rank, most)
@@ -148,9 +152,8 @@ class SketchSight:
         last, after = (
             jnp.where(fits, x, jnp.nan) for x in search.at_ranks(others, rank)
         )
-        # The sums make these scores again, maybe in another order of summation.
-        least = last - self._cut(self.rounding())
-        kept = jnp.any(~(scores < least[..., None]), axis=-2)
+        apart = certificates.as_good_as_equal(self._cut(self.remade()), peak, last)
+        kept = jnp.any(~(scores < (last - apart)[..., None]), axis=-2)
         slots = bitset.select(bitset.rank(words), positions(room, 1))
         bits = kept.astype(jnp.uint32) << (slots % WORD).astype(jnp.uint32)
         nothing = jnp.zeros((*words.shape, 1), jnp.uint32)

@@ -136,3 +136,6 @@ class _Sight(NamedTuple):
     def rounding(self):
         longest = jnp.max(norm(self.keys.astype(jnp.float32)), axis=-1)
         return score_rounding(self.queries, longest)
+
+    def remade(self):
+        return jnp.zeros(self.queries.shape[:-1], jnp.float32)
