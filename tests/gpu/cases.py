@@ -69,6 +69,7 @@ def decode(
     counted=False,
     spill=0,
     kernels=("hsrjax_attend", "hsrjax_combine"),
+    launches=None,
     **sizes,
 ) -> Case:
     """Attention of what is new to a cache."""
@@ -83,7 +84,7 @@ def decode(
         )[: 1 + counted]
 
     arrays = lambda: Sizes(**sizes).arrays()
-    return Case(name, kernels, run, arrays, spill=spill)
+    return Case(name, kernels, run, arrays, launches=launches, spill=spill)
 
 
 def append(name: str, **sizes) -> Case:
@@ -168,6 +169,13 @@ BY_MASS: dict[str, Any] = {
     "counted": True,
     "kernels": ("hsrjax_guess", "hsrjax_attend", "hsrjax_combine"),
 }
+BEST = tuple(f"hsrjax_{x}" for x in ("sample", "offset", "scores", "choose", "rest"))
+BY_RANK = BY_MASS | {
+    "activation": hsrjax.Softmax(top_r=64),
+    "kernels": BEST,
+    "launches": 16,
+}
+ENTMAX = BY_RANK | {"activation": hsrjax.Entmax()}
 OF_ALL = "hsrjax_row_grads", "hsrjax_key_grads"
 OF_LISTS = "hsrjax_list_grads", "hsrjax_expand", "hsrjax_add_entries"
 WIDE = {"head": 256, "dtype": FLOAT32}
@@ -193,6 +201,10 @@ CASES = (
     decode("epsilon", **BY_MASS),
     decode("epsilon, heads of 128", kv_heads=8, group=4, head=128, **BY_MASS),
     decode("epsilon, 4 new, float32", new=4, dtype=FLOAT32, spill=24, **BY_MASS),
+    decode("top 64", **BY_RANK),
+    decode("top 64, heads of 128", kv_heads=8, group=4, head=128, **BY_RANK),
+    decode("top 64, 4 new, float32", new=4, dtype=FLOAT32, **BY_RANK),
+    decode("entmax", **ENTMAX),
     append("append, heads of 64"),
     append("append 31, heads of 20 and 40", new=31, head=20, value=40),
     append("append 31, float32", new=31, **WIDE),

@@ -121,7 +121,7 @@ def _kernel(x: Operands, words: Any, out: Found, *, sizes: Sizes):
     pieces = Pieces.of(here, visible, x.ids)
     every = pieces.count * sizes.piece
     if sizes.listed:
-        size, dense, left = _list_keys(here, x, out, law, visible, pieces)
+        size, dense, left = list_keys(here, x, out, law, visible, pieces)
         number = jnp.where(dense, every, size)
         if sizes.weighed:
             left = jnp.where(dense, 0.0, left)
@@ -144,7 +144,7 @@ def _kernel(x: Operands, words: Any, out: Found, *, sizes: Sizes):
     here.store(out.sums, sums)
 
 
-def _list_keys(here, x, out, law, visible, pieces):
+def list_keys(here, x, out, law, visible, pieces):
     """Writes the slots that may weigh something.
 
     Returns how many they are, whether all keys must do instead, and the mass of the

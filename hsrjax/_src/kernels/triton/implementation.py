@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from typing import Any
 
 import jax
 
+from hsrjax._src.activations.entmax import Entmax
 from hsrjax._src.activations.softmax import Softmax
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.kernels.xla.implementation import XLA
@@ -55,21 +57,22 @@ class Triton(XLA):
     def select_and_sum(
         self, index, values, tiles, *, capacity, parts, counted, or_all=False
     ):
-        del capacity, parts
         law, seen = tiles.activation, tiles.visible
-        by_mass = isinstance(law, Softmax) and law.epsilon is not None and not law.tail
+        known = isinstance(law, Entmax) or (isinstance(law, Softmax) and not law.tail)
         few = tiles.queries.shape[0] == 1 and index.ids is None
         narrow = max(index.keys.shape[-1], values.rows.shape[-1]) <= WIDEST
-        if not (by_mass and few and narrow) or seen.sink_high is not None:
+        if not (known and few and narrow) or seen.sink_high is not None:
             raise NotImplementedError("XLA does it in two steps")
-        return self._launch().within(
-            index,
-            tiles,
-            values.rows,
-            counted=counted,
-            or_all=or_all,
-            interpret=self.interpret,
-        )
+        options: dict[str, Any] = {
+            "counted": counted,
+            "interpret": self.interpret,
+        }
+        if isinstance(law, Softmax) and law.epsilon is not None:
+            return self._launch().within(
+                index, tiles, values.rows, or_all=or_all, **options
+            )
+        options |= {"capacity": capacity, "parts": parts}
+        return self._launch().best(XLA(), index, tiles, values.rows, **options)
 
     def sum_all(self, tiles, keys, values, ids, *, chunk, counted):
         if not _fits(tiles, keys, values):
