@@ -18,6 +18,7 @@ from benchmarks.accelerator.findings import Finding
 FILES = (
     "tests/test_triton.py",
     "tests/test_triton_gradients.py",
+    "tests/test_triton_best.py",
     "tests/test_decode.py",
     "tests/test_attention.py",
     "tests/test_bounds.py",

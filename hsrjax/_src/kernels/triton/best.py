@@ -78,10 +78,11 @@ def best(
 
     def backward(arrays, cotangents):
         *some, index = arrays
-        again: Any = lambda *some: _in_two_steps(
+        again = lambda *some: _in_two_steps(
             xla, *some, index, capacity=capacity, parts=parts, counted=counted
         )
-        return (*jax.vjp(again, *some)[1](cotangents), None)
+        pull: Any = jax.vjp(again, *some)[1]
+        return (*pull(cotangents), None)
 
     run.defvjp(forward, backward)
     return run(tiles, index.keys, rows, jax.lax.stop_gradient(index))

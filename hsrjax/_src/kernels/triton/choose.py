@@ -86,7 +86,7 @@ def choose(
     return result._replace(scores=None, slots=None)
 
 
-def _kernel(found: Scored, values, guess, out: Chosen, *, sizes: Sizes, rule: Rule):
+def _kernel(found: Scored, values, guess, out: Any, *, sizes: Sizes, rule: Rule):
     keys, number = pl.program_id(0), pl.program_id(1)
     tile, row = number // sizes.queries, number % sizes.queries
     mine = tile, keys, row

@@ -45,7 +45,7 @@ def finish(x: Operands, chosen: Chosen, sizes: Sizes, rule: Rule) -> Chosen:
     return result
 
 
-def _kernel(x: Operands, before: Chosen, out: Chosen, *, sizes: Sizes, rule: Rule):
+def _kernel(x: Operands, before: Chosen, out: Any, *, sizes: Sizes, rule: Rule):
     keys, number = pl.program_id(0), pl.program_id(1)
     mine = number // sizes.queries, keys, number % sizes.queries
     pending = triton.load(before.sound.at[mine]) == 0
