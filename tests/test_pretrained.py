@@ -12,9 +12,11 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from models.files.families import model_config
 from models.files.pretrained import load_pretrained
 from models.files.runs import ModelFileError
 from models.files.vocabulary import from_folder
+from models.network.rope import frequencies
 from models.network.transformer import with_attention, with_length
 from models.text.tokenizer import train_bpe
 
@@ -121,6 +123,49 @@ def refused(folder, words):
     assert "\n" not in str(caught.value)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+MSCALE = {"mscale": 0.707, "mscale_all_dim": 1.0}
+
+
+def turns(rope, **fields):
+    """Radians per position, and what queries and keys are multiplied by."""
+    content = json.loads((HERE / "llama3" / "config.json").read_text())
+    config = model_config(content | {"rope_scaling": rope, "head_dim": 64} | fields)
+    return frequencies(
+        config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "gain"),
+    [
+        ({}, 0.1 * np.log(4) + 1),
+        (MSCALE, (0.0707 * np.log(4) + 1) / (0.1 * np.log(4) + 1)),
+        (MSCALE | {"mscale": 1.0}, 1.0),
+        ({"mscale": 0.707}, 0.1 * np.log(4) + 1),  # alone it says nothing
+        (MSCALE | {"attention_factor": 1.5}, 1.5),
+        ({"factor": 0.5}, 1.0),
+    ],
+)
+def test_the_gain_of_yarn_is_that_of_transformers(more, gain):
+    assert turns(YARN | more)[1] == pytest.approx(gain)
+    nested = {"full_attention": YARN | more, "sliding_attention": YARN | more}
+    assert turns(nested)[1] == pytest.approx(gain)
+
+
+def test_the_ramp_of_yarn_begins_at_whole_dimensions_unless_told_otherwise():
+    """With theta 500 it would begin at -6, cut at 0, and ends where turns are one."""
+    plain, _ = turns(None)
+    one = 64 * np.log(64 / (2 * np.pi)) / (2 * np.log(500))
+    for truncate, end in ((True, np.ceil(one)), (False, one)):
+        found, _ = turns(YARN | {"truncate": truncate})
+        place = np.arange(32) / end
+        want = plain * (1 - 0.75 * np.clip(place, 0, 1))
+        np.testing.assert_allclose(found, want, rtol=1e-6)
+    whole, _ = turns(YARN)
+    np.testing.assert_array_equal(whole, turns(YARN | {"truncate": True})[0])
+
+
 def change(folder, **fields):
     path = folder / "config.json"
     content = json.loads(path.read_text()) | fields
@@ -167,6 +212,18 @@ def change(folder, **fields):
         ),
         ({"model_type": "qwen2", "layer_types": ["odd"]}, "layer_types is not"),
         ({"model_type": "smollm3", "no_rope_layers": [0, 0, 1]}, "no_rope_layers"),
+        ({"rope_scaling": YARN | {"odd": 1}}, "the rope parameter odd is not known"),
+        ({"rope_scaling": {"factor": 2.0}}, "the rope parameter factor is not known"),
+        ({"rope_scaling": {"short_mscale": 1.2}}, "short_mscale is not known"),
+        ({"rope_parameters": YARN}, "rope_parameters and rope_scaling .* differ"),
+        ({"rope_scaling": YARN | {"truncate": 0}}, "truncate must be true or false"),
+        ({"rope_scaling": YARN | {"mscale": "1"}}, "mscale must be a number"),
+        ({"rope_scaling": YARN | {"factor": 10**400}}, "factor is beyond"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "give no wavelengths"),
+        (
+            {"rope_scaling": {"full_attention": YARN, "sliding_attention": {}}},
+            r"differs by layer type \(full_attention, sliding_attention\)",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(folder, fields, words):
