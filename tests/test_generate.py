@@ -99,6 +99,32 @@ def test_top_p_counts_what_top_k_left():
     assert set(drawn.tolist()) == {0}  # of 0.7, the first token holds 0.57
 
 
+@pytest.mark.parametrize(
+    ("min_p", "support"),
+    [(0.09, {0, 1, 2, 3}), (0.11, {0, 2, 3}), (0.5, {0, 2}), (1.0, {2})],
+)
+def test_min_p_keeps_what_is_a_share_of_the_most_probable(min_p, support):
+    drawn = draw(np.log([0.3, 0.05, 0.5, 0.15]), 2000, min_p=min_p)
+    assert set(drawn.tolist()) == support
+    cut = draw(np.log([0.3, 0.05, 0.5, 0.15]), 2000, min_p=min_p, top_k=3)
+    assert set(cut.tolist()) == support & {0, 2, 3}
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.5}])
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-300])
+def test_the_coldest_temperatures_draw_the_most_probable(options, temperature):
+    logits = [0.0, 20.0, 100.0, 99.0]
+    assert set(draw(logits, 3, temperature=temperature, **options).tolist()) == {2}
+    huge = [-3e38, 3e38, 0.0, 2.9e38]
+    assert set(draw(huge, 3, temperature=temperature, **options).tolist()) == {1}
+
+
+def test_all_of_the_probability_is_every_token():
+    """A sum of float32 may reach 1 before the last of them, so that none is made."""
+    logits = [0.0, 1.0, 2.0, 3.0]
+    np.testing.assert_array_equal(draw(logits, 50, top_p=1.0), draw(logits, 50))
+
+
 def test_rows_are_drawn_independently_and_the_seed_decides():
     logits = jnp.zeros((64, 100))
     first = sample(logits, jax.random.key(1))
@@ -187,6 +213,12 @@ def test_counts_by_hand():
     assert result.prefill.keys_fired == pytest.approx(kept / (37 * 38 / 2 + 1))
 
 
+def test_without_jit_the_steps_are_programs_still(model):
+    expected = generate(model, PROMPTS, max_tokens=3).tokens
+    with jax.disable_jit():
+        assert generate(model, PROMPTS, max_tokens=3).tokens == expected
+
+
 def test_single_token_needs_no_decode(model):
     result = generate(model, PROMPTS, max_tokens=1)
     assert [len(tokens) for tokens in result.tokens] == [1, 1]
@@ -230,6 +262,7 @@ def test_spoiled_parameters_are_noticed():
         ([b"abc"], {"temperature": float("nan")}, "temperature must be"),
         ([b"abc"], {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ([b"abc"], {"top_k": 0}, "top_k must be at least 1, got 0"),
+        ([b"abc"], {"min_p": 1.5}, "min_p must be above 0 and at most 1, got 1.5"),
         ([b"abc"], {"attention": "fast"}, "attention must be one of dense, hsr, auto"),
     ],
 )
@@ -294,6 +327,15 @@ def test_control_codes_do_not_reach_the_terminal(capsys):
     assert capsys.readouterr().out == "a\ufffd[2J\tb\né\n"
 
 
+def test_line_ends_of_two_codes_print_as_one(capsys):
+    """Also where they come in two tokens."""
+    printer = command._Printer([b"a\r\nb\r"], ByteTokenizer())
+    for byte in b"\nc\r\n\rd\r":
+        printer(0, byte)
+    printer.finish()
+    assert capsys.readouterr().out == "a\nb\nc\n\nd\n\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -305,6 +347,8 @@ def test_control_codes_do_not_reach_the_terminal(capsys):
         (["--prompt", "x", "--attention", "top_r"], "use --attention hsr"),
         (["--prompt", "x", "--attention", "epsilon"], "approximates softmax"),
         (["--prompt", "x", "--model", "nowhere"], "nowhere does not exist"),
+        (["--prompt", "x", "--model", "org/name"], "hf download org/name --local-dir"),
+        (["--prompt", "x", "--min-p", "2"], "min_p must be above 0"),
     ],
 )
 def test_command_refuses_in_one_sentence(run, capsys, arguments, message):

@@ -18,7 +18,14 @@ from pathlib import Path
 
 import tyro
 
-from models.command import JsonOption, carry_out, early_value, exit_status, parse
+from models.command import (
+    JsonOption,
+    at_home,
+    carry_out,
+    early_value,
+    exit_status,
+    parse,
+)
 from models.compilation import keep_programs
 from train import processes
 from train.commands import compare, export, length, report, speed, study
@@ -108,9 +115,9 @@ def _parse(arguments: list[str]) -> Command:
         raise ValueError(
             f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}"
         )
-    defaults, out = PRESETS[name], early["out"]
-    if "--resume" in arguments and out and check_folder(Path(out), resume=True):
-        defaults, _ = read_config(Path(out))
+    defaults, out = PRESETS[name], at_home(early["out"] or "")
+    if "--resume" in arguments and early["out"] and check_folder(out, resume=True):
+        defaults, _ = read_config(out)
     default = Command(out=tyro.MISSING, train=defaults)
     return parse(Command, arguments, prog="python -m train", default=default)
 

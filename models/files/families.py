@@ -125,7 +125,14 @@ def gguf_fields(metadata: dict[str, Any], stored: Stored) -> dict[str, Any]:
     Raises:
       ValueError: another architecture, or a table is missing.
     """
-    family = Fields(metadata, "the metadata").text("general.architecture")
+    about = Fields(metadata, "the metadata")
+    if (kind := about.text("general.type", "model")) != "model":
+        raise ValueError(f"general.type is {kind!r}: it is no language model")
+    if (parts := about.count("split.count", 1, least=0)) > 1:
+        raise ValueError(
+            f"it is one of {parts} parts: join them with llama-gguf-split --merge"
+        )
+    family = about.text("general.architecture")
     shapes = stored.shapes()
     if "token_embd.weight" not in shapes:
         raise ValueError("token_embd.weight is missing")
