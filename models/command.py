@@ -21,6 +21,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 _STOPPED = "stopped: nothing was written"
+_RAISING = ("strict", "surrogateescape")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,7 +201,7 @@ def _print_what_can_be_printed() -> None:
     after the work was done.
     """
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in _RAISING:
             stream.reconfigure(errors="replace")
 
 
@@ -209,7 +210,7 @@ def _missing_device() -> str | None:
     try:
         jax.devices()
     except (AssertionError, RuntimeError):
-        told = jax.config.jax_platforms
+        told = os.environ.get("JAX_PLATFORMS", "")
         return (
             f"jax finds no device of the kind that JAX_PLATFORMS={told} names: leave "
             "it out to run on what there is, or install jax for that kind"

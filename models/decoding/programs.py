@@ -151,7 +151,8 @@ class _Program:
         self._compiled: dict[Any, _Compiled] = {}
 
     def compile(self, *arrays: Any) -> _Compiled:
-        bit_by_bit = jax.config.jax_disable_jit
+        settings: Any = jax.config
+        bit_by_bit = settings.jax_disable_jit
         shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)]
         key = (bit_by_bit, *shapes)
         if key in self._compiled:

@@ -21,7 +21,7 @@ DEFAULT = "default"
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks what trainers learn from; here it is its content."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
