@@ -100,28 +100,22 @@ def at_home(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def one_of(word: str, choices: Iterable[str], *, what: str) -> str:
-    """The word, if it is a choice.
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A question that names the nearest choice, with a space behind it, or nothing.
 
     Args:
         word: as it was written.
         choices: what it can be.
-        what: it names: "command", "task".
 
-    Raises:
-        ValueError: it is none; the message has the nearest, if there is one, and all.
+    Returns:
+        For a message that goes on with all choices.
 
     Example:
-        >>> one_of("needel", ["needle", "words"], what="task")
-        Traceback (most recent call last):
-        ValueError: there is no task 'needel', did you mean needle? There are: ...
+        >>> did_you_mean("needel", ["needle", "words"])
+        'did you mean needle? '
     """
-    known = list(choices)
-    if word in known:
-        return word
-    near = difflib.get_close_matches(word.lower(), known, n=1)
-    meant = f", did you mean {near[0]}? There are: " if near else ": choose one of "
-    raise ValueError(f"there is no {what} {word!r}{meant}{', '.join(known)}")
+    near = difflib.get_close_matches(word.lower(), list(choices), n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def carry_out(
