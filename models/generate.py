@@ -32,6 +32,11 @@ class Options(ModelOptions):
     of the visible keys whose exact score was computed, and the share that fired.
     Compiled programs are kept in ~/.cache/hsrjax for the next start; HSRJAX_CACHE names
     another folder, or is "off".
+
+    For example:
+
+        python -m models.generate --model runs/mine --prompt "def main(" --attention hsr
+        python -m models.generate --model SmolLM2.gguf --chat --prompt "Who are you?"
     """
 
     prompt: Annotated[

@@ -16,13 +16,11 @@ from flax import nnx
 
 from models.files import mapping
 from models.files.families import model_config
-from models.files.fields import Fields
 from models.files.gguf_file import GGUFFile
-from models.files.positions import gguf_rope, rope_fields, scaling
 from models.files.pretrained import load_pretrained
 from models.files.runs import ModelFileError
 from models.files.vocabulary import from_gguf
-from models.network.rope import frequencies, yarn_gain
+from models.network.rope import frequencies
 from models.network.transformer import with_attention, with_length
 
 HERE = Path(__file__).parent / "pretrained"
@@ -206,36 +204,6 @@ def test_reading_a_large_tensor_takes_little_more_than_the_tensor(tmp_path):
         tracemalloc.stop()
     np.testing.assert_allclose(found, values[1:], atol=0.5)
     assert found.nbytes < most < 2 * found.nbytes
-
-
-YARN = {"scaling.type": "yarn", "scaling.factor": 4.0}
-YARN |= {"scaling.original_context_length": 16}
-
-
-@pytest.mark.parametrize(
-    ("stored", "want"),
-    [
-        ({}, None),
-        ({"scaling.type": "none", "scaling.factor": 2.0}, None),
-        ({"scaling.factor": 2.0}, {"kind": "linear", "factor": 2.0}),
-        ({"scale_linear": 2.0}, {"kind": "linear", "factor": 2.0}),
-        (YARN, {"kind": "yarn", "beta_fast": 32.0, "attention_factor": None}),
-        (YARN | {"scaling.yarn_beta_fast": 8.0}, {"beta_fast": 8.0}),
-        (YARN | {"scaling.attn_factor": 2.0}, {"attention_factor": 2 * yarn_gain(4.0)}),
-        (YARN | {"scaling.yarn_log_multiplier": 0.1}, "rope.scaling.yarn_log_multi"),
-        ({"dimension_sections": [1]}, "rope.dimension_sections is not known"),
-    ],
-)
-def test_what_a_file_says_of_positions(stored, want):
-    metadata = {"llama.rope.freq_base": 100.0}
-    metadata |= {f"llama.rope.{name}": value for name, value in stored.items()}
-    read = lambda: Fields({"rope_parameters": gguf_rope("llama", metadata, None, {})})
-    if isinstance(want, str):
-        with pytest.raises(ValueError, match=want):
-            read()
-        return
-    found = scaling(rope_fields(read()), read())
-    assert found is want if want is None else want.items() <= vars(found).items()
 
 
 # --- tokenizers ---

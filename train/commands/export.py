@@ -31,6 +31,10 @@ class Command(JsonOption):
     """Writes a trained model as config.json, model.safetensors and a model card.
 
     A softmax model is written as LlamaForCausalLM where it is one.
+
+    For example:
+
+        python -m train export runs/mine --out my-model
     """
 
     run: tyro.conf.Positional[Path]
