@@ -121,6 +121,11 @@ def test_examples_run(module):
     assert outcome.failed == 0, "see the captured output"
 
 
+class Fraction:
+    def __repr__(self):
+        return "one\n---\ntwo" * 99
+
+
 def test_the_repr_of_an_index_or_a_cache_is_one_line_of_shapes():
     """Also traced, and where a tree map has put something else into its fields."""
     index = hsrjax.build(jnp.ones((2, 100, 8)), max_keys=128)
@@ -137,7 +142,7 @@ def test_the_repr_of_an_index_or_a_cache_is_one_line_of_shapes():
     jax.eval_shape(lambda x: traced.append(repr(x)) or x, cache)
     assert traced == [shown["cache"]]
     for stored in (index, cache, hsrjax.reindex(cache).index):
-        for leaf in (None, 0, "two\nlines", object()):
+        for leaf in (None, 0, Fraction()):
             odd = jax.tree.map(lambda _, leaf=leaf: leaf, stored)
             assert "\n" not in repr(odd)
             assert len(repr(odd)) < 200

@@ -85,6 +85,14 @@ def test_templates_have_names(folder):
         said(from_folder(folder, vocab_size=300))
 
 
+def test_special_tokens_that_are_not_there_are_not_defined(folder):
+    template = "{% if bos_token is defined %}odd{% endif %}{{ eos_token }}def"
+    settings(folder, eos_token="<|im_end|>", bos_token=None, chat_template=template)
+    tokenizer = from_folder(folder, vocab_size=300)
+    (end, *text), (number,) = tokenizer.encode_chat(HELLO), tokenizer.stops
+    assert (end, tokenizer.decode(text)) == (number, b"def")
+
+
 def test_files_of_templates_come_before_the_config(folder):
     settings(folder, chat_template="none of this")
     (folder / MORE).mkdir()

@@ -120,9 +120,7 @@ def _tokenizer_of(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         return tokenizer.inner
     alphabet = {character: byte for byte, character in byte_alphabet().items()}
     inner = tokenizers.Tokenizer(models.BPE(alphabet, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return inner
 
