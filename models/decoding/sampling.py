@@ -61,6 +61,16 @@ def sample(
     if top_k is None and top_p in (None, 1.0):
         logits = _likely(logits, min_p)
         return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    order, ranked = _ranked(logits, top_k, top_p)
+    choice = jax.random.categorical(key, _likely(ranked, min_p), axis=-1)
+    chosen = jnp.take_along_axis(order, choice[:, None], axis=-1)
+    return chosen[:, 0].astype(jnp.int32)
+
+
+def _ranked(
+    logits: jax.Array, top_k: int | None, top_p: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens from the most probable on, i32[B, V], and their logits, cut to -inf."""
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     if top_k is not None:
@@ -71,9 +81,7 @@ def sample(
         before = jnp.cumsum(probability, axis=-1) - probability
         keep = (before < top_p).at[:, 0].set(True)
         ranked = jnp.where(keep, ranked, -jnp.inf)
-    choice = jax.random.categorical(key, _likely(ranked, min_p), axis=-1)
-    chosen = jnp.take_along_axis(order, choice[:, None], axis=-1)
-    return chosen[:, 0].astype(jnp.int32)
+    return order, ranked
 
 
 def _likely(logits: jax.Array, min_p: float | None) -> jax.Array:
