@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 
 from benchmarks.header import PROG, carry_through
+from models.command import did_you_mean
 
 COMMANDS = {
     "decode": "one step over a long KV cache",
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if words else 2
     if words[0] not in COMMANDS:
         print(
-            f"error: unknown command {words[0]}: choose from {', '.join(COMMANDS)} "
+            f"error: unknown command {words[0]}: {did_you_mean(words[0], COMMANDS)}"
+            f"choose from {', '.join(COMMANDS)} "
             f"(see {PROG} --help)",
             file=sys.stderr,
         )
@@ -60,6 +62,7 @@ def module_of(command: str) -> ModuleType:
 def _usage() -> str:
     lines = [f"usage: {PROG} COMMAND [--help] [--quick] [--json] [--out DIR] ...", ""]
     lines += [f"  {name:<15} {about}" for name, about in COMMANDS.items()]
+    lines += ["", "For example:", "", f"  {PROG} decode --keys 8192 --peers none"]
     return "\n".join(lines)
 
 

@@ -28,7 +28,12 @@ from train.data import load_corpus, split
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """Stores queries, keys, values and thresholds of one layer of a trained model."""
+    """Stores queries, keys, values and thresholds of one layer of a trained model.
+
+    For example:
+
+        python -m benchmarks.capture --run runs/mine --out runs/captured.npz
+    """
 
     run: Path
     """Run folder of python -m train."""

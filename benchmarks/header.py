@@ -13,7 +13,9 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from benchmarks.contestants import peers, search
 from benchmarks.files import results
@@ -22,15 +24,18 @@ from benchmarks.files.results import Results as Results
 from benchmarks.harness import devices
 from benchmarks.harness.allocator import keep_freed_memory
 from benchmarks.harness.inputs import Kind, Source
-from models.command import carry_out
+from models.command import carry_out, did_you_mean
 
 PROG = "python -m benchmarks"
-RESULTS = Path("benchmarks/results")
-QUICK_RESULTS = Path("runs/benchmarks")
+RESULTS = Path("runs/benchmarks")
 LEAST = {"keys": 2, "memory_keys": 2, "prefill_keys": 2, "tokens": 2, "contexts": 1}
 LEAST |= dict.fromkeys(("batches", "rows", "head_dim", "head_dims", "repeats"), 1)
 LEAST |= dict.fromkeys(("r", "continuation", "starts"), 1)
 """Smallest values of what options count, in whichever command has them."""
+_ABOUT_PEERS = (
+    "Peers to measure beside hsrjax and dense, where a command has them: some of "
+    f"{', '.join([*peers.PEERS, *search.PEERS])}; or all, or none."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Basics:
     """Options that every command has."""
 
     out: Path | None = None
-    """Folder of the results: benchmarks/results; with --quick, runs/benchmarks."""
+    """Folder of the results: runs/benchmarks; with --quick, runs/benchmarks/quick."""
     json: bool = False
     """End with one line on stdout that holds the results as JSON."""
     quick: bool = False
@@ -60,7 +65,7 @@ class Basics:
     @property
     def folder(self) -> Path:
         """Where results go, with the default resolved."""
-        return self.out or (QUICK_RESULTS if self.quick else RESULTS)
+        return self.out or (RESULTS / "quick" if self.quick else RESULTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +74,7 @@ class Settings(Basics):
 
     repeats: int | None = None
     """Rounds in which everything takes a turn; medians count. 7; with --quick, 2."""
-    peers: tuple[str, ...] = ("all",)
-    """Peers to measure beside hsrjax and dense: names, or all, or none."""
+    peers: Annotated[tuple[str, ...], tyro.conf.arg(help=_ABOUT_PEERS)] = ("all",)
 
     def __post_init__(self) -> None:
         """Refuses values that cannot work, in one sentence."""
@@ -93,7 +97,8 @@ class Settings(Basics):
         unknown = [name for name in self.peers if name not in known]
         if unknown:
             raise ValueError(
-                f"unknown peers {', '.join(unknown)}: choose from {', '.join(known)}, "
+                f"unknown peers {', '.join(unknown)}: {did_you_mean(unknown[0], known)}"
+                f"choose from {', '.join(known)}, "
                 "or all, or none"
             )
         return [name for name in known if name in self.peers]

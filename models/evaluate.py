@@ -4,6 +4,12 @@ perplexity  how well it predicts a text, with any attention
 needle      whether it finds a fact in a long text, by length and depth
 variables   whether it follows a chain of assignments through one
 words       whether it sees which words of a long list come back most often
+harness     tasks of lm-evaluation-harness (pip install lm-eval)
+
+For example:
+
+    python -m models.evaluate perplexity --model runs/mine --text book.txt
+    python -m models.evaluate needle --model SmolLM2.gguf --chat --contexts 1024 4096
 
 `python -m models.evaluate TASK --help` lists a task's options.
 """
@@ -16,16 +22,16 @@ import functools
 import io
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from models.command import exit_status, parse
+from models.command import did_you_mean, exit_status, parse
 from models.compilation import keep_programs
-from models.evaluation import retrieval, tasks
+from models.evaluation import harness, retrieval, tasks
 from models.evaluation.perplexity import Perplexity, perplexity, rows_of, table
 from models.files.atomic import write_atomic
 from models.network.transformer import Transformer
@@ -62,6 +68,10 @@ class Read(Options):
 
     With --out, perplexity.csv has a line for each attention and heads.csv what every
     head did.
+
+    For example:
+
+        python -m models.evaluate perplexity --model runs/mine --text book.txt
     """
 
     text: Path
@@ -77,7 +87,11 @@ class Ask(Options):
     """Asks about long texts whose answers are known, and counts those that are found.
 
     With --out, TASK.csv has a line for each question and TASK-ATTENTION.png is a map of
-    the scores by length (and depth).
+    the scores by length (and depth). The tasks are needle, variables and words.
+
+    For example:
+
+        python -m models.evaluate needle --model SmolLM2.gguf --contexts 1024 4096
     """
 
     contexts: tuple[int, ...] = (512, 1024, 2048)
@@ -94,6 +108,28 @@ class Ask(Options):
     """Ask by the model's chat template."""
     text: Path | None = None
     """Text whose sentences surround needles and variables; None is a filler."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Harness(Options):
+    """Runs tasks of lm-evaluation-harness, the package lm-eval, which has to be there.
+
+    The package downloads the questions. With --out, harness.csv has a line for each
+    attention, task and metric.
+
+    For example:
+
+        python -m models.evaluate harness --model runs/mine --tasks arc_easy --limit 100
+    """
+
+    tasks: tuple[str, ...]
+    """Names of tasks, as `lm-eval ls tasks` lists them."""
+    num_fewshot: int | None = None
+    """Answered questions before each; None is the task's own number."""
+    limit: int | None = None
+    """Questions of each task at most, the first ones; None is all."""
+    max_length: int = 2048
+    """Tokens of a context and its continuation; longer ones lose their beginning."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,17 +151,14 @@ def _run(words: list[str]) -> None:
         print((__doc__ or "").strip())
         return
     task = words[0] if words else ""
-    kinds = ("perplexity", *tasks.KINDS)
-    if task not in kinds:
+    if task not in _TASKS:
         wanted = f"no task is called {task}" if words else "no task was named"
         raise ValueError(
-            f"{wanted}: choose from {', '.join(kinds)} "
+            f"{wanted}: {did_you_mean(task, _TASKS)}choose from {', '.join(_TASKS)} "
             "(see python -m models.evaluate --help)"
         )
-    kind, work = Read, _read_text
-    if task != "perplexity":
-        kind, work = Ask, functools.partial(_ask, task)
-    work(parse(kind, words[1:], prog=f"python -m models.evaluate {task}"))
+    kind, work = _TASKS[task]
+    work(parse(kind, words[1:], prog=f"python -m models.evaluate {words[0]}"))
 
 
 def _read_text(options: Read) -> None:
@@ -191,6 +224,29 @@ def _ask(kind: str, options: Ask) -> None:
     options.print_json({"model": options.model, "scores": scores, "results": lines})
 
 
+def _harness(options: Harness) -> None:
+    opened = open_model(options.model, dtype=options.dtype)
+    asked = {"num_fewshot": options.num_fewshot, "limit": options.limit}
+    lines = []
+    for label, model in options.attended(opened.model):
+        with tqdm(desc=label, unit="request", file=sys.stderr) as bar:
+            lm = harness.as_lm(
+                model,
+                opened.tokenizer,
+                max_length=options.max_length,
+                on_answer=bar.update,
+            )
+            found = harness.evaluate(lm, options.tasks, **asked)
+        for task, numbers in found.items():
+            about = {"attention": label, "task": task}
+            lines += [about | {"metric": x, "value": y} for x, y in numbers.items()]
+            shown = ", ".join(f"{x} {y:.4g}" for x, y in numbers.items())
+            print(f"{label}: {task}: {shown}")
+    if options.out is not None and lines:
+        _write_csv(options.out, "harness", lines)
+    options.print_json({"model": options.model, "results": lines})
+
+
 def _show_loss(bar: tqdm, losses: list[float], loss: np.ndarray) -> None:
     losses.append(float(loss.mean()))
     bar.set_postfix_str(f"perplexity {np.exp(np.mean(losses)):.4g}")
@@ -234,6 +290,13 @@ def _write_csv(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(lines)
     write_atomic(folder / f"{name}.csv", written.getvalue())
+
+
+_TASKS: dict[str, tuple[Any, Callable[[Any], None]]] = {
+    "perplexity": (Read, _read_text),
+    **{kind: (Ask, functools.partial(_ask, kind)) for kind in tasks.KINDS},
+    "harness": (Harness, _harness),
+}
 
 
 if __name__ == "__main__":

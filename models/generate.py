@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -31,6 +32,11 @@ class Options(ModelOptions):
     of the visible keys whose exact score was computed, and the share that fired.
     Compiled programs are kept in ~/.cache/hsrjax for the next start; HSRJAX_CACHE names
     another folder, or is "off".
+
+    For example:
+
+        python -m models.generate --model runs/mine --prompt "def main(" --attention hsr
+        python -m models.generate --model SmolLM2.gguf --chat --prompt "Who are you?"
     """
 
     prompt: Annotated[
@@ -43,6 +49,8 @@ class Options(ModelOptions):
     """Take each prompt for a message to the model, and let it answer."""
     system: str = ""
     """With --chat: what the model is told before the message."""
+    template: str | None = None
+    """With --chat: name of the chat template, where the model has several."""
     r: int = 64
     """With --attention top_r: keys kept per query."""
     epsilon: float = 1e-3
@@ -55,6 +63,8 @@ class Options(ModelOptions):
     """Draw from the k most probable tokens only."""
     top_p: float | None = None
     """Draw from the most probable tokens that together hold this probability."""
+    min_p: float | None = None
+    """Draw from the tokens with at least this share of the largest probability."""
     seed: int = 0
     """Seed of the random draws."""
     ignore_stops: bool = False
@@ -103,7 +113,7 @@ def _run(options: Options) -> None:
         "seed": options.seed,
         "max_length": options.max_length,
     }
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)._asdict()
+    sampling = {name: getattr(options, name) for name in Sampling._fields}
     check_request(model, prompts, **request)
     check_sampling(**sampling)
     printer = _Printer([b""] * len(texts) if options.chat else texts, tokenizer)
@@ -130,7 +140,8 @@ def _tokens(text: bytes, tokenizer: Tokenizer, options: Options) -> list[int]:
         )
     said = [("system", options.system)] if options.system else []
     said.append(("user", text.decode("utf-8", "replace")))
-    return tokenizer.encode_chat([{"role": x, "content": y} for x, y in said]).tolist()
+    messages = [{"role": role, "content": content} for role, content in said]
+    return tokenizer.encode_chat(messages, template=options.template).tolist()
 
 
 class _Printer:
@@ -139,7 +150,11 @@ class _Printer:
     def __init__(self, prompts: list[bytes], tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         decoder = codecs.getincrementaldecoder("utf-8")
-        self._decoders = [decoder(errors="replace") for _ in prompts]
+        # A line may end in two codes that come in two tokens.
+        self._decoders = [
+            io.IncrementalNewlineDecoder(decoder(errors="replace"), translate=True)
+            for _ in prompts
+        ]
         self._texts = ["" for _ in prompts]
         for row, prompt in enumerate(prompts):
             self._add(row, prompt)

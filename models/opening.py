@@ -11,7 +11,8 @@ from typing import Annotated, Literal, NamedTuple, cast
 
 import tyro
 
-from models.command import JsonOption
+from models.command import JsonOption, at_home
+from models.files.foreign import refuse_foreign
 from models.files.pretrained import load_pretrained
 from models.files.runs import CONFIG_FILE, FORMAT, ModelFileError, load_run
 from models.files.stored import read_json
@@ -26,7 +27,8 @@ class ModelOptions(JsonOption):
     """What every command that opens a model is told."""
 
     model: Annotated[str, tyro.conf.arg(metavar="PATH")]
-    """Folder of `python -m train`, folder of Hugging Face, or .gguf file."""
+    """Folder of `python -m train` or its export, folder of Hugging Face, or .gguf file.
+    Nothing is downloaded."""
     attention: Literal["dense", "hsr", "auto", "top_r", "epsilon"] = "auto"
     """The first three give the same results; top_r and epsilon approximate softmax."""
     tail: int | None = None
@@ -61,7 +63,8 @@ def open_model(path: str | Path, *, dtype: ComputeDtype | None = None) -> Opened
       ModelFileError: files are missing, damaged or of something else.
       TokenizerError: likewise for the tokenizer's.
     """
-    path = Path(path)
+    name, path = str(path), at_home(path)
+    refuse_foreign(name, path)
     if is_published(path):
         model, tokenizer = load_pretrained(path, dtype=dtype or "float32")
         if tokenizer is None:

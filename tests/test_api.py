@@ -6,6 +6,8 @@ import inspect
 import pkgutil
 import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import hsrjax
@@ -117,3 +119,30 @@ def test_examples_run(module):
         optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS,
     )
     assert outcome.failed == 0, "see the captured output"
+
+
+class Fraction:
+    def __repr__(self):
+        return "one\n---\ntwo" * 99
+
+
+def test_the_repr_of_an_index_or_a_cache_is_one_line_of_shapes():
+    """Also traced, and where a tree map has put something else into its fields."""
+    index = hsrjax.build(jnp.ones((2, 100, 8)), max_keys=128)
+    cache = hsrjax.init_cache(2, 100, 4, 64, dtype=jnp.bfloat16, tail=1)
+    shown = {
+        "index": "Index(keys=float32[2,128,8], sketch=Sketch, cells=Balls, "
+        "size=int32[2], max_keys=128)",
+        "cache": "KVCache(keys=bfloat16[2,4,128,64], values=bfloat16[2,4,128,64], "
+        "max_length=100)",
+    }
+    assert repr(index) == shown["index"]
+    assert repr(cache) == shown["cache"]
+    traced = []
+    jax.eval_shape(lambda x: traced.append(repr(x)) or x, cache)
+    assert traced == [shown["cache"]]
+    for stored in (index, cache, hsrjax.reindex(cache).index):
+        for leaf in (None, 0, Fraction()):
+            odd = jax.tree.map(lambda _, leaf=leaf: leaf, stored)
+            assert "\n" not in repr(odd)
+            assert len(repr(odd)) < 200

@@ -1,4 +1,4 @@
-"""Sampling, generation and its command."""
+"""Generation and its command; sampling has a file of its own."""
 
 import itertools
 import json
@@ -14,7 +14,6 @@ from flax import nnx
 
 from models import generate as command
 from models.decoding.generation import generate
-from models.decoding.sampling import sample
 from models.decoding.session import Counts, Sampling, Session, bucket
 from models.files import runs
 from models.generate import main
@@ -54,57 +53,6 @@ def run(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate") / "run"
     runs.save_run(folder, model)
     return str(folder)
-
-
-# --- sampling ---
-
-
-def draw(logits, count, **options):
-    """Tokens drawn `count` times from the same logits."""
-    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    return np.asarray(sample(rows, jax.random.key(0), **options))
-
-
-def test_temperature_zero_is_argmax_with_ties_to_the_smaller():
-    assert set(draw([0.0, 3.0, 3.0, 1.0], 2000, temperature=0.0).tolist()) == {1}
-
-
-def test_draws_follow_the_softmax_of_the_tempered_logits():
-    logits, count = np.array([0.0, 1.0, 2.0, -1.0]), 20_000
-    for temperature in (0.5, 1.0, 2.0):
-        drawn = draw(logits, count, temperature=temperature)
-        expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
-        observed = np.bincount(drawn, minlength=4) / count
-        np.testing.assert_allclose(observed, expected, atol=5 / np.sqrt(count))
-
-
-def test_top_k_keeps_exactly_k_also_among_ties():
-    drawn = draw([1.0, 5.0, 1.0, 4.0], 2000, top_k=3, temperature=5.0)
-    assert set(drawn.tolist()) == {0, 1, 3}
-    drawn = draw([1.0, 5.0, 1.0, 4.0], 2000, top_k=1, temperature=5.0)
-    assert set(drawn.tolist()) == {1}
-
-
-@pytest.mark.parametrize(
-    ("top_p", "support"),
-    [(0.05, {2}), (0.55, {2, 0}), (0.85, {2, 0, 3}), (1.0, {0, 1, 2, 3})],
-)
-def test_top_p_keeps_the_shortest_list_that_holds_the_mass(top_p, support):
-    drawn = draw(np.log([0.3, 0.05, 0.5, 0.15]), 2000, top_p=top_p)
-    assert set(drawn.tolist()) == support
-
-
-def test_top_p_counts_what_top_k_left():
-    drawn = draw(np.log([0.4, 0.3, 0.2, 0.1]), 2000, top_k=2, top_p=0.56)
-    assert set(drawn.tolist()) == {0}  # of 0.7, the first token holds 0.57
-
-
-def test_rows_are_drawn_independently_and_the_seed_decides():
-    logits = jnp.zeros((64, 100))
-    first = sample(logits, jax.random.key(1))
-    assert len(set(first.tolist())) > 20
-    np.testing.assert_array_equal(first, sample(logits, jax.random.key(1)))
-    assert (first != sample(logits, jax.random.key(2))).any()
 
 
 # --- generation ---
@@ -187,6 +135,12 @@ def test_counts_by_hand():
     assert result.prefill.keys_fired == pytest.approx(kept / (37 * 38 / 2 + 1))
 
 
+def test_without_jit_the_steps_are_programs_still(model):
+    expected = generate(model, PROMPTS, max_tokens=3).tokens
+    with jax.disable_jit():
+        assert generate(model, PROMPTS, max_tokens=3).tokens == expected
+
+
 def test_single_token_needs_no_decode(model):
     result = generate(model, PROMPTS, max_tokens=1)
     assert [len(tokens) for tokens in result.tokens] == [1, 1]
@@ -230,6 +184,7 @@ def test_spoiled_parameters_are_noticed():
         ([b"abc"], {"temperature": float("nan")}, "temperature must be"),
         ([b"abc"], {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ([b"abc"], {"top_k": 0}, "top_k must be at least 1, got 0"),
+        ([b"abc"], {"min_p": 1.5}, "min_p must be above 0 and at most 1, got 1.5"),
         ([b"abc"], {"attention": "fast"}, "attention must be one of dense, hsr, auto"),
     ],
 )
@@ -294,6 +249,15 @@ def test_control_codes_do_not_reach_the_terminal(capsys):
     assert capsys.readouterr().out == "a\ufffd[2J\tb\né\n"
 
 
+def test_line_ends_of_two_codes_print_as_one(capsys):
+    """Also where they come in two tokens."""
+    printer = command._Printer([b"a\r\nb\r"], ByteTokenizer())
+    for byte in b"\nc\r\n\rd\r":
+        printer(0, byte)
+    printer.finish()
+    assert capsys.readouterr().out == "a\nb\nc\n\nd\n\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -305,6 +269,8 @@ def test_control_codes_do_not_reach_the_terminal(capsys):
         (["--prompt", "x", "--attention", "top_r"], "use --attention hsr"),
         (["--prompt", "x", "--attention", "epsilon"], "approximates softmax"),
         (["--prompt", "x", "--model", "nowhere"], "nowhere does not exist"),
+        (["--prompt", "x", "--model", "org/name"], "hf download org/name --local-dir"),
+        (["--prompt", "x", "--min-p", "2"], "min_p must be above 0"),
     ],
 )
 def test_command_refuses_in_one_sentence(run, capsys, arguments, message):

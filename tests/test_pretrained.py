@@ -121,6 +121,9 @@ def refused(folder, words):
     assert "\n" not in str(caught.value)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
 def change(folder, **fields):
     path = folder / "config.json"
     content = json.loads(path.read_text()) | fields
@@ -167,6 +170,18 @@ def change(folder, **fields):
         ),
         ({"model_type": "qwen2", "layer_types": ["odd"]}, "layer_types is not"),
         ({"model_type": "smollm3", "no_rope_layers": [0, 0, 1]}, "no_rope_layers"),
+        ({"rope_scaling": YARN | {"odd": 1}}, "the rope parameter odd is not known"),
+        ({"rope_scaling": {"factor": 2.0}}, "the rope parameter factor is not known"),
+        ({"rope_scaling": {"short_mscale": 1.2}}, "short_mscale is not known"),
+        ({"rope_parameters": YARN}, "rope_parameters and rope_scaling .* differ"),
+        ({"rope_scaling": YARN | {"truncate": 0}}, "truncate must be true or false"),
+        ({"rope_scaling": YARN | {"mscale": "1"}}, "mscale must be a number"),
+        ({"rope_scaling": YARN | {"factor": 10**400}}, "factor is beyond"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "give no wavelengths"),
+        (
+            {"rope_scaling": {"full_attention": YARN, "sliding_attention": {}}},
+            r"differs by layer type \(full_attention, sliding_attention\)",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(folder, fields, words):

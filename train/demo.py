@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from models.command import JsonOption, carry_out
+from models.command import JsonOption, carry_out, did_you_mean
 from models.compilation import keep_programs
 from models.decoding.generation import Generation, generate
 from models.files.runs import load_run
@@ -34,12 +34,17 @@ PROMPT, NEW_TOKENS, PICTURED, TEMPERATURE = 64, 256, 192, 0.7
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command(JsonOption):
-    """Trains a small ReLU-attention model, then generates with dense and with hsr."""
+    """Trains a small ReLU-attention model, then generates with dense and with hsr.
+
+    For example:
+
+        python -m train.demo --out runs/demo
+    """
 
     out: Path = Path("runs/demo")
     """Folder of the run and the pictures."""
     preset: str = "tiny"
-    """Which preset to train."""
+    """Which preset to train: micro, tiny, study, base or small."""
     steps: int | None = None
     """Optimizer steps instead of the preset's."""
 
@@ -126,7 +131,8 @@ def demo_config(command: Command) -> TrainConfig:
     """The preset, shortened if asked."""
     if command.preset not in PRESETS:
         raise ValueError(
-            f"there is no preset {command.preset!r}: choose one of {', '.join(PRESETS)}"
+            f"there is no preset {command.preset!r}: "
+            f"{did_you_mean(command.preset, PRESETS)}choose one of {', '.join(PRESETS)}"
         )
     preset = PRESETS[command.preset]
     return preset if command.steps is None else _shortened(preset, command.steps)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from train import data, processes, step, telemetry
 from train.config import TrainConfig
-from train.files import checkpoints, folder, metrics
+from train.files import checkpoints, folder, metrics, tracking
 
 _LONGEST_TELEMETRY = 4096  # tokens: the weights of a whole row are looked at
 
@@ -69,6 +69,7 @@ def train(
         TrainingInterrupted: Ctrl-C, after a checkpoint was written.
     """
     started, out = time.perf_counter(), Path(out)
+    tracking.check_tracker(config.track)
     batch_sharding, replicated = processes.shardings(config)
     with processes.leader_first():
         resume = resume or not processes.is_leader()
@@ -83,7 +84,11 @@ def train(
             batches.set_state(found["data"])
             last_loss = found["loss"]
         with metrics.open_writer(
-            out, step=newest or 0, writes=processes.is_leader()
+            out,
+            step=newest or 0,
+            writes=processes.is_leader(),
+            track=config.track,
+            options=config.to_dict() | {"model": config.model.to_dict()},
         ) as writer:
             trainer = _Trainer(
                 config=config,

@@ -59,7 +59,12 @@ _BROKEN = "the device does not answer any more"
 
 @dataclasses.dataclass(frozen=True)
 class Command(Settings):
-    """Measures what is asked of an accelerator; for example: --minutes 10."""
+    """Measures what is asked of an accelerator.
+
+    For example:
+
+        python -m benchmarks accelerator --minutes 10
+    """
 
     minutes: float = 10.0
     """At most; rows for which no time is left say so."""

@@ -46,7 +46,12 @@ _SHARP = 8.0
 
 @dataclasses.dataclass(frozen=True)
 class Command(Settings):
-    """Measures the table by which method="auto" chooses, and writes it."""
+    """Measures the table by which method="auto" chooses, and writes it.
+
+    For example:
+
+        python -m benchmarks calibrate --out runs/costs.json
+    """
 
     out: Path | None = None
     """File of the table: runs/costs.json. HSRJAX_COSTS=FILE makes hsrjax use it."""

@@ -18,6 +18,7 @@ from benchmarks.harness import devices, inputs, internals, oracle, pictures, tab
 from benchmarks.harness.inputs import Inputs, Shape
 from benchmarks.harness.timing import Contestant, race
 from benchmarks.header import Attending, Results
+from models.command import did_you_mean
 
 ARRIVED = "hsr (arrival order)"
 LEAST_FIRING = 5
@@ -77,7 +78,12 @@ QUICK_KEYS = (512, 1024)
 
 @dataclasses.dataclass(frozen=True)
 class Command(Attending):
-    """Times one decode step of thresholded ReLU^2 attention over growing caches."""
+    """Times one decode step of thresholded ReLU^2 attention over growing caches.
+
+    For example:
+
+        python -m benchmarks decode --cases gqa --keys 8192 --peers none
+    """
 
     cases: tuple[str, ...] = ()
     """Some of gqa, heads-16, heads-128, heads-8: else all, with --quick gqa alone."""
@@ -91,7 +97,10 @@ class Command(Attending):
         super().__post_init__()
         unknown = [name for name in self.cases if name not in CASES]
         if unknown:
-            raise ValueError(f"unknown cases {unknown}: choose from {list(CASES)}")
+            meant = did_you_mean(unknown[0], CASES)
+            raise ValueError(
+                f"unknown cases {unknown}: {meant}choose from {list(CASES)}"
+            )
 
 
 def run(command: Command) -> Results:

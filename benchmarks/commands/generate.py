@@ -39,9 +39,14 @@ _PUBLISHED_BYTES = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Command(Settings):
-    """Times the decoding of a trained model by dense, hsr and auto."""
+    """Times the decoding of a trained model by dense, hsr and auto.
 
-    model: Path = Path()
+    For example:
+
+        python -m benchmarks generate --model runs/mine --contexts 1024
+    """
+
+    model: Path = Path("models/released/python-2.8m")
     """Run folder or released model, Hugging Face folder, or .gguf file."""
     contexts: tuple[int, ...] = ()
     """Tokens of the prompt: 1,024 to 65,536; with --quick, 256."""

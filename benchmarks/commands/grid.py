@@ -28,7 +28,12 @@ METHODS = ("auto", "dense", "hsr")
 
 @dataclasses.dataclass(frozen=True)
 class Command(Settings):
-    """Times decode steps of auto, dense and hsr over a grid; peers play no part."""
+    """Times decode steps of auto, dense and hsr over a grid; peers play no part.
+
+    For example:
+
+        python -m benchmarks grid --keys 4096 32768
+    """
 
     keys: tuple[int, ...] = ()
     """Lengths of the cache: 512 to 524288; with --quick, 512."""

@@ -26,7 +26,12 @@ MEMORY_KEYS = (4096, 16384, 65536)
 
 @dataclasses.dataclass(frozen=True)
 class Command(Attending):
-    """Times causal attention over sequences in which 1 % of the visible keys fire."""
+    """Times causal attention over sequences in which 1 % of the visible keys fire.
+
+    For example:
+
+        python -m benchmarks prefill --keys 4096 16384
+    """
 
     keys: tuple[int, ...] = ()
     """Lengths: 1024 to 16384; with --quick, 256 and 512."""

@@ -28,7 +28,12 @@ HEAD_DIM = 64
 
 @dataclasses.dataclass(frozen=True)
 class Command(Attending):
-    """Times the search for all keys with <normal, key> >= offset."""
+    """Times the search for all keys with <normal, key> >= offset.
+
+    For example:
+
+        python -m benchmarks query --peers faiss-flat
+    """
 
     keys: int | None = None
     """Stored keys of size 64: 1,000,000; with --quick, 4,000."""

@@ -24,7 +24,12 @@ QUICK_KEYS = (256,)
 
 @dataclasses.dataclass(frozen=True)
 class Command(Attending):
-    """Times forward and backward over sequences in which 1 % of the keys fire."""
+    """Times forward and backward over sequences in which 1 % of the keys fire.
+
+    For example:
+
+        python -m benchmarks train --keys 4096 --peers jax-softmax
+    """
 
     keys: tuple[int, ...] = ()
     """Lengths: 8192; with --quick, 256."""

@@ -29,7 +29,12 @@ where an experiment shows them, "worked out" where arithmetic does, "read" other
 
 @dataclasses.dataclass(frozen=True)
 class Command(Basics):
-    """Puts the results of the other paper commands beside the paper's claims."""
+    """Puts the results of the other paper commands beside the paper's claims.
+
+    For example:
+
+        python -m benchmarks paper-claims --results benchmarks/results/paper
+    """
 
     results: Path | None = None
     """Folder that holds theirs: OUT/paper."""

@@ -35,7 +35,12 @@ REPORTED = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command(Reading):
-    """Repeats Figure 3 with a model at hand."""
+    """Repeats Figure 3 with a model at hand.
+
+    For example:
+
+        python -m benchmarks paper-figure3 --model SmolLM2.gguf
+    """
 
     contexts: tuple[int, ...] = ()
     """Tokens of prompt and continuation: 2,048, 4,096, 8,192; with --quick, 64."""

@@ -27,7 +27,12 @@ NORM_T = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Command(Basics):
-    """Counts the keys that fire by n and d, with b as printed and repaired."""
+    """Counts the keys that fire by n and d, with b as printed and repaired.
+
+    For example:
+
+        python -m benchmarks paper-lemma61
+    """
 
     keys: tuple[int, ...] = ()
     """Numbers of keys: 1,024 to 262,144; with --quick, 512 and 1,024."""

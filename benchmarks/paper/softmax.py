@@ -29,7 +29,12 @@ from benchmarks.paper.reading import Layer, cache_of, heads_of, operands, pieces
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command(Limits):
-    """Measures Softmax(top_r) and Softmax(epsilon) on every head of a model."""
+    """Measures Softmax(top_r) and Softmax(epsilon) on every head of a model.
+
+    For example:
+
+        python -m benchmarks paper-softmax --model SmolLM2.gguf
+    """
 
     rows: int | None = None
     """Queries of every head, the newest: 32; with --quick, 4."""

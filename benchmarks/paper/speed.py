@@ -39,7 +39,12 @@ Way = Literal["hsr", "dense"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command(Limits):
-    """Times Softmax(top_r) and Softmax(epsilon) on a layer of a model."""
+    """Times Softmax(top_r) and Softmax(epsilon) on a layer of a model.
+
+    For example:
+
+        python -m benchmarks paper-speed --model SmolLM2.gguf
+    """
 
     layer: int | None = None
     """Layer, from 0; the middle one unless given."""

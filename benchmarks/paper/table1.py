@@ -23,7 +23,12 @@ COUNTED: tuple[Rule, ...] = ("printed", "repaired")
 
 @dataclasses.dataclass(frozen=True)
 class Command(Basics):
-    """Counts the keys that fire at each n of the paper's Table 1."""
+    """Counts the keys that fire at each n of the paper's Table 1.
+
+    For example:
+
+        python -m benchmarks paper-table1
+    """
 
     keys: tuple[int, ...] = ()
     """Numbers of keys: those of the table; with --quick, the first two."""

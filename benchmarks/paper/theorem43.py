@@ -39,7 +39,12 @@ GAMMAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command(Reading):
-    """Measures Lemma 6.5, Theorem 4.3 and massive activation on real attention."""
+    """Measures Lemma 6.5, Theorem 4.3 and massive activation on real attention.
+
+    For example:
+
+        python -m benchmarks paper-theorem43 --model SmolLM2.gguf
+    """
 
     tokens: int | None = None
     """Tokens of the text to read: 8,192; with --quick, 96."""

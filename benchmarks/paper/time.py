@@ -39,7 +39,12 @@ FITTED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Command(Settings):
-    """Times a query, a decode step and prefill by n and d."""
+    """Times a query, a decode step and prefill by n and d.
+
+    For example:
+
+        python -m benchmarks paper-time --head-dims 4 64
+    """
 
     head_dims: tuple[int, ...] = ()
     """Head sizes: 4, 8, 16, 32, 64 and 128; with --quick, 4 and 64."""

@@ -20,6 +20,7 @@ from hsrjax._src import run
 from hsrjax._src.activations import tail as tails
 from hsrjax._src.activations.base import Activation, check_activation
 from hsrjax._src.core import checks, meshes, visible
+from hsrjax._src.core.arrays import shape_text
 from hsrjax._src.core.tiles import Info, Values, heads_first
 from hsrjax._src.index.index import Index, group_keys
 from hsrjax._src.kernels.base import implementations_for, operations
@@ -46,6 +47,12 @@ class KVCache:
     index: Index
     values: Values
     max_length: int
+
+    def __repr__(self) -> str:
+        """One line of shapes: the arrays would fill screens."""
+        keys = shape_text(getattr(self.index, "keys", self.index))
+        values = shape_text(getattr(self.values, "rows", self.values))
+        return f"KVCache(keys={keys}, values={values}, max_length={self.max_length})"
 
     @property
     def length(self) -> jax.Array:

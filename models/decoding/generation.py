@@ -65,6 +65,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     seed: int = 0,
     attention: Method | None = None,
     max_length: int = MAX_LENGTH,
@@ -83,6 +84,7 @@ def generate(
       temperature: 0 takes the most probable token.
       top_k: draw from the k most probable tokens only.
       top_p: draw from the most probable tokens that together hold this probability.
+      min_p: draw from those with at least this share of the largest probability.
       seed: of the random draws, 0 <= seed < 2**32.
       attention: "dense", "hsr" or "auto"; None keeps the model's own.
       max_length: refuse prompts that would grow beyond this.
@@ -99,7 +101,8 @@ def generate(
     rows = check_request(
         model, prompts, max_tokens=max_tokens, seed=seed, max_length=max_length
     )
-    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    check_sampling(**sampling._asdict())
     if attention is not None:
         config = model.config
         model = with_config(model, dataclasses.replace(config, attention=attention))
@@ -108,7 +111,7 @@ def generate(
         model,
         rows,
         max_tokens=max_tokens,
-        sampling=Sampling(temperature, top_k, top_p),
+        sampling=sampling,
         seed=seed,
     )
     tokens: list[list[int]] = [[] for _ in rows]

@@ -26,6 +26,7 @@ class Sampling(NamedTuple):
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
 
 
 class Counts(NamedTuple):
@@ -150,13 +151,26 @@ class _Program:
         self._compiled: dict[Any, _Compiled] = {}
 
     def compile(self, *arrays: Any) -> _Compiled:
-        key = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays))
+        settings: Any = jax.config
+        bit_by_bit = settings.jax_disable_jit
+        shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)]
+        key = (bit_by_bit, *shapes)
         if key in self._compiled:
             return self._compiled[key]
-        lowered = self._jitted.lower(*arrays)
-        found = _Compiled(lowered.compile(), lowered.out_info, new=True)
+        with jax.disable_jit(False):
+            lowered = self._jitted.lower(*arrays)
+            run = lowered.compile()
+        if bit_by_bit:
+            run = functools.partial(_as_program, run)
+        found = _Compiled(run, lowered.out_info, new=True)
         self._compiled[key] = found._replace(new=False)
         return found
+
+
+def _as_program(run: Callable[..., Any], *arrays: Any) -> Any:
+    """A step is a program also where JAX_DISABLE_JIT has all else run bit by bit."""
+    with jax.disable_jit(False):
+        return run(*arrays)
 
 
 @functools.lru_cache(maxsize=64)

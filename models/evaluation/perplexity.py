@@ -108,19 +108,13 @@ def perplexity(
       FloatingPointError: the model's losses became NaN or infinite.
     """
     model = with_length(model, rows.shape[1])
-    # What is not attention is compiled once, whatever attends.
-    ends = nnx.graphdef(with_attention(model, "dense"))
     losses, counts = [], []
     for row in rows:
-        found = jax.device_get(_read(ends, model, jnp.asarray(row)))
-        if not np.isfinite(found[0]).all():
-            raise FloatingPointError(
-                "the model's losses are not finite: compute in float32"
-            )
-        losses.append(found[0])
-        counts.append(found[1])
+        found = read_row(model, row)
+        losses.append(found.losses)
+        counts.append(found.counts)
         if on_row is not None:
-            on_row(found[0])
+            on_row(found.losses)
     shares = np.asarray(counts, np.float64).mean(axis=0)  # [4, L, N]
     return Perplexity(
         np.asarray(losses, np.float64),
@@ -129,21 +123,48 @@ def perplexity(
     )
 
 
-def _read(
-    ends: nnx.GraphDef[Transformer], model: Transformer, row: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Losses f32[T] of a row i32[T + 1], and what attention did, f32[4, L, N].
+class Row(NamedTuple):
+    """What `read_row` found.
+
+    Attributes:
+      losses: f32[T], nats of each predicted token.
+      is_greedy: bool[T], whether it was the most probable one.
+      counts: f32[4, L, N], what attention did.
+    """
+
+    losses: np.ndarray
+    is_greedy: np.ndarray
+    counts: np.ndarray
+
+
+def read_row(model: Transformer, row: np.ndarray) -> Row:
+    """Reads a row, every position predicting the next.
 
     Blocks of one shape share a program: compiled as one, a deep model takes minutes.
+
+    Args:
+      model: any transformer, for rows of this length (see `with_length`).
+      row: i32[T + 1]; the first token is only read.
+
+    Raises:
+      FloatingPointError: the model's losses became NaN or infinite.
     """
-    state = nnx.state(model)
-    stream, counts = _embed(ends, state, row[None, :-1]), []
+    # What is not attention is compiled once, whatever attends.
+    ends = nnx.graphdef(with_attention(model, "dense"))
+    state, tokens = nnx.state(model), jnp.asarray(row)
+    stream, counts = _embed(ends, state, tokens[None, :-1]), []
     for block in model.blocks:
         stream, found = _run_block(
             *nnx.split(block), stream, model.threshold_scale[...]
         )
         counts.append(found)
-    return _losses(ends, state, stream, row[1:]), jnp.stack(counts, axis=1)
+    losses, is_greedy = _losses(ends, state, stream, tokens[1:])
+    read = Row(*jax.device_get((losses, is_greedy, jnp.stack(counts, axis=1))))
+    if not np.isfinite(read.losses).all():
+        raise FloatingPointError(
+            "the model's losses are not finite: compute in float32"
+        )
+    return read
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -166,12 +187,13 @@ def _run_block(
 @functools.partial(jax.jit, static_argnums=0)
 def _losses(
     graphdef: Any, state: Any, stream: jax.Array, targets: jax.Array
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     model = nnx.merge(graphdef, state)
 
-    def loss(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def loss(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits = model.unembed(pair[0][None, None])[0, 0]
-        return jax.nn.logsumexp(logits) - logits[pair[1]]
+        is_greedy = jnp.argmax(logits) == pair[1]
+        return jax.nn.logsumexp(logits) - logits[pair[1]], is_greedy
 
     return jax.lax.map(loss, (stream[0], targets), batch_size=_PIECE)
 

@@ -39,6 +39,12 @@ class Part(NamedTuple):
             stored = paired.swapaxes(1, 2).reshape(stored.shape)
         return (stored.T if self.is_kernel else stored).reshape(shape)
 
+    def store(self, variable: np.ndarray) -> np.ndarray:
+        """The inverse of `arrange`, of a tensor that holds one variable whole."""
+        if not self.is_kernel:
+            return np.asarray(variable).reshape(self.stored_shape)
+        return np.asarray(variable).reshape(self.stored_shape[::-1]).T
+
 
 @dataclasses.dataclass(frozen=True)
 class Names:

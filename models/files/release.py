@@ -25,6 +25,7 @@ def write_weights(
     variables: dict[str, Any],
     *,
     dtype: Literal["float32", "float16"] = "float32",
+    layout: Literal["np", "pt"] = "np",
 ) -> Path:
     """Writes model.safetensors so that a reader sees the old file or the new one.
 
@@ -32,6 +33,7 @@ def write_weights(
       folder: where; it must exist.
       variables: arrays by name.
       dtype: to store them in.
+      layout: whose names and shapes these are; `transformers` reads "pt" alone.
 
     Returns:
       The file's path.
@@ -47,7 +49,7 @@ def write_weights(
         if not np.isfinite(stored[name]).all():
             raise ValueError(f"{name} holds values that are not finite in {dtype}")
     with replacing(folder / WEIGHTS) as temporary:
-        safetensors.numpy.save_file(stored, temporary, metadata={"format": "np"})
+        safetensors.numpy.save_file(stored, temporary, metadata={"format": layout})
     return folder / WEIGHTS
 
 

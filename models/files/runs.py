@@ -6,7 +6,8 @@ RUN/checkpoints/   an orbax CheckpointManager folder, one sub-folder per step; e
                    holds an item "model" (`model_item`, every variable of the model
                    including ThresholdScale) beside items that only training reads
 
-A released model has model.safetensors (`models.files.release`) in place of checkpoints.
+A released model has model.safetensors (`models.files.release`) in place of checkpoints,
+and in its config.json what a hub looks for: model_type and architectures.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ VERSION = 1
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 MODEL_ITEM = "model"
+_FOR_HUBS = {"model_type": "hsrjax", "architectures": ["HsrjaxForCausalLM"]}
 
 
 class ModelFileError(ValueError):
@@ -41,7 +43,11 @@ class ModelFileError(ValueError):
 
 
 def write_run_config(
-    run: str | os.PathLike[str], config: ModelConfig, *, train: dict[str, Any]
+    run: str | os.PathLike[str],
+    config: ModelConfig,
+    *,
+    train: dict[str, Any],
+    is_release: bool = False,
 ) -> None:
     """Writes RUN/config.json, making the folder where it is missing.
 
@@ -49,11 +55,13 @@ def write_run_config(
       run: the run folder.
       config: of the model.
       train: whatever training wants to find again; JSON values.
+      is_release: whether hubs are to find what they look for.
     """
     Path(run).mkdir(parents=True, exist_ok=True)
     content = {
         "format": FORMAT,
         "version": VERSION,
+        **(_FOR_HUBS if is_release else {}),
         "model": config.to_dict(),
         "train": train,
     }
@@ -245,7 +253,7 @@ def save_release(
     Raises:
       ValueError: a value is not finite in that dtype.
     """
-    write_run_config(folder, model.config, train=train or {})
+    write_run_config(folder, model.config, train=train or {}, is_release=True)
     release.write_weights(Path(folder), by_name(model_item(model)), dtype=dtype)
 
 

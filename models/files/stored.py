@@ -12,7 +12,7 @@ import safetensors
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
-_LARGEST_JSON = 1 << 26
+_LARGEST_TEXT = 1 << 26
 
 
 class Stored(Protocol):
@@ -61,14 +61,24 @@ def read_json(path: Path) -> Any:
       ValueError: it is missing, too large, or no JSON.
     """
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"{path} has more than {_LARGEST_JSON} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0][:200]
         raise ValueError(f"{path} cannot be read as JSON ({reason})") from error
+
+
+def read_text(path: Path) -> str:
+    """A text file from outside, UTF-8.
+
+    Raises:
+      ValueError: it is too large, or is no UTF-8.
+      OSError: it cannot be read.
+    """
+    if path.stat().st_size > _LARGEST_TEXT:
+        raise ValueError(f"{path} has more than {_LARGEST_TEXT} bytes")
+    return path.read_text(encoding="utf-8")
 
 
 def inside(folder: Path, name: Any) -> Path:
@@ -84,8 +94,8 @@ def inside(folder: Path, name: Any) -> Path:
         raise ValueError(f"{folder} names a file {name!r:.80}, which is a path")
     found = (folder / name).resolve()
     allowed = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        allowed.append(folder.resolve().parent.parent / "blobs")
+    caches = [x.parent for x in folder.resolve().parents if x.name == "snapshots"]
+    allowed += [cache / "blobs" for cache in caches[:1]]
     if not any(found.is_relative_to(place) for place in allowed):
         raise ValueError(f"{folder / name} leads out of its folder, to {found}")
     if not found.is_file():

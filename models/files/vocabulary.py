@@ -11,6 +11,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 from models.files.atomic import write_atomic
 from models.files.stored import read_json
+from models.files.templates import folder_templates, gguf_templates
 from models.text.tokenizer import (
     SPACE,
     BPETokenizer,
@@ -39,6 +40,17 @@ _CUTS = {
 }
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # tokenizer.ggml.token_type
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>")
+TURN_ENDS += ("<|endoftext|>", "<|end_of_text|>", "<|return|>", "<|call|>", "<EOT>")
+TURN_ENDS += (
+    "_<EOT>",
+    "[EOT]",
+    "<end_of_utterance>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
+"""How chat models write the end of a turn; files often name one of several."""
+# Phi-3's other special tokens take in the white space behind them.
+_PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -93,19 +105,22 @@ def from_folder(folder: Path, *, vocab_size: int) -> PretrainedTokenizer | None:
         if (folder / name).exists():
             found = read_json(folder / name)
             settings |= found if isinstance(found, dict) else {}
-    template = settings.get("chat_template")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    special = {name: _written(settings.get(name)) for name in _SPECIAL}
+    templates = folder_templates(folder, settings)
+    written = {name: _written(settings.get(name)) for name in _SPECIAL}
+    special = {name: token for name, token in written.items() if token}
     ends = settings.get("eos_token_id")
     stops = {x for x in (ends if isinstance(ends, list) else [ends]) if type(x) is int}
-    if (number := inner.token_to_id(special["eos_token"])) is not None:
+    if (number := inner.token_to_id(written["eos_token"])) is not None:
         stops.add(number)
+    for number, token in inner.get_added_tokens_decoder().items():
+        ends_turns = token.special and token.content in TURN_ENDS
+        if ends_turns and any(token.content in x for x in templates.values()):
+            stops.add(number)
     return PretrainedTokenizer(
         inner,
         vocab_size=vocab_size,
         stops=frozenset(stops),
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=templates,
         special=special,
     )
 
@@ -139,12 +154,20 @@ def from_gguf(metadata: dict[str, Any], *, vocab_size: int) -> PretrainedTokeniz
         inner = _sentence_piece(metadata, tokens, types)
     else:
         raise ValueError(f"tokenizer.ggml.model is {kind!r} and can be gpt2 or llama")
-    for token, is_what in zip(tokens, types, strict=True):
+    strips = _is_phi3(metadata)
+    stops = set()
+    for number, (token, is_what) in enumerate(zip(tokens, types, strict=True)):
         if is_what in (_CONTROL, _USER):
-            added = tokenizers.AddedToken(token, special=is_what == _CONTROL)
+            added = tokenizers.AddedToken(
+                token,
+                special=is_what == _CONTROL,
+                rstrip=strips and token not in _PHI3_KEEPS,
+            )
             add = inner.add_special_tokens if added.special else inner.add_tokens
             add([added])
-    names = ("bos", "eos", "eot")
+            if token in TURN_ENDS:
+                stops.add(number)
+    names = ("bos", "eos", "eot", "eom")
     numbers = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names}
     numbers = {
         name: number
@@ -157,14 +180,21 @@ def from_gguf(metadata: dict[str, Any], *, vocab_size: int) -> PretrainedTokeniz
         inner.post_processor = processors.TemplateProcessing(
             single=[first, "$A"], special_tokens=[(first, numbers["bos"])]
         )
-    template = metadata.get("tokenizer.chat_template")
+    stops |= {numbers[name] for name in names[1:] if name in numbers}
     return PretrainedTokenizer(
         inner,
         vocab_size=vocab_size,
-        stops=frozenset(numbers[name] for name in ("eos", "eot") if name in numbers),
-        chat_template=template if isinstance(template, str) else None,
+        stops=frozenset(stops),
+        chat_template=gguf_templates(metadata),
         special={f"{name}_token": tokens[x] for name, x in numbers.items()},
     )
+
+
+def _is_phi3(metadata: dict[str, Any]) -> bool:
+    """Whether a file is of Phi-3, which GGUF says by architecture or name alone."""
+    name = str(metadata.get("general.name", "")).lower()
+    is_named = "phi-3" in name or "phi3" in name
+    return is_named or metadata.get("general.architecture") == "phi3"
 
 
 def _begins(metadata: dict[str, Any], kind: str) -> bool:

@@ -277,7 +277,13 @@ def _check_together(config: ModelConfig) -> None:
         )
     scaling = config.rope_scaling
     if scaling is not None:
-        frequencies(config.turning_dim, theta=config.rope_theta, scaling=scaling)
+        try:
+            frequencies(config.turning_dim, theta=config.rope_theta, scaling=scaling)
+        except ArithmeticError as error:
+            raise ValueError(
+                f"ModelConfig: rope_theta={config.rope_theta} and rope_scaling give no "
+                f"wavelengths ({error})."
+            ) from error
     if config.is_thresholded and not config.normalizes_heads:
         raise ValueError(
             "ModelConfig: thresholds are those of unit vectors, got qk_norm=False with "

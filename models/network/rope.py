@@ -27,6 +27,7 @@ class RopeScaling:
       high_freq_factor: llama3: wavelengths below original_length / this stay.
       beta_fast: yarn: dimensions with more turns within original_length stay.
       beta_slow: yarn: those with fewer are divided.
+      truncate: yarn: whether the ramp begins and ends at whole dimensions.
       divisors: longrope: one number per pair of dimensions.
       long_divisors: longrope: those for rows longer than original_length.
       is_long: longrope: whether these are meant.
@@ -44,6 +45,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True
     divisors: tuple[float, ...] = ()
     long_divisors: tuple[float, ...] = ()
     is_long: bool = False
@@ -73,10 +75,11 @@ class RopeScaling:
         for name in ("divisors", "long_divisors"):
             for number in getattr(self, name):
                 _check_positive(name, number)
-        if not isinstance(self.is_long, bool):
-            raise ValueError(
-                f"RopeScaling: is_long must be a bool, got {self.is_long!r}."
-            )
+        for name in ("is_long", "truncate"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"RopeScaling: {name} must be a bool, got {getattr(self, name)!r}."
+                )
 
     @classmethod
     def from_dict(cls, fields: Any) -> RopeScaling:
@@ -130,7 +133,7 @@ def frequencies(
     elif scaling.kind == "llama3":
         found, gain = _llama3(base, scaling), 1.0
     elif scaling.kind == "yarn":
-        found, gain = _yarn(base, theta, scaling), 0.1 * math.log(scaling.factor) + 1.0
+        found, gain = _yarn(base, theta, scaling), yarn_gain(scaling.factor)
     else:
         for divisors in (scaling.divisors, scaling.long_divisors):
             if len(divisors) != rotary_dim // 2:
@@ -146,6 +149,11 @@ def frequencies(
     if scaling.attention_factor is not None:
         gain = scaling.attention_factor
     return found.astype(np.float32), gain
+
+
+def yarn_gain(factor: float, share: float = 1.0) -> float:
+    """What yarn multiplies queries and keys by: 1 where rows are no longer."""
+    return 0.1 * share * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _llama3(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
@@ -164,9 +172,11 @@ def _yarn(base: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
         length = scaling.original_length / (turns * 2 * math.pi)
         return size * math.log(length) / (2 * math.log(theta))
 
-    low = max(math.floor(dimension(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension(scaling.beta_slow)), size - 1)
-    ramp = (np.arange(len(base)) - low) / max(high - low, 1e-3)
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = (np.arange(len(base)) - low) / (high - low or 1e-3)
     kept = 1.0 - np.clip(ramp, 0.0, 1.0)
     return base * (kept + (1.0 - kept) / scaling.factor)
 

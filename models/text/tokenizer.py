@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from models.text.chat import Message, render
+from models.text.chat import DEFAULT, Message, chosen, render
 
 SPACE = "\u2581"
 """How SentencePiece writes a space."""
@@ -102,7 +102,7 @@ class PretrainedTokenizer:
       inner: of the `tokenizers` package.
       vocab_size: V of the model, which may be padded beyond the tokenizer's.
       stops: tokens that end a text.
-      chat_template: Jinja template that arranges a conversation, if there is one.
+      chat_template: Jinja template that arranges a conversation, or several by name.
       special: how the template calls special tokens, and how these are written.
 
     Attributes:
@@ -120,11 +120,13 @@ class PretrainedTokenizer:
         *,
         vocab_size: int,
         stops: frozenset[int] = frozenset(),
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         special: Mapping[str, str] | None = None,
     ) -> None:
         self.inner, self.vocab_size, self.stops = inner, vocab_size, stops
-        self._template, self._special = chat_template, special or {}
+        if isinstance(chat_template, str):
+            chat_template = {DEFAULT: chat_template}
+        self._templates, self._special = chat_template or {}, special or {}
         vocabulary = inner.get_vocab(with_added_tokens=True)
         if not vocabulary or max(vocabulary.values()) >= vocab_size:
             raise ValueError(
@@ -152,17 +154,20 @@ class PretrainedTokenizer:
         found = self.inner.encode(readable, add_special_tokens=is_start)
         return np.array(found.ids, np.int32)
 
-    def encode_chat(self, messages: Sequence[Message]) -> np.ndarray:
+    def encode_chat(
+        self, messages: Sequence[Message], *, template: str | None = None
+    ) -> np.ndarray:
         """Tokens i32[n] of a conversation and the beginning of the answer.
 
+        Args:
+          messages: each with a role and its content.
+          template: by name, where the model has several; None is "default".
+
         Raises:
-          ValueError: the model has no chat template, or it does not render.
+          ValueError: the model has no such chat template, or it does not render.
         """
-        if self._template is None:
-            raise ValueError(
-                "the model has no chat template: it continues texts, without --chat"
-            )
-        text = render(self._template, messages, special=self._special)
+        found = chosen(self._templates, template)
+        text = render(found, messages, special=self._special)
         return self.encode(text.encode(), is_start=False)  # it is written
 
     def decode(self, tokens: Sequence[int]) -> bytes:

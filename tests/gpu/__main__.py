@@ -27,7 +27,11 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
 
 def main(words: list[str] | None = None) -> int:
     cards = sorted(file.stem for file in compiled.CARDS.glob("*.textproto"))
-    parser = argparse.ArgumentParser(prog="make gpu-check ARGS=", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="make gpu-check ARGS=",
+        description=__doc__,
+        epilog='For example: make gpu-check ARGS="--cards h100 --only append"',
+    )
     parser.add_argument("--cards", nargs="+", choices=cards, default=cards)
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder ({OUT})")

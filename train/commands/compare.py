@@ -24,7 +24,12 @@ from train.plots import plot_comparison
 
 @dataclasses.dataclass(frozen=True)
 class Command(OfRuns):
-    """Compares finished runs of `python -m train`."""
+    """Compares finished runs of `python -m train`.
+
+    For example:
+
+        python -m train compare runs/mine runs/other
+    """
 
     out: Path = Path("runs/comparison")
     """Folder that the results are written to."""

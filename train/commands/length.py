@@ -31,7 +31,12 @@ from train.plots import save
 
 @dataclasses.dataclass(frozen=True)
 class Command(OfRuns):
-    """Measures trained models on rows longer than they were trained on."""
+    """Measures trained models on rows longer than they were trained on.
+
+    For example:
+
+        python -m train length runs/mine --factors 1 4
+    """
 
     factors: tuple[int, ...] = (1, 2, 4, 8)
     """Row lengths, as multiples of the training length."""

@@ -44,7 +44,12 @@ img { max-width: 100%; } code { overflow-wrap: anywhere; }
 
 @dataclasses.dataclass(frozen=True)
 class Command(OfRuns):
-    """Compares finished or running runs of `python -m train` in one HTML file."""
+    """Compares finished or running runs of `python -m train` in one HTML file.
+
+    For example:
+
+        python -m train report runs/mine runs/other --out report.html
+    """
 
     out: Path = Path("report.html")
     """File to write."""

@@ -32,7 +32,12 @@ from train.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Command(OfRuns):
-    """Measures training steps from trained parameters."""
+    """Measures training steps from trained parameters.
+
+    For example:
+
+        python -m train speed runs/mine --attention dense hsr
+    """
 
     row_length: int | None = None
     """Tokens of a row; none: that of the run."""

@@ -20,11 +20,12 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
 
+from models.command import did_you_mean
 from models.files.atomic import write_atomic
 from train.commands.recipes import STAGES, Run
 from train.plots import plot_study
@@ -38,13 +39,24 @@ _COUNTS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Trains the runs of a recipe study and tabulates them."""
+    """Trains the runs of a recipe study and tabulates them.
 
-    stages: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Stages to run, in this order; none: only tabulate what is there."""
+    For example:
+
+        python -m train study kinds --workers 2
+    """
+
+    stages: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(
+            metavar="[STAGE ...]",
+            help=f"Stages to run, in this order, of {', '.join(STAGES)}; none: only "
+            "tabulate what is there.",
+        ),
+    ] = ()
     out: Path = Path("runs/study")
     """Folder of the run folders."""
-    results: Path = Path("benchmarks/results/study")
+    results: Path = Path("runs/study/results")
     """Folder of the table and the figure."""
     only: tuple[str, ...] = ()
     """Names of the runs of these stages to train, as patterns; none: all."""
@@ -76,7 +88,8 @@ def chosen(stages: Iterable[str], *, only: tuple[str, ...] = ()) -> list[Run]:
     unknown = [name for name in stages if name not in STAGES]
     if unknown:
         raise ValueError(
-            f"there is no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}"
+            f"there is no stage {', '.join(unknown)}: "
+            f"{did_you_mean(unknown[0], STAGES)}choose from {', '.join(STAGES)}"
         )
     runs = {run.name: run for stage in stages for run in STAGES[stage]}
     found: dict[str, Run] = {}

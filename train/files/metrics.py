@@ -11,6 +11,7 @@ import contextlib
 import csv
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from train import telemetry
+from train.files import tracking
 
 COLUMNS = (
     "step",
@@ -93,23 +95,50 @@ class MetricsWriter:
         self._board.flush()
 
 
-class _Silent:
-    """Takes everything and writes nothing."""
+class _Writers:
+    """Hands everything to several writers, or to none."""
+
+    def __init__(self, *writers: Writer) -> None:
+        """Any number of them."""
+        self._writers = writers
 
     def write(self, row: dict[str, Any]) -> None:
-        """Does nothing."""
+        """Hands on one logged step."""
+        for writer in self._writers:
+            writer.write(row)
 
     def write_heads(self, step: int, measured: dict[str, np.ndarray]) -> None:
-        """Does nothing."""
+        """Hands on what was measured of every head."""
+        for writer in self._writers:
+            writer.write_heads(step, measured)
 
 
+@contextlib.contextmanager
 def open_writer(
-    out: Path, *, step: int, writes: bool
-) -> contextlib.AbstractContextManager[Writer]:
-    """A `MetricsWriter`, or one that writes nothing in all processes but one."""
-    if writes:
-        return MetricsWriter(out, step=step)
-    return contextlib.nullcontext(_Silent())
+    out: Path,
+    *,
+    step: int,
+    writes: bool,
+    track: str = tracking.NONE,
+    options: dict[str, Any] | None = None,
+) -> Iterator[Writer]:
+    """A `MetricsWriter` and a tracker; in all processes but one, nothing is written.
+
+    Args:
+        out: run folder.
+        step: steps done, 0 for a new run.
+        writes: whether this process is the one.
+        track: "none", "trackio" or "wandb".
+        options: of the run, for the tracker.
+    """
+    with contextlib.ExitStack() as stack:
+        writers: list[Writer] = []
+        if writes:
+            writers.append(stack.enter_context(MetricsWriter(out, step=step)))
+        if writes and track != tracking.NONE:
+            tracker = tracking.Tracker(track, out, options=options or {})
+            writers.append(stack.enter_context(tracker))
+        yield _Writers(*writers)
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:

@@ -244,3 +244,14 @@ def _over_rows(one, *arrays):
     for _ in range(rows.ndim - 1):
         one = jax.vmap(one)
     return one(*arrays)
+
+
+def shape_text(leaf: Any) -> str:
+    """What to show of a field in one line: an array's dtype and shape.
+
+    Args:
+      leaf: an array, traced or not, or whatever a tree map has put in its place.
+    """
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return " ".join(repr(leaf).split())[:40]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hsrjax._src.core import bitset, windows
-from hsrjax._src.core.arrays import positions
+from hsrjax._src.core.arrays import positions, shape_text
 from hsrjax._src.core.bitset import WORD, blocks_touched
 from hsrjax._src.index.balls import Balls
 from hsrjax._src.index.bound import Bound
@@ -101,6 +101,14 @@ class Index:
             size=jnp.zeros(lead, jnp.int32),
             dropped=jnp.zeros(lead, jnp.int32),
             max_keys=max_keys,
+        )
+
+    def __repr__(self) -> str:
+        """One line of shapes: the arrays would fill screens."""
+        cells = None if self.cells is None else type(self.cells).__name__
+        return (
+            f"Index(keys={shape_text(self.keys)}, sketch={type(self.sketch).__name__}, "
+            f"cells={cells}, size={shape_text(self.size)}, max_keys={self.max_keys})"
         )
 
     @property
