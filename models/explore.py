@@ -225,10 +225,14 @@ def _label(model: Transformer) -> str:
     if config.attention_kind == "entmax":
         return "entmax"
     if config.attention_kind != "softmax":
-        return f"ReLU^{config.relu_power}" if config.relu_power > 1 else "ReLU"
+        return "ReLU" + ("" if config.relu_power == 1 else _raised(config.relu_power))
     if config.top_r is not None:
         return f"softmax, top {config.top_r}"
     return "softmax" if config.epsilon is None else f"softmax, ε {config.epsilon:g}"
+
+
+def _raised(power: int) -> str:
+    return str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _name(path: str | Path | None) -> str:

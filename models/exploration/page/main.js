@@ -201,9 +201,10 @@ $("keys").addEventListener("click", (event) => {
 let pointed = null;
 
 function pointAt(at) {
-  if (pointed !== null) spans[pointed].classList.remove("pointed");
+  const mark = (is) => spans[pointed]?.forEach((span) => span.classList.toggle("pointed", is));
+  mark(false);
   pointed = at ?? null;
-  if (pointed !== null) spans[pointed].classList.add("pointed");
+  mark(true);
 }
 
 document.addEventListener("click", (event) => {
@@ -286,8 +287,8 @@ async function begin() {
   const [model, second] = about.models;
   $("title").textContent = about.title;
   $("facts").textContent = about.facts;
-  $("own").lastChild.textContent = `${model.label}: share of the weight`;
-  $("soft").lastChild.textContent = second ? second.label : "softmax of the same scores";
+  $("own").lastChild.textContent = model.label;
+  $("soft").lastChild.textContent = second ? second.label : "softmax";
   $("play-note").textContent =
     "Each step is one token of decoding: its keys are bounded by the 8-bit sketch, those that may reach the threshold are scored exactly." +
     (about.drawn === null ? "" : ` From token ${about.drawn} on, in italics, the model went on by itself.`);

@@ -4,17 +4,12 @@ const percent = (x) => {
   const value = 100 * x;
   if (value === 0 || value === 100) return `${value} %`;
   if (value < 0.01) return "< 0.01 %";
+  if (value < 0.1) return `${value.toFixed(2)} %`;
   return `${value < 10 ? value.toPrecision(2) : Math.min(99.9, value).toFixed(value < 99 ? 0 : 1)} %`;
 };
 const whole = (x) => Math.round(x).toLocaleString("en");
 const number = (x) => (Math.abs(x) < 1e-3 && x !== 0 ? x.toExponential(1) : x.toPrecision(3));
 const keysWord = (n) => (n === 1 ? "key" : "keys");
-
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
 
 // --- one query ---
 
@@ -103,7 +98,7 @@ function drawLine({ query, head, keys }) {
     <rect x="${x(threshold - doubt)}%" width="${(x(threshold) - x(threshold - doubt)).toFixed(2)}%" y="12" height="28"
       fill="var(--edge)" opacity=".16"><title>A key in here may reach the threshold by its bound: it is looked at, and does not fire.</title></rect>
     <line x1="2%" x2="98%" y1="26" y2="26" stroke="var(--line)"/>${dots.join("")}
-    <line x1="${x(threshold)}%" x2="${x(threshold)}%" y1="8" y2="44" stroke="var(--edge)" stroke-width="2"/>
+    <line x1="${x(threshold)}%" x2="${x(threshold)}%" y1="12" y2="44" stroke="var(--edge)" stroke-width="2"/>
     <text x="${x(threshold)}%" y="58" text-anchor="${anchor}">threshold ${number(threshold)}</text>
     <text x="2%" y="9">score ${number(low)}</text><text x="98%" y="9" text-anchor="end">${number(high)}</text></svg>`;
 }

@@ -2,18 +2,29 @@
 
 const $ = (id) => document.getElementById(id);
 
+// A block for every line: what changes in one is laid out and painted alone.
+const lines = [], lineOf = [];
+
+/** The spans of every token, one for each line that it is in. */
 const spans = about.tokens.map((token, at) => {
-  const span = document.createElement("span");
-  span.dataset.at = at;
-  const lines = token.split("\n");
-  lines.forEach((line, i) => {
-    if (i) span.append(Object.assign(document.createElement("i"), { textContent: "⏎" }), "\n");
-    span.append(line);
+  lineOf.push(Math.max(0, lines.length - 1));
+  return token.split("\n").map((words, i, all) => {
+    if (i || !lines.length) lines.push(element("div"));
+    const span = element("span", { textContent: words });
+    if (i < all.length - 1) span.append(element("i", { textContent: "⏎" }));
+    span.dataset.at = at;
+    if (about.drawn !== null && at >= about.drawn) span.className = "drawn";
+    lines[lines.length - 1].append(span);
+    return span;
   });
-  if (about.drawn !== null && at >= about.drawn) span.className = "drawn";
-  return span;
 });
-$("text").append(...spans);
+$("text").append(...lines);
+
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
 
 /** What a token is called in a sentence. */
 function nameOf(at) {
@@ -24,7 +35,7 @@ let places = null; // [top, left] of every token, until the window changes
 addEventListener("resize", () => (places = null));
 
 function placesNow() {
-  return (places ??= spans.map((span) => [span.offsetTop, span.offsetLeft]));
+  return (places ??= spans.map(([span]) => [span.offsetTop, span.offsetLeft]));
 }
 
 /** The token above (-1) or below (1), as near to straight as there is. */
@@ -48,38 +59,43 @@ function showToken(at) {
   }
 }
 
-let coloured = [], queried = null;
+let coloured = [];
 
-/** Colours the keys of a query: [{key, share, soft}]. */
+/** Colours the keys of a query: [{key, share, soft}]. Only backgrounds and inks: what
+    is laid out stays as it is, whatever the length of the text. */
 function colour(query, keys) {
-  for (const span of coloured) span.style.background = span.style.boxShadow = "";
-  coloured = [];
-  if (queried !== null) spans[queried].classList.remove("query");
-  const most = Math.max(1e-9, ...keys.map((x) => x.share));
-  const mostSoft = Math.max(1e-9, ...keys.map((x) => x.soft));
+  for (const at of coloured) for (const { style } of spans[at]) style.background = "";
+  const most = Math.max(1e-9, ...keys.map((x) => Math.max(x.share, x.soft)));
+  const strength = (x, least) => (least + (1 - least) * Math.sqrt(x / most)).toFixed(3);
   for (const { key, share, soft } of keys) {
-    const { style } = spans[key];
-    if (share && shown.own) {
-      style.background = `rgba(var(--own), ${(0.14 + 0.66 * Math.sqrt(share / most)).toFixed(3)})`;
-    }
-    if (soft && shown.soft) {
-      const strength = (0.15 + 0.85 * Math.sqrt(soft / mostSoft)).toFixed(3);
-      style.boxShadow = `inset 0 -3px rgba(var(--soft), ${strength})`;
-    }
-    coloured.push(spans[key]);
+    const own = share && shown.own ? `rgba(var(--own), ${(0.8 * strength(share, 0.17)).toFixed(3)})` : "";
+    const under = soft && shown.soft ? `linear-gradient(to top, rgba(var(--soft), ${strength(soft, 0.15)}) 3px, transparent 3px)` : "";
+    if (own || under) for (const { style } of spans[key]) style.background = `${under} ${own}`;
   }
-  spans[query].classList.add("query");
-  queried = query;
-  dimLater(query);
+  coloured = keys.map((x) => x.key);
+  moveQuery(query);
 }
 
-/** Tokens after the query are not there yet. */
-function dimLater(query) {
-  if (!("highlights" in CSS)) return;
-  const range = document.createRange();
-  range.setStartAfter(spans[query]);
-  range.setEndAfter(spans[spans.length - 1]);
-  CSS.highlights.set("later", new Highlight(range));
+let queried = null;
+
+/** Marks the query, and dims what comes later: it is not there yet. */
+function moveQuery(query) {
+  const later = (at, is) => {
+    for (let i = at + 1; i < spans.length && lineOf[i] === lineOf[at]; i++) {
+      for (const span of spans[i]) span.classList.toggle("later", is);
+    }
+  };
+  const from = queried === null ? lines.length - 1 : lineOf[queried], to = lineOf[query];
+  if (queried !== null) {
+    for (const span of spans[queried]) span.classList.remove("query");
+    later(queried, false);
+  }
+  for (let i = Math.min(from, to) + 1; i <= Math.max(from, to); i++) {
+    lines[i].classList.toggle("later", i > to);
+  }
+  for (const span of spans[query]) span.classList.add("query");
+  later(query, true);
+  queried = query;
 }
 
 /** Marks beside the text say where in all of it the keys are. */
