@@ -206,7 +206,11 @@ def _read(
             f"{config.num_layers - 1}."
         )
     layers = layers or layers_that_fit(
-        config.num_layers, heads=heads, tokens=len(tokens), budget=budget
+        config.num_layers,
+        heads=heads,
+        tokens=len(tokens),
+        sparse=config.attention_kind != "softmax",
+        budget=budget,
     )
     if len(layers) < config.num_layers and not options.layers:
         named = ", ".join(map(str, layers))

@@ -29,8 +29,8 @@ LEVELS = {
     "listed": 255,
     "mass": 1023,
     "slack": 63,
-    "missed": 4095,
-    "error": 1023,
+    "missed": 255,
+    "error": 255,
 }
 """Numbers by query, and the steps between the smallest and the largest that they are
 rounded to; whole numbers are not. `possible` is written as what it has more than
@@ -122,9 +122,7 @@ def deflate(data: bytes) -> str:
     return base64.b64encode(zlib.compress(data, 9)).decode()
 
 
-def _rounded(
-    values: np.ndarray, levels: int | None
-) -> tuple[float, float, np.ndarray]:
+def _rounded(values: np.ndarray, levels: int | None) -> tuple[float, float, np.ndarray]:
     """The smallest, the step, and whole numbers of steps above it."""
     if levels is None:
         return 0, 1, values.astype(np.int64)

@@ -16,6 +16,8 @@ from models.network.transformer import Transformer, with_config, with_length
 
 _DRAWN = 512
 """Queries that make up the picture of a head, about."""
+_SPARSE, _FULL = 30, 50
+"""Bytes of a row on the page, about."""
 
 
 class Reading(NamedTuple):
@@ -23,7 +25,8 @@ class Reading(NamedTuple):
 
     Attributes:
       fired: f64[L, N], keys that fire as a share of those visible.
-      empty: f64[L, N], queries for which none fires, as a share of all.
+      empty: f64[L, N], queries for which none fires, as a share of all but the first,
+        which sees itself only and has no threshold to speak of.
       pictures: f32[L, N, M, M], where the weights are, see `rows.pictures`.
       heads: every row of the heads of some layers, by layer and head.
       windows: keys a query sees, by layer; None is all.
@@ -84,14 +87,12 @@ def read(
             )
         visible = np.minimum(np.arange(1, length + 1), window or length).sum()
         fired.append(counts.sum(axis=0) / visible)
-        empty.append(np.mean(counts == 0, axis=0))
+        empty.append(np.mean(counts[min(1, length - 1) :] == 0, axis=0))
         windows.append(window)
         power = power_of(operands.activation)
         group = operands.query.shape[2] // operands.key.shape[2]
         on_layer()
-    return Reading(
-        *map(np.array, (fired, empty, images)), heads, windows, power, group
-    )
+    return Reading(*map(np.array, (fired, empty, images)), heads, windows, power, group)
 
 
 def without_tail(model: Transformer) -> Transformer:
@@ -102,15 +103,19 @@ def without_tail(model: Transformer) -> Transformer:
 
 
 def layers_that_fit(
-    layers: int, *, heads: int, tokens: int, budget: int
+    layers: int, *, heads: int, tokens: int, sparse: bool, budget: int
 ) -> list[int]:
-    """Layers, evenly spread, whose rows fit into so many bytes with some keys each."""
-    bytes_of_layer = _BYTES * heads * tokens
+    """Layers, evenly spread, whose rows fit into so many bytes with a dozen keys each.
+
+    Args:
+      layers: L.
+      heads: N.
+      tokens: T.
+      sparse: whether most rows have fewer keys than that.
+      budget: bytes.
+    """
+    bytes_of_layer = (_SPARSE if sparse else _FULL) * heads * tokens
     number = int(np.clip(budget // max(bytes_of_layer, 1), 1, layers))
     if number == 1:
         return [layers // 2]
     return sorted({round(x) for x in np.linspace(0, layers - 1, number)})
-
-
-_BYTES = 30
-"""Text of a row that lists eight keys, about."""

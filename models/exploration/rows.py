@@ -155,16 +155,10 @@ def pictures(
 
 
 @functools.partial(jax.jit, static_argnames=("window", "method"))
-def _decoded(
-    operands: Operands, *, window: int | None, method: Method
-) -> hsrjax.Info:
+def _decoded(operands: Operands, *, window: int | None, method: Method) -> hsrjax.Info:
     """What hsrjax says of every query asked alone, fields [T, N]."""
-    query, key, value, activation = operands
-    _, length, kv_heads, size = key.shape
-    cache = hsrjax.init_cache(
-        1, length, kv_heads, size, value_dim=value.shape[-1], tail=activation.tail
-    )
-    cache = hsrjax.extend(cache, key, value)
+    query, activation = operands.query, operands.activation
+    cache = _cache(operands)
 
     def step(at: jax.Array) -> hsrjax.Info:
         _, info = hsrjax.decode_attention(
@@ -178,7 +172,15 @@ def _decoded(
         )
         return jax.tree.map(lambda x: x[0, 0], info)
 
-    return jax.lax.map(step, jnp.arange(length, dtype=jnp.int32))
+    return jax.lax.map(step, jnp.arange(query.shape[1], dtype=jnp.int32))
+
+
+def _cache(operands: Operands) -> hsrjax.KVCache:
+    """What decoding has read when it is at the end of the text."""
+    _, length, kv_heads, size = operands.key.shape
+    width = operands.value.shape[-1]
+    cache = hsrjax.init_cache(1, length, kv_heads, size, value_dim=width)
+    return hsrjax.extend(cache, operands.key, operands.value)
 
 
 def _at(activation: Rule, at: jax.Array) -> Rule:
@@ -193,24 +195,31 @@ def _scores(
     operands: Operands, *, window: int | None, stride: int = 1
 ) -> Iterator[tuple[np.ndarray, Scores]]:
     """Numbers of queries i[Q] and their scores, some at a time."""
-    index = hsrjax.build(jnp.moveaxis(operands.key[0], 1, 0))
-    chosen = np.arange(0, operands.query.shape[1], stride, dtype=np.int32)
+    index = _cache(operands).index
+    length = operands.query.shape[1]
+    chosen = np.arange(0, length, stride, dtype=np.int32)
     for first in range(0, len(chosen), _QUERIES):
         at = chosen[first : first + _QUERIES]
-        yield at, jax.device_get(_score(index, operands.query[0, at], at, window))
+        found = _score(index, operands.query[0, at], at, length=length, window=window)
+        yield at, jax.device_get(found)
 
 
-@functools.partial(jax.jit, static_argnames="window")
+@functools.partial(jax.jit, static_argnames=("length", "window"))
 def _score(
-    index: hsrjax.Index, query: jax.Array, at: jax.Array, window: int | None
+    index: hsrjax.Index,
+    query: jax.Array,
+    at: jax.Array,
+    *,
+    length: int,
+    window: int | None,
 ) -> Scores:
-    """Scores of queries f32[Q, N, H] that stand at i[Q]."""
-    length, kv_heads = index.max_keys, index.keys.shape[0]
+    """Scores of queries f32[Q, N, H] that stand at i[Q], by all T keys."""
     number, heads, size = query.shape
+    kv_heads = index.keys.shape[1]
     group = heads // kv_heads
     rows = jnp.moveaxis(query.reshape(number, kv_heads, group, size), 0, 2)
-    rows = rows.reshape(kv_heads, group * number, size)
-    exact = jnp.einsum("kqh,ksh->kqs", rows, index.keys, precision="highest")
+    rows = rows.reshape(1, kv_heads, group * number, size)
+    exact = jnp.einsum("bkqh,bksh->bkqs", rows, index.keys, precision="highest")
     lower, upper = index.sketch.intervals(rows)
     slot, last = jnp.arange(length)[None, None], at[None, :, None]
     seen = slot <= last

@@ -224,6 +224,11 @@ const fraction = (event, name, inset = 0) => {
   const part = name === "x" ? (event.clientX - left - inset) / (width - inset) : (event.clientY - top) / height;
   return limit(Math.floor(part * about.tokens.length), about.tokens.length - 1);
 };
+$("grid").addEventListener("mouseover", (event) => {
+  const head = event.target.closest("button")?.dataset.head;
+  if (head && pictures) preview(...head.split("-").map(Number));
+});
+$("grid").addEventListener("mouseleave", () => pictures && preview(state.layer, state.head));
 $("map").addEventListener("click", (event) => go({ query: fraction(event, "y"), pinned: true }));
 $("chart").addEventListener("click", (event) => go({ query: fraction(event, "x", 40), pinned: true }));
 $("ruler").addEventListener("click", (event) => {

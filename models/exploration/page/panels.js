@@ -113,6 +113,8 @@ const METRICS = {
 let pictures = null, metric = "fired";
 
 async function drawHeads(layer, head) {
+  pictures ??= await inflate("pictures-0");
+  if (!$("grid").childElementCount) buildGrid(about.models[0]);
   const model = about.models[0];
   const all = model.fired.flat(), dead = model.empty.flat().filter((x) => x === 1).length;
   const median = [...all].sort((a, b) => a - b)[all.length >> 1];
@@ -122,26 +124,45 @@ async function drawHeads(layer, head) {
     `${dead || "none"} ${dead === 1 ? "is" : "are"} dead` +
     (idle ? `, ${idle} more ${idle === 1 ? "is" : "are"} empty in nine rows of ten` : "");
   $("grid-note").textContent =
-    `Number: ${METRICS[metric]}. Picture: where the weights are (down: queries, across: keys). Rows: layers. Columns: heads.` +
-    (model.detailed.length < model.layers ? " Dotted heads have no lists of keys in this page." : "");
-  pictures ??= await inflate("pictures-0");
-  if (!$("grid").childElementCount) buildGrid(model);
+    `${$("grid").classList.contains("small") ? "Colour" : "Number"}: ${METRICS[metric]}. Picture: where the weights are (down: queries, across: keys). Rows: layers. Columns: heads.` +
+    (model.detailed.length < model.layers ? " The keys of the layers in bold are listed." : "");
   for (const button of $("grid").querySelectorAll("button")) {
     const [l, h] = button.dataset.head.split("-").map(Number);
     const value = model[metric][l][h];
     button.querySelector("b").textContent = value === null ? "" : percent(value).replace(" ", "\u2009");
     button.classList.toggle("chosen", l === layer && h === head);
+    if ($("grid").classList.contains("small")) button.style.background = heat(value);
   }
+  preview(layer, head);
   for (const button of $("metrics").children) button.ariaPressed = String(button.dataset.metric === metric);
 }
 
+/** Logarithmic: a ten-thousandth is all but white. */
+function heat(value) {
+  if (!value) return "";
+  return `rgba(var(--own), ${limit(1 + Math.log10(value) / 4, 1).toFixed(3)})`;
+}
+
+function preview(l, h) {
+  const { side, heads, fired, empty, columns } = about.models[0];
+  const canvas = $("preview").querySelector("canvas");
+  Object.assign(canvas, { width: side, height: side });
+  paintPicture(canvas, l * heads + h);
+  $("preview").lastElementChild.textContent =
+    `Layer ${l}, head ${h}: ${percent(fired[l][h])} of the keys fire, ${percent(empty[l][h])} of the rows are empty` +
+    (`${l}-${h}` in columns ? "" : "; its keys are not listed");
+}
+
 function buildGrid(model) {
-  const grid = $("grid");
-  grid.style.gridTemplateColumns = `22px repeat(${model.heads}, minmax(0, 1fr))`;
+  const grid = $("grid"), isSmall = model.layers > 12 || model.heads > 10;
+  const size = isSmall ? `${Math.max(9, Math.min(20, Math.floor(220 / model.heads)))}px` : "minmax(0, 1fr)";
+  grid.classList.toggle("small", isSmall);
+  grid.style.gridTemplateColumns = `22px repeat(${model.heads}, ${size})`;
   grid.append(element("span"));
   for (let h = 0; h < model.heads; h++) grid.append(element("span", { className: "name", textContent: h }));
   for (let l = 0; l < model.layers; l++) {
-    grid.append(element("span", { className: "name", textContent: l }));
+    const isListed = model.detailed.length < model.layers && model.detailed.includes(l);
+    grid.append(element("span", { className: `name${isListed ? " listed" : ""}`, textContent: l }));
     for (let h = 0; h < model.heads; h++) grid.append(headButton(model, l, h));
   }
   paintGrid();
@@ -156,22 +177,21 @@ function headButton(model, l, h) {
     element("b"),
   );
   button.dataset.head = `${l}-${h}`;
-  button.classList.toggle("plain", !(`${l}-${h}` in model.columns));
   button.classList.toggle("dead", isDead);
   return button;
 }
 
 function paintGrid() {
-  if (!pictures) return;
-  const { side } = about.models[0];
+  if (pictures) $("grid").querySelectorAll("canvas").forEach(paintPicture);
+}
+
+function paintPicture(canvas, i) {
+  const { side } = about.models[0], image = new ImageData(side, side);
   const [r, g, b] = palette.own.split(",").map(Number);
-  $("grid").querySelectorAll("canvas").forEach((canvas, i) => {
-    const image = new ImageData(side, side);
-    for (let cell = 0; cell < side * side; cell++) {
-      image.data.set([r, g, b, pictures[i * side * side + cell]], 4 * cell);
-    }
-    canvas.getContext("2d").putImageData(image, 0, 0);
-  });
+  for (let cell = 0; cell < side * side; cell++) {
+    image.data.set([r, g, b, pictures[i * side * side + cell]], 4 * cell);
+  }
+  canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
 // --- one head's map ---

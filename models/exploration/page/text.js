@@ -35,7 +35,13 @@ let places = null; // [top, left] of every token, until the window changes
 addEventListener("resize", () => (places = null));
 
 function placesNow() {
-  return (places ??= spans.map(([span]) => [span.offsetTop, span.offsetLeft]));
+  if (places) return places;
+  const box = $("text"), from = box.getBoundingClientRect().top - box.scrollTop;
+  places = spans.map(([span]) => {
+    const { top, left } = span.getBoundingClientRect();
+    return [Math.round(top - from), Math.round(left)];
+  });
+  return places;
 }
 
 /** The token above (-1) or below (1), as near to straight as there is. */
