@@ -243,7 +243,7 @@ def test_what_is_refused_is_said_in_a_line(explore, words, text, says):
 
 def test_it_goes_on_where_it_can(explore, files, tmp_path):
     run_of(tmp_path / "other", files / "text.py", vocab_size=300)
-    status, said, page = explore(
+    status, _, page = explore(
         *("--layers", "1", "7", "--tokens", "48", "--beside", tmp_path / "nothing")
     )
     assert status == 0

@@ -49,7 +49,7 @@ def read(
     *,
     layers: Sequence[int],
     method: Method = "hsr",
-    on_layer: Callable[[], None] = lambda: None,
+    on_layer: Callable[[], object] = lambda: None,
 ) -> Reading:
     """Reads a text once, as the model attends, and looks at every head.
 
@@ -92,7 +92,9 @@ def read(
         power = power_of(operands.activation)
         group = operands.query.shape[2] // operands.key.shape[2]
         on_layer()
-    return Reading(*map(np.array, (fired, empty, images)), heads, windows, power, group)
+    return Reading(
+        np.array(fired), np.array(empty), np.array(images), heads, windows, power, group
+    )
 
 
 def without_tail(model: Transformer) -> Transformer:

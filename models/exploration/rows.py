@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -87,7 +87,6 @@ def heads_of(
     *,
     window: int | None,
     method: Method,
-    on_queries: Callable[[int], None] = lambda _: None,
 ) -> list[Head]:
     """Every head of a layer, at every query.
 
@@ -95,13 +94,13 @@ def heads_of(
       operands: of the layer, of one row of T tokens.
       window: keys a query sees, itself included; None is all.
       method: "hsr" counts what is looked at through the index, "dense" everything.
-      on_queries: called with the number of queries that are done.
 
     Returns:
       N heads. Queries are asked one by one, as in decoding, of an index over the whole
       text, of which they see the part up to themselves.
     """
-    info = jax.device_get(_decoded(operands, window=window, method=method))
+    info = map(np.asarray, _decoded(operands, window=window, method=method))
+    info = dict(zip(hsrjax.Info._fields, info, strict=True))
     parts = []
     for at, scores in _scores(operands, window=window):
         edges = _edges(operands, at)
@@ -111,13 +110,13 @@ def heads_of(
                     operands.activation,
                     Scores(*(x[head] for x in scores)),
                     edges[head],
-                    hsrjax.Info(*(x[at, head] for x in info)),
+                    {name: field[at, head] for name, field in info.items()},
                 )
                 for head in range(operands.query.shape[2])
             ]
         )
-        on_queries(len(at))
-    return [Head(*map(np.concatenate, zip(*x, strict=True))) for x in zip(*parts)]
+    by_head = zip(*parts, strict=True)
+    return [Head(*map(np.concatenate, zip(*x, strict=True))) for x in by_head]
 
 
 def pictures(
@@ -201,7 +200,7 @@ def _scores(
     for first in range(0, len(chosen), _QUERIES):
         at = chosen[first : first + _QUERIES]
         found = _score(index, operands.query[0, at], at, length=length, window=window)
-        yield at, jax.device_get(found)
+        yield at, Scores(*map(np.asarray, found))
 
 
 @functools.partial(jax.jit, static_argnames=("length", "window"))
@@ -212,8 +211,8 @@ def _score(
     *,
     length: int,
     window: int | None,
-) -> Scores:
-    """Scores of queries f32[Q, N, H] that stand at i[Q], by all T keys."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`Scores` of queries f32[Q, N, H] that stand at i[Q], by all T keys."""
     number, heads, size = query.shape
     kv_heads = index.keys.shape[1]
     group = heads // kv_heads
@@ -231,9 +230,7 @@ def _score(
 
     exact, lower, upper = map(by_head, (exact, lower, upper))
     slack = jnp.max(jnp.where(seen, (upper - lower) / 2, 0.0), axis=-1)
-    return Scores(
-        jnp.where(seen, exact, -jnp.inf), jnp.where(seen, upper, -jnp.inf), slack
-    )
+    return jnp.where(seen, exact, -jnp.inf), jnp.where(seen, upper, -jnp.inf), slack
 
 
 def _edges(operands: Operands, at: np.ndarray) -> np.ndarray:
@@ -244,30 +241,31 @@ def _edges(operands: Operands, at: np.ndarray) -> np.ndarray:
     return np.asarray(rule.bias)[0, at].T
 
 
-def _head(rule: Rule, scores: Scores, edge: np.ndarray, info: hsrjax.Info) -> Head:
-    """Of some queries; `info` has fields [Q]."""
+def _head(rule: Rule, scores: Scores, edge: np.ndarray, info: dict) -> Head:
+    """Of some queries; `info` holds the fields [Q] of `hsrjax.Info`."""
     exact, upper, slack = scores
+    count = info["count"]
     visible = np.sum(exact > -np.inf, axis=-1)
     ranked = np.sort(exact, axis=-1)[:, ::-1]
-    threshold = _threshold(rule, edge, ranked, info.count)
+    threshold = _threshold(rule, edge, ranked, count)
     peak = ranked[:, :1]
     mass = np.exp(ranked - peak)
     reached = np.cumsum(mass, axis=-1)
     soft = 1 + np.sum(reached < _MASS * reached[:, -1:], axis=-1)
     weights = _weights(rule, ranked, threshold, peak)
-    weights[np.arange(ranked.shape[-1]) >= info.count[:, None]] = 0  # up to rounding
+    weights[np.arange(ranked.shape[-1]) >= count[:, None]] = 0  # up to rounding
     most = min(MOST_KEYS, ranked.shape[-1])
     return Head(
-        count=info.count,
+        count=count,
         possible=np.sum(upper >= threshold[:, None], axis=-1),
-        looked=info.candidates,
+        looked=info["candidates"],
         soft=soft,
         threshold=threshold,
         slack=slack,
         mass=peak[:, 0] + np.log(reached[:, -1]),
-        missed=info.missed_mass,
-        error=info.error_bound,
-        kept=np.minimum(np.maximum(info.count, LEAST_KEYS), np.minimum(visible, most)),
+        missed=info["missed_mass"],
+        error=info["error_bound"],
+        kept=np.minimum(np.maximum(count, LEAST_KEYS), np.minimum(visible, most)),
         keys=_best(exact, most),
         scores=ranked[:, :most],
         shares=_normal(weights)[:, :most],
@@ -290,7 +288,7 @@ def _threshold(
     at = np.maximum(count - 1, 0)[:, None]
     if not isinstance(rule, hsrjax.Entmax):
         return np.take_along_axis(ranked, at, -1)[:, 0]
-    # Of the k keys that fire, sum((alpha - 1) s - tau)^(1 / (alpha - 1)) = 1, alpha 1.5.
+    # Of the k keys that fire, the sum of (s / 2 - tau)^2 is 1.
     fires = np.arange(ranked.shape[-1]) < count[:, None]
     halves, number = np.where(fires, ranked / 2, 0), np.maximum(count, 1)
     mean = halves.sum(-1) / number
