@@ -19,7 +19,6 @@ from models.decoding.generation import generate
 from models.exploration.page import Shown, make_page
 from models.exploration.reading import Reading, layers_that_fit, read
 from models.files.atomic import write_atomic
-from models.files.runs import ModelFileError
 from models.network.config import Method
 from models.network.transformer import Transformer
 from models.opening import ModelOptions, Opened, attending, open_model
@@ -92,9 +91,10 @@ def _run(options: Options) -> None:
     second = _second(options, opened.tokenizer, tokens, notes)
     models = [model] if second is None else [model, second]
     budget = int(_ROOM * 1e6 * options.megabytes) // len(models)
+    names = [_name(x) for x in (options.model, options.beside)]
     shown = [
-        Shown(_read(options, x, tokens, budget, notes), _label(x), _name(path))
-        for x, path in zip(models, (options.model, options.beside), strict=False)
+        Shown(_read(options, x, tokens, budget, notes), _label(x), name)
+        for x, name in zip(models, names, strict=False)
     ]
     page = make_page(
         shown,
@@ -173,16 +173,16 @@ def _second(
         return None
     try:
         opened: Opened = open_model(options.beside, dtype=options.dtype)
-    except (ModelFileError, OSError) as error:
+    except (ValueError, OSError) as error:
         notes.append(f"No second model: {error}")
         return None
     text = tokenizer.decode(tokens)
     other = opened.tokenizer.encode(text).tolist()
     if other != tokenizer.encode(text).tolist():
         notes.append(
-            f"No second model: {options.beside} has another vocabulary. Give --beside "
-            "a model that was trained on the same tokens; softmax of the same scores "
-            "is shown."
+            f"No second model: {_name(options.beside)} has another vocabulary. Give "
+            "--beside a model that was trained on the same tokens; softmax of the same "
+            "scores is shown."
         )
         return None
     return opened.model

@@ -125,10 +125,21 @@ def test_heads_that_share_keys_look_at_them_together():
 
 def test_a_window_hides_keys_and_dense_looks_at_all():
     given = operands(RULES["relu"])
-    _, weights = by_definition(given, window=7)
+    scores, weights = by_definition(given, window=7)
     for number, head in enumerate(heads_of(given, window=7, method="dense")):
         np.testing.assert_array_equal(head.count, np.sum(weights[number] > 0, -1))
         np.testing.assert_array_equal(head.looked, np.minimum(rows_(), 7))
+        np.testing.assert_array_equal(head.possible.clip(0, 7), head.possible)
+        for row in range(LENGTH):
+            kept = head.keys[row, : head.kept[row]]
+            assert len(kept) <= 7 and set(kept) <= set(range(row - 6, row + 1))
+            np.testing.assert_allclose(
+                head.shares[row, : len(kept)], weights[number, row, kept], atol=1e-5
+            )
+            exact = np.exp(scores[number, row] - scores[number, row].max())
+            assert head.soft[row] == 1 + np.sum(
+                np.cumsum(-np.sort(-exact / exact.sum())) < 0.9
+            )
 
 
 @pytest.mark.parametrize("name", ["relu", "top_r"])

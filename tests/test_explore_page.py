@@ -27,9 +27,13 @@ def model(tmp_path_factory, compile_cache):
 
 
 @pytest.fixture(scope="module")
-def html(model, tmp_path_factory):
+def reading(model):
+    return read(model, list(TEXT.encode()), layers=[0, 1])
+
+
+@pytest.fixture(scope="module")
+def html(reading, tmp_path_factory):
     """The page of all of the text, as a file."""
-    reading = read(model, list(TEXT.encode()), layers=[0, 1])
     shown = Shown(reading, "ReLU³", "made up")
     page = make_page([shown], list(TEXT), title="text.py", notes=["A note."])
     file = tmp_path_factory.mktemp("page") / "page.html"
@@ -157,7 +161,7 @@ def test_hover_shows_the_keys_that_fire(show, weights, layer, head):
             assert share == pytest.approx(own[key], rel=0.05, abs=3e-3)
 
 
-def test_the_ladder_goes_down(show):
+def test_the_ladder_goes_down(show, reading):
     page = show("#layer=0&head=0&query=300")
     numbers = page.locator("#ladder .number").all_inner_texts()
     visible, possible, looked, fire, softmax = (
@@ -166,6 +170,9 @@ def test_the_ladder_goes_down(show):
     assert visible == 301 >= possible >= fire > 0
     assert looked >= possible  # with the other head of these keys
     assert fire < softmax <= visible
+    head = reading.heads[0, 0]
+    found = head.possible[300], head.looked[300], head.count[300], head.soft[300]
+    assert (possible, looked, fire, softmax) == found
 
 
 def test_keys_move_and_a_click_pins(show):

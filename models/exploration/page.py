@@ -83,7 +83,8 @@ def make_page(
             columns[f"{layer}-{head}"] = found.columns
             blobs.append(_blob(f"head-{number}-{layer}-{head}", found.text))
         blobs.append(_blob(f"pictures-{number}", image))
-        models.append(_about(one) | {"columns": columns})
+        label = one.label if len(shown) == 1 else f"{one.label} {one.name}"
+        models.append(_about(one) | {"label": label, "columns": columns})
     about = {"title": title, "facts": _facts(shown, tokens), "tokens": list(tokens)}
     about |= {"drawn": drawn, "notes": list(notes), "models": models}
     text = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")
@@ -104,7 +105,6 @@ def _about(shown: Shown) -> dict[str, Any]:
         for layer in range(layers)
     ]
     return {
-        "label": shown.label,
         "layers": layers,
         "heads": heads,
         "power": reading.power,

@@ -36,9 +36,10 @@ function drawQuery(row) {
 
 function keyRow(one, query, most, isGap) {
   const bar = (share, name) => {
+    if (!share) return element("td", { textContent: "–" });
     const bar = element("span", { className: "share" });
     bar.style.cssText = `width:${Math.round((60 * share) / most)}px;background:rgb(var(--${name}))`;
-    return element("td", {}, bar, share ? percent(share) : "–");
+    return element("td", {}, bar, percent(share));
   };
   const row = element(
     "tr",
@@ -56,6 +57,7 @@ function keyRow(one, query, most, isGap) {
 function listedSentence(head, keys, query) {
   const count = head.count[query], fires = keys.filter((x) => x.fires).length;
   if (count > fires) return `The strongest ${whole(fires)} of ${whole(count)} are listed: ${percent(head.listed[query])} of the weight.`;
+  if (!count) return "These came nearest.";
   return keys.length > fires ? "Below the dashed line: what came nearest." : "";
 }
 
@@ -67,7 +69,7 @@ function drawLadder({ query, head, model, besides }, visible) {
     ["looked at", head.looked[query], "rgb(var(--looked))", `keys scored exactly${group}`],
     ["fire", head.count[query], "rgb(var(--own))", "keys with a weight"],
     null,
-    ["softmax", (besides ?? { head }).head.soft[query], "rgb(var(--soft))", "keys that hold 90 % of its mass"],
+    [besides ? "90 %" : "softmax", (besides ?? { head }).head.soft[query], "rgb(var(--soft))", besides ? `keys that hold 90 % of the softmax of ${about.models[1].label}` : "keys that hold 90 % of its mass"],
   ];
   $("ladder").replaceChildren(
     ...steps.flatMap((step) => {
