@@ -5,6 +5,7 @@ python -m models.explore --model PATH --text FILE --out page.html [--help]
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from models.text.tokenizer import Tokenizer
 MOST_TOKENS = 16_384
 _ROOM = 0.9
 """Share of the page that rows may take."""
+_NAMED = 6
+"""Layers that are named one by one, at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,12 @@ def _run(options: Options) -> None:
         opened.model, options.attention, r=options.r, epsilon=options.epsilon
     )
     notes: list[str] = []
+    config = model.config
+    if config.attention_kind == "softmax" and not (config.top_r or config.epsilon):
+        notes.append(
+            "Under softmax every key fires. --attention top_r or epsilon looks at few, "
+            "with a bound on what is left out."
+        )
     tokens = _tokens(options, opened.tokenizer, notes)
     drawn = len(tokens) if options.draw else None
     if options.draw:
@@ -213,9 +222,11 @@ def _read(
         budget=budget,
     )
     if len(layers) < config.num_layers and not options.layers:
-        named = ", ".join(map(str, layers))
+        named = f"{len(layers)} layers"
+        if len(layers) <= _NAMED:
+            named = f"layers {', '.join(map(str, layers))}"
         notes.append(
-            f"Keys are listed for layers {named} of {config.num_layers}, so that the "
+            f"Keys are listed for {named} of {config.num_layers}, so that the "
             f"page stays below {options.megabytes:g} MB. --layers chooses others."
         )
     method: Method = "dense" if options.attention == "dense" else "hsr"
@@ -244,11 +255,14 @@ def _name(path: str | Path | None) -> str:
 
 
 def _texts(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
-    """What each token stands for; bytes that are no character as \\x.. ."""
-    return [
-        tokenizer.decode([token]).decode("utf-8", "backslashreplace").translate(_SEEN)
-        for token in tokens
-    ]
+    """What each token stands for; a character of several tokens is that of the last."""
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    texts = []
+    for token in tokens:
+        data = tokenizer.decode([token])
+        text = decoder.decode(data).translate(_SEEN)
+        texts.append(text or ("·" if data else "∅"))
+    return texts
 
 
 _SEEN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}

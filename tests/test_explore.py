@@ -206,7 +206,9 @@ def explore(files, tmp_path, capsys):
             words += ["--model", str(files / "run")]
         if "--out" not in words:
             words += ["--out", str(out)]
-        status = main([*words, "--text", str(given)])
+        if "--text" not in words:
+            words += ["--text", str(given)]
+        status = main(words)
         said = capsys.readouterr()
         return status, said, out.read_text() if out.exists() else None
 
@@ -250,6 +252,14 @@ def test_what_is_refused_is_said_in_a_line(explore, words, text, says):
     assert status == 2 and page is None
     assert says in said.err
     assert len(said.err.strip().splitlines()) == 1
+
+
+def test_a_character_of_several_tokens_is_that_of_the_last(explore, tmp_path):
+    (tmp_path / "odd.txt").write_bytes("aé\x07😀".encode() + b"\xff!" + b"a" * 38)
+    status, _, page = explore("--text", tmp_path / "odd.txt")
+    assert status == 0
+    shown = ["a", "·", "é", "␇", "·", "·", "·", "😀", "\\xff", "!", "a"]
+    assert about(page)["tokens"][:11] == shown
 
 
 def test_it_goes_on_where_it_can(explore, files, tmp_path):

@@ -62,7 +62,7 @@ def show(chromium, html, tmp_path):
     """Opens the page at an address; at the end nothing may have gone wrong in it."""
     contexts, wrong = [], []
 
-    def open_page(address="", *, width=1280, dark=False):
+    def open_page(address="", *, width=1280, dark=False, html=html):
         context = chromium.new_context(
             viewport={"width": width, "height": 800},
             color_scheme="dark" if dark else "light",
@@ -307,3 +307,42 @@ def test_a_phone_has_no_sideways_scrolling(show):
     assert page.locator("#text").bounding_box()["height"] > 250
     page.locator('#text span[data-at="210"]').click()
     assert page.locator("#query").inner_text() == "210"
+
+
+def page_of(folder, *readings):
+    shown = [Shown(x, "ReLU³", f"model {n}") for n, x in enumerate(readings)]
+    file = folder / "other.html"
+    page = make_page(shown, list(TEXT), title="text.py", notes=["A note."])
+    file.write_text(page.html, encoding="utf-8")
+    return file
+
+
+def test_what_is_not_in_the_page_is_said(show, reading, tmp_path):
+    some = {at: head for at, head in reading.heads.items() if at[0] == 1}
+    page = show("#layer=0&head=2", html=page_of(tmp_path, reading._replace(heads=some)))
+    comes(page, "[state.layer, state.head]", [1, 2])
+    notes = page.locator("#notes")
+    assert "A note." in notes.inner_text() and "--layers 0" in notes.inner_text()
+    notes.locator("button").click()
+    assert not notes.is_visible()
+    page.keyboard.press("}")  # round to the only layer there is
+    comes(page, "[state.layer, state.head]", [1, 2])
+    page.keyboard.press("2")
+    page.locator("#grid button").first.click()
+    assert "--layers 0" in notes.inner_text()
+
+
+def test_a_second_model_beside_the_first(show, reading, tmp_path):
+    dense = {at: head for at, head in reading.heads.items() if at[1] < 2}
+    other = reading._replace(heads=dense)
+    page = show("#layer=1&head=0&query=500", html=page_of(tmp_path, reading, other))
+    assert page.locator("#soft-head").inner_text() == "ReLU³ model 1"
+    cells = """[...document.querySelectorAll('#keys tbody tr')]
+      .map((x) => [3, 4].map((i) => x.cells[i].textContent))"""
+    rows = page.evaluate(cells)
+    assert len(rows) > 3 and all(own == soft for own, soft in rows)
+    page.keyboard.press("ArrowLeft")
+    comes(page, SHOWN, [1, 0, 499])
+    page.evaluate("go({head: 2})")  # of which the second has no lists
+    comes(page, SHOWN, [1, 2, 499])
+    assert all(own != soft for own, soft in page.evaluate(cells))

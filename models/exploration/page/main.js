@@ -134,9 +134,9 @@ function missing(layer) {
 }
 
 function note(words) {
-  $("notes").replaceChildren(...about.notes.map((x) => element("p", { textContent: x })));
-  if (words) $("notes").append(element("p", { textContent: words }));
-  $("notes").hidden = !$("notes").childElementCount;
+  const all = words ? [...about.notes, words] : about.notes;
+  $("notes").firstElementChild.replaceChildren(...all.map((x) => element("p", { textContent: x })));
+  $("notes").hidden = !all.length;
 }
 
 // --- the theme ---
@@ -216,7 +216,7 @@ document.addEventListener("click", (event) => {
   if (chosen) (metric = chosen), show();
   if (head) {
     const [l, h] = head.split("-").map(Number);
-    models[0].has(l, h) ? (note(), go({ layer: l, head: h }, { follow: false })) : missing(l);
+    models[0].has(l, h) ? go({ layer: l, head: h }, { follow: false }) : missing(l);
   }
 });
 const fraction = (event, name, inset = 0) => {
@@ -240,6 +240,7 @@ $("seek").addEventListener("input", () => go({ query: Number($("seek").value), p
 $("play").addEventListener("click", togglePlay);
 $("theme").addEventListener("click", toggleTheme);
 $("help-button").addEventListener("click", () => $("help").showModal());
+$("notes").lastElementChild.addEventListener("click", () => ($("notes").hidden = true));
 $("pinned").addEventListener("click", () => go({ pinned: false }));
 for (const name of ["own", "soft"]) $(name).addEventListener("click", () => toggleShown(name));
 
