@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import jax
@@ -38,9 +39,25 @@ def attention_operands(model: Transformer, tokens: jax.Array) -> list[Operands]:
     Returns:
       One `Operands` per layer; a kind of attention with two views has twice the heads.
     """
+    return [operands for operands, _ in operands_by_layer(model, tokens)]
+
+
+def operands_by_layer(
+    model: Transformer, tokens: jax.Array, *, return_info: bool = False
+) -> Iterator[tuple[Operands, hsrjax.Info | None]]:
+    """The same layer by layer, so that a caller may let go of one before the next.
+
+    Args:
+      model: any transformer.
+      tokens: i32[B, T].
+      return_info: whether to measure which keys fired, as in a call of the model.
+
+    Yields:
+      The operands of each layer, and its info (None unless asked for).
+    """
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     threshold_scale = model.threshold_scale[...]
-    stream, found = model.embed(tokens), []
+    stream = model.embed(tokens)
     for block in model.blocks:
         attention = block.attention
         query, key, value = attention.project(block.attention_norm(stream), positions)
@@ -51,9 +68,10 @@ def attention_operands(model: Transformer, tokens: jax.Array) -> list[Operands]:
             bias = jnp.broadcast_to(bias, query.shape[:3])
             activation = hsrjax.ReLU(activation.power, bias, activation.normalize)
         value = jnp.tile(value, (1, 1, key.shape[2] // value.shape[2], 1))
-        found.append(Operands(query * scale, key, value, activation))
-        stream, _ = block(stream, positions, threshold_scale)
-    return found
+        stream, info = block(
+            stream, positions, threshold_scale, return_info=return_info
+        )
+        yield Operands(query * scale, key, value, activation), info
 
 
 def as_relu(operands: Operands) -> Operands:

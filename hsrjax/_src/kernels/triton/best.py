@@ -85,7 +85,8 @@ def best(
         return (*pull(cotangents), None)
 
     run.defvjp(forward, backward)
-    return run(tiles, index.keys, rows, jax.lax.stop_gradient(index))
+    arrays: Any = tiles, index.keys, rows, jax.lax.stop_gradient(index)
+    return run(*arrays)
 
 
 def _by_kernels(index, tiles, keys, rows, options, rule):

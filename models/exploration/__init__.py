@@ -1,0 +1,1 @@
+"""What every head does with every token of a text, as a page to look at."""
