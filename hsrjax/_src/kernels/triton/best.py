@@ -78,15 +78,13 @@ def best(
 
     def backward(arrays, cotangents):
         *some, index = arrays
-        again = lambda *some: _in_two_steps(
-            xla, *some, index, capacity=capacity, parts=parts, counted=counted
+        two_steps = functools.partial(
+            _in_two_steps, xla, index, capacity=capacity, parts=parts, counted=counted
         )
-        pull: Any = jax.vjp(again, *some)[1]
-        return (*pull(cotangents), None)
+        return (*jax.vjp(two_steps, *some)[1](cotangents), None)
 
     run.defvjp(forward, backward)
-    arrays: Any = tiles, index.keys, rows, jax.lax.stop_gradient(index)
-    return run(*arrays)
+    return run(tiles, index.keys, rows, jax.lax.stop_gradient(index))
 
 
 def _by_kernels(index, tiles, keys, rows, options, rule):
@@ -108,7 +106,7 @@ def _by_kernels(index, tiles, keys, rows, options, rule):
     return found.size, found.sums, certificate
 
 
-def _in_two_steps(xla, tiles, keys, rows, index, *, capacity, parts, counted):
+def _in_two_steps(xla, index, tiles, keys, rows, *, capacity, parts, counted):
     index = dataclasses.replace(index, keys=keys)
     tile = jax.lax.stop_gradient(jax.tree.map(lambda x: x[0], tiles))
     found = xla.select(
