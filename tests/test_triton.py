@@ -351,7 +351,7 @@ def test_what_is_not_listed_is_weighed():
             cache.values.rows,
         )
     )()
-    left = np.asarray(left, np.float64)
+    left = np.asarray(left.most, np.float64)
     assert (left >= below(offset - 0.1)).all()
     assert (left <= 1.1 * below(offset)).all()
 

@@ -48,12 +48,19 @@ class Sizes(NamedTuple):
     head: int = 64
     value: int | None = None
     dtype: Any = jnp.bfloat16
+    tail: int | None = None
 
     def arrays(self):
         """A cache, and query, key and value of what is new."""
         width = self.value or self.head
         cache = hsrjax.init_cache(
-            1, self.keys, self.kv_heads, self.head, value_dim=width, dtype=self.dtype
+            1,
+            self.keys,
+            self.kv_heads,
+            self.head,
+            value_dim=width,
+            dtype=self.dtype,
+            tail=self.tail,
         )
         new = lambda heads, size: jnp.zeros((1, self.new, heads, size), self.dtype)
         heads = self.kv_heads * self.group
@@ -175,6 +182,12 @@ BY_RANK = BY_MASS | {
     "kernels": BEST,
     "launches": 16,
 }
+MASS_TAIL_8 = BY_MASS | {"activation": hsrjax.Softmax(epsilon=0.1, tail=8)}
+MASS_TAIL = BY_MASS | {"activation": hsrjax.Softmax(epsilon=0.1, tail=1)}
+RANK_TAIL = BY_MASS | {
+    "activation": hsrjax.Softmax(top_r=64, tail=1),
+    "kernels": ("hsrjax_sample", "hsrjax_offset", "hsrjax_attend", "hsrjax_combine"),
+}
 ENTMAX = BY_RANK | {"activation": hsrjax.Entmax()}
 OF_ALL = "hsrjax_row_grads", "hsrjax_key_grads"
 OF_LISTS = "hsrjax_list_grads", "hsrjax_expand", "hsrjax_add_entries"
@@ -205,6 +218,9 @@ CASES = (
     decode("top 64, heads of 128", kv_heads=8, group=4, head=128, **BY_RANK),
     decode("top 64, 4 new, float32", new=4, dtype=FLOAT32, **BY_RANK),
     decode("entmax", **ENTMAX),
+    decode("epsilon, tail of 8", tail=8, **MASS_TAIL_8),
+    decode("epsilon, tail of 1", kv_heads=8, group=4, head=128, tail=1, **MASS_TAIL),
+    decode("top 64, tail of 1", tail=1, **RANK_TAIL),
     append("append, heads of 64"),
     append("append 31, heads of 20 and 40", new=31, head=20, value=40),
     append("append 31, float32", new=31, **WIDE),

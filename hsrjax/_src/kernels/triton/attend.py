@@ -26,6 +26,7 @@ from hsrjax._src.core.arrays import finite_or_zero
 from hsrjax._src.core.bitset import WORD
 from hsrjax._src.core.tiles import Partial
 from hsrjax._src.core.visible import Visible
+from hsrjax._src.kernels.triton import left as lefts
 from hsrjax._src.kernels.triton import sketched
 from hsrjax._src.kernels.triton.loads import padded, rows_of, shaped
 from hsrjax._src.kernels.triton.place import Pieces, Place, Sizes
@@ -43,6 +44,7 @@ class Operands(NamedTuple):
       values: f[X, P, D].
       ids: i32[X, P] or None.
       sketch: of the keys, or None.
+      means: of groups of values, for a tail; or None.
     """
 
     queries: Any
@@ -52,6 +54,7 @@ class Operands(NamedTuple):
     values: Any
     ids: Any
     sketch: Any
+    means: Any = None
 
 
 class Found(NamedTuple):
@@ -63,8 +66,7 @@ class Found(NamedTuple):
       slots: i32[M, X, W, J, room], which they are.
       words: i32[M, X, J, P/32], the same as bit sets, or None. All of its keys where a
         program gave up listing them.
-      left: f32[M, X, W, Q], at least sum exp(score - edge) over the keys not listed, or
-        None.
+      left: of the keys not listed, [M, X, W, Q], or None.
     """
 
     sums: Partial
@@ -96,7 +98,7 @@ def attend(x: Operands, sizes: Sizes) -> Found:
         size=out(parts, dtype=jnp.int32),
         slots=out(parts, sizes.room if sizes.listed else 1, dtype=jnp.int32),
         words=None if words is None else shaped(words.shape, words.dtype, words),
-        left=out(queries) if sizes.weighed else None,
+        left=left_of(sizes, out) if sizes.weighed else None,
     )
     reads, at = len(jax.tree.leaves(x)), len(jax.tree.leaves(found[:3]))
     (result,) = pl.pallas_call(
@@ -109,6 +111,14 @@ def attend(x: Operands, sizes: Sizes) -> Found:
         name="hsrjax_attend",
     )(x, words)
     return result
+
+
+def left_of(sizes: Sizes, out: Any) -> lefts.Left:
+    """What is written of the keys not listed; `out(*shape)` shapes an array of rows."""
+    row = out(sizes.queries)
+    if not sizes.group:
+        return lefts.Left(row)
+    return lefts.Left(row, row, row, row, out(sizes.queries, sizes.value_dim))
 
 
 def _kernel(x: Operands, words: Any, out: Found, *, sizes: Sizes):
@@ -124,8 +134,9 @@ def _kernel(x: Operands, words: Any, out: Found, *, sizes: Sizes):
         size, dense, left = list_keys(here, x, out, law, visible, pieces)
         number = jnp.where(dense, every, size)
         if sizes.weighed:
-            left = jnp.where(dense, 0.0, left)
-            triton.store(out.left.at[(*here.lead, here.out)], left, mask=here.live)
+            lefts.keep(
+                here, out.left, jax.tree.map(lambda x: jnp.where(dense, 0.0, x), left)
+            )
     else:
         size, dense, number = jnp.int32(0), jnp.bool_(True), every
     triton.store(out.size.at[(*here.lead, here.part)], size)
@@ -163,10 +174,14 @@ def list_keys(here, x, out, law, visible, pieces):
             at = jnp.minimum(at, sizes.slots - 1)
         bounds = sketched.bounds_at(here, x.sketch, coded, at)
         passes = sketched.passing(bounds, offsets) * seen
+        if sizes.group:
+            split = lefts.in_part(visible, at, sizes.group)
+            passes = jnp.maximum(passes, jnp.max(split.astype(jnp.int32), axis=1))
         if sizes.weighed:
-            excess = bounds.middle + bounds.slack - offsets[None, :]
             others = (seen > passes)[:, None] & sees[None, :]
-            left += jnp.sum(jnp.where(others, jnp.exp(excess), 0.0), axis=0)
+            if sizes.group:
+                others &= visible.mask(at[None, :]).T
+            left = lefts.more(here, x, left, bounds, others, offsets, at)
         place = number + jnp.cumsum(passes) - passes
         place = jnp.where(passes > 0, place, sizes.room)
         where = (*here.lead, here.part, place)
@@ -185,7 +200,10 @@ def list_keys(here, x, out, law, visible, pieces):
         triton.store(out.words.at[where], words, mask=word < past)
 
     nothing, hopeless = jnp.int32(0), jnp.bool_(False)
-    found = nothing, jnp.zeros(offsets.shape, jnp.float32) if sizes.weighed else None
+    found = (
+        nothing,
+        lefts.Left.zeros(sizes, offsets.shape[0]) if sizes.weighed else None,
+    )
     if sizes.most < 1:
         first = jnp.minimum(pieces.count, 1)
         found = jax.lax.fori_loop(nothing, first, look, found)

@@ -35,7 +35,7 @@ def combine(found: Found, sizes: Sizes) -> Found:
         size=shaped((tiles, sets, queries), jnp.int32, like),
         slots=None,
         words=None,
-        left=None if found.left is None else of_row(found.left),
+        left=jax.tree.map(of_row, found.left),
     )
     (result,) = pl.pallas_call(
         functools.partial(_kernel, sizes=sizes),
@@ -74,29 +74,37 @@ def _kernel(x: Any, out: Any, *, sizes: Sizes):
     store(total.candidates, jnp.sum(load(sums.candidates)))
     store(out.size, jnp.sum(load(x.size, row // sizes.rows)))
     if x.left is not None:
-        store(out.left, jnp.sum(load(x.left)))
+        for ref, of_programs in zip(out.left[:4], x.left[:4], strict=True):
+            if ref is not None:
+                store(ref, jnp.sum(load(of_programs)))
 
     width = padded(sizes.value_dim)
     column = jnp.arange(width, dtype=jnp.int32)
     inside = column < sizes.value_dim
-    column = jnp.minimum(column, sizes.value_dim - 1)
-
-    def add(i, weighted):
-        at = i * _AT_ONCE + jnp.arange(_AT_ONCE, dtype=jnp.int32)
-        there = at < sizes.programs
-        at = jnp.minimum(at, sizes.programs - 1)
-        where = tile, keys, at[:, None], row, column[None, :]
-        mask = there[:, None] & inside[None, :]
-        more = triton.load(sums.weighted.at[where], mask=mask, other=0)
-        if peak is not None:
-            peaks = triton.load(sums.peak.at[(tile, keys, at, row)])
-            more *= jnp.exp(peaks - finite_or_zero(peak))[:, None]
-        return weighted + jnp.sum(more, axis=0)
-
-    rounds = -(-sizes.programs // _AT_ONCE)
-    start = jnp.zeros((width,), jnp.float32)
-    weighted = jax.lax.fori_loop(0, rounds, add, start)
+    within = jnp.minimum(column, sizes.value_dim - 1)
     # Past the end, not clamped: JAX plays a masked store as one of all lanes.
     column = jnp.where(inside, column, sizes.value_dim)
-    where = tile, keys, row, column
-    triton.store(total.weighted.at[where], weighted, mask=inside)
+
+    def add_up(source, target, peaks):
+        """Rows of all programs, relative to their peaks or not."""
+
+        def add(i, weighted):
+            at = i * _AT_ONCE + jnp.arange(_AT_ONCE, dtype=jnp.int32)
+            there = at < sizes.programs
+            at = jnp.minimum(at, sizes.programs - 1)
+            where = tile, keys, at[:, None], row, within[None, :]
+            mask = there[:, None] & inside[None, :]
+            more = triton.load(source.at[where], mask=mask, other=0)
+            if peaks is not None:
+                below = triton.load(peaks.at[(tile, keys, at, row)])
+                more *= jnp.exp(below - finite_or_zero(peak))[:, None]
+            return weighted + jnp.sum(more, axis=0)
+
+        rounds = -(-sizes.programs // _AT_ONCE)
+        start = jnp.zeros((width,), jnp.float32)
+        weighted = jax.lax.fori_loop(0, rounds, add, start)
+        triton.store(target.at[(tile, keys, row, column)], weighted, mask=inside)
+
+    add_up(sums.weighted, total.weighted, sums.peak)
+    if x.left is not None and x.left.weighted is not None:
+        add_up(x.left.weighted, out.left.weighted, None)

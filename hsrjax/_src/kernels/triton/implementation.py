@@ -58,7 +58,7 @@ class Triton(XLA):
         self, index, values, tiles, *, capacity, parts, counted, or_all=False
     ):
         law, seen = tiles.activation, tiles.visible
-        known = isinstance(law, Entmax) or (isinstance(law, Softmax) and not law.tail)
+        known = isinstance(law, (Entmax, Softmax))
         few = tiles.queries.shape[0] == 1 and index.ids is None
         narrow = max(index.keys.shape[-1], values.rows.shape[-1]) <= WIDEST
         if not (known and few and narrow) or seen.sink_high is not None:
@@ -68,9 +68,9 @@ class Triton(XLA):
             "interpret": self.interpret,
         }
         if isinstance(law, Softmax) and law.epsilon is not None:
-            return self._launch().within(
-                index, tiles, values.rows, or_all=or_all, **options
-            )
+            return self._launch().within(index, tiles, values, or_all=or_all, **options)
+        if values.sketch is not None:
+            return self._launch().with_tail(index, tiles, values, **options)
         options |= {"capacity": capacity, "parts": parts}
         return self._launch().best(XLA(), index, tiles, values.rows, **options)
 

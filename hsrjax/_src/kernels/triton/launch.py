@@ -13,6 +13,7 @@ from hsrjax._src.index.index import Index
 from hsrjax._src.kernels.triton.attend import Found, Operands, attend
 from hsrjax._src.kernels.triton.backward import gradients, most_rows_of
 from hsrjax._src.kernels.triton.combine import combine
+from hsrjax._src.kernels.triton.left import Left
 from hsrjax._src.kernels.triton.loads import padded
 from hsrjax._src.kernels.triton.place import Sizes
 from hsrjax._src.kernels.triton.rows import Bars
@@ -43,6 +44,7 @@ class Options(NamedTuple):
     most: float = 1.0
     weighed: bool = False
     kept: bool = False
+    group: int = 0
 
 
 def scan_and_sum(
@@ -60,13 +62,14 @@ def scan_and_sum(
 
 
 def reported(
-    options: Options, tiles: Tiles, index: Index, values: jax.Array
-) -> tuple[jax.Array, Partial, jax.Array | None]:
-    """The same, and the mass of the keys left out where options ask for it.
+    options: Options, tiles: Tiles, index: Index, values: jax.Array, means: Any = None
+) -> tuple[jax.Array, Partial, Left | None]:
+    """The same, and what the keys left out weigh where options ask for it.
 
-    That is f32[M, *B, Q], at least sum exp(score - edge) over these keys.
+    That is [M, *B, Q]; means are a `ValueSketch` where it is asked for a tail.
     """
-    return _reported(options, tiles, index.keys, values, jax.lax.stop_gradient(index))
+    rest = jax.lax.stop_gradient((index, means))
+    return _reported(options, tiles, index.keys, values, rest)
 
 
 def sum_all(
@@ -82,21 +85,21 @@ def sum_all(
     return _all(Options(counted, interpret), tiles, keys, values, ids)
 
 
-def flat(tiles, keys, values, ids, sketch) -> Operands:
+def flat(tiles, keys, values, ids, sketch, means=None) -> Operands:
     """With one axis X instead of the batch axes."""
     lead = keys.shape[:-2]
     by_set = lambda x: x.reshape(-1, *x.shape[len(lead) :])
     rows = jax.tree.map(functools.partial(flat_rows, lead=lead), tuple(tiles))
-    return Operands(*rows, *jax.tree.map(by_set, (keys, values, ids, sketch)))
+    return Operands(*rows, *jax.tree.map(by_set, (keys, values, ids, sketch, means)))
 
 
 def flat_rows(x, lead):
     return x.reshape(x.shape[0], -1, *x.shape[len(lead) + 1 :])
 
 
-def _run(options, tiles, keys, values, ids, sketch) -> Found:
+def _run(options, tiles, keys, values, ids, sketch, means=None) -> Found:
     _check_offsets(sketch)
-    operands = flat(tiles, keys, values, ids, sketch)
+    operands = flat(tiles, keys, values, ids, sketch, means)
     sizes = sizes_of(operands, options)
     groups = _groups(operands, sizes)
     rows = operands.queries, operands.law, operands.visible
@@ -129,9 +132,10 @@ def sizes_of(x: Operands, options: Options) -> Sizes:
         most_rows = min(most_rows, most_rows_of(x))
     parts = -(-queries // most_rows)
     rows = -(-queries // parts)
-    pieces = -(-slots // _PIECE)
+    piece = _PIECE if not options.group else _PIECE // 2  # means of values, too
+    pieces = -(-slots // piece)
     programs = max(1, min(_PROGRAMS // (tiles * sets * parts), -(-pieces // 2)))
-    share = -(-pieces // programs) * _PIECE
+    share = -(-pieces // programs) * piece
     wide = width > 128 or rows > 32 or rows * width >= 4096
     return Sizes(
         rows=rows,
@@ -139,9 +143,9 @@ def sizes_of(x: Operands, options: Options) -> Sizes:
         head_dim=head_dim,
         value_dim=value_dim,
         slots=slots,
-        piece=_PIECE,
+        piece=piece,
         gathered=_GATHERED if row <= 2 * _NARROW else _FEW_ROWS,
-        room=max(_PIECE, share // _ROOM_SHARE),
+        room=max(piece, share // _ROOM_SHARE),
         programs=programs,
         listed=x.sketch is not None,
         warps=8 if wide else 4,
@@ -176,7 +180,7 @@ def _groups(x: Operands, sizes: Sizes) -> int:
     )
 
 
-def _of_all(found: Found) -> tuple[jax.Array, Partial, jax.Array | None]:
+def _of_all(found: Found) -> tuple[jax.Array, Partial, Left | None]:
     return found.size, found.sums, found.left
 
 
@@ -184,13 +188,14 @@ def _of_all(found: Found) -> tuple[jax.Array, Partial, jax.Array | None]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reported(options, tiles, keys, values, index):
-    return _of_all(_run(options, tiles, keys, values, index.ids, index.sketch))
+def _reported(options, tiles, keys, values, rest):
+    index, means = rest
+    return _of_all(_run(options, tiles, keys, values, index.ids, index.sketch, means))
 
 
-def _reported_forward(options, tiles, keys, values, index):
-    options = options._replace(kept=True)
-    found = _run(options, tiles, keys, values, index.ids, index.sketch)
+def _reported_forward(options, tiles, keys, values, rest):
+    options, (index, means) = options._replace(kept=True), rest
+    found = _run(options, tiles, keys, values, index.ids, index.sketch, means)
     result = _of_all(found)
     arrays = tiles, keys, values, index.ids
     return result, (arrays, found.words, result[1].peak)

@@ -35,6 +35,7 @@ class Sizes(NamedTuple):
       warps: of a program.
       kept: whether the sets of keys are wanted, for gradients.
       weighed: whether the mass of the keys that are not listed is wanted.
+      group: values that share a mean for those keys; 0 is no tail.
     """
 
     rows: int
@@ -53,6 +54,7 @@ class Sizes(NamedTuple):
     warps: int
     kept: bool = False
     weighed: bool = False
+    group: int = 0
 
     @property
     def parts(self) -> int:

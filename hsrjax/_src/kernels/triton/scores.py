@@ -120,7 +120,8 @@ def _kernel(x: Operands, out: Scored, *, sizes: Sizes):
     listed = jnp.where(over, 0, size)
     nothing = jnp.zeros(offset.shape, jnp.int32)
     rounds = (listed + (sizes.gathered - 1)) // sizes.gathered
-    found = jax.lax.fori_loop(0, rounds, step, (nothing, nothing, left))
+    below = left.most if sizes.weighed else None
+    found = jax.lax.fori_loop(0, rounds, step, (nothing, nothing, below))
     number, looked, left = found
     number = jnp.where(over, ROOM + 1, number)
     where = (*here.lead, here.out)

@@ -1,4 +1,4 @@
-"""Softmax that leaves out a share of its mass, by guesses that are verified.
+"""Softmax that leaves keys out, or to a tail, by guesses that are verified.
 
 The reported keys of a guessed offset are weighed as full softmax weighs them, and the
 same kernel adds up a bound on what the others weigh. Rows where that is too much look
@@ -8,66 +8,122 @@ to do takes as long as a launch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from hsrjax._src.activations import tail as tails
 from hsrjax._src.activations.certificates import LeftOut
 from hsrjax._src.activations.softmax import Reported, Softmax
 from hsrjax._src.core.arrays import finite_or_zero, guard, score_rounding
-from hsrjax._src.core.tiles import Partial, Tiles
+from hsrjax._src.core.tiles import Partial, Tiles, Values
 from hsrjax._src.index.index import Index
 from hsrjax._src.kernels.triton import launch
 from hsrjax._src.kernels.triton.guess import guess
+from hsrjax._src.kernels.triton.left import Left
+from hsrjax._src.kernels.triton.rules import TopR
+from hsrjax._src.kernels.triton.sample import guessed
 
 
 def within(
     index: Index,
     tiles: Tiles,
-    values: jax.Array,
+    values: Values,
     *,
     counted: bool,
     or_all: bool,
     interpret: bool,
-) -> tuple[jax.Array, Partial, LeftOut]:
+) -> tuple[jax.Array, Partial, Any]:
     """As `Implementation.select_and_sum`, of one tile, for a field `epsilon`."""
-    most = launch.DENSE_SHARE if or_all else 1.0
-    options = launch.Options(counted, interpret, most, weighed=True)
+    rows, means = values.rows, values.sketch
+    options = _options(values, counted, interpret, or_all)
     share = jax.lax.stop_gradient(tiles.activation.epsilon)
-    offset = _guess(index, tiles, share, options)
+    offset = _guess(index, tiles, rows, options, share)
     pending = tiles.visible.count() > 0
-    sizes, sums, mass = jnp.int32(0), None, jnp.zeros(share.shape, jnp.float32)
+    sizes, sums, certificate = jnp.int32(0), None, None
     for _ in range(2):
         some = _among(tiles, pending)._replace(activation=Reported(offset))
-        more, found, left = launch.reported(options, some, index, values)
-        assert left is not None and found.peak is not None
-        left = left * jnp.exp(offset - finite_or_zero(found.peak))
-        left = jax.lax.stop_gradient(jnp.where(jnp.isfinite(offset), left, 0.0))
-        sums, mass = _merged(sums, found), jnp.where(pending, left, mass)
+        more, found, left = launch.reported(options, some, index, rows, means)
+        left = _relative(left, offset, found)
+        sums = found if sums is None else sums.merge(found)
+        certificate = left if certificate is None else _pick(pending, left, certificate)
         sizes = sizes + more
-        allowed = share * jax.lax.stop_gradient(found.total) / guard(values.shape[-2])
-        fits = left <= allowed
-        over = jnp.log(left / jnp.maximum(allowed, 2.0**-120))
+        allowed = share * jax.lax.stop_gradient(found.total) / guard(rows.shape[-2])
+        fits = left.most <= allowed
+        over = jnp.log(left.most / jnp.maximum(allowed, 2.0**-120))
         offset = jnp.where(jnp.isfinite(over), offset - 2.0 * over - 0.5, -jnp.inf)
         offset = jnp.where(fits, jnp.inf, offset)
         # Sums of no use are taken back: what is looked at again begins anew.
-        sums = _but(sums, pending & ~fits)
+        again = pending & ~fits
+        nothing = Partial.zeros(again.shape, rows.shape[-1], relative=True)
+        sums = _pick(again, nothing, sums)
         pending &= ~fits
     every = _among(tiles, pending)._replace(activation=Softmax())
     found = launch.sum_all(
-        every, index.keys, values, None, counted=counted, interpret=interpret
+        every, index.keys, rows, None, counted=counted, interpret=interpret
     )
-    mass = jnp.where(pending, 0.0, mass) * guard(values.shape[-2])
-    rounding = score_rounding(tiles.queries[0], index.sketch.key_norm())[None]
-    return sizes, _merged(sums, found), LeftOut(mass, share, rounding)
+    certificate = _pick(pending, jax.tree.map(jnp.zeros_like, certificate), certificate)
+    return (
+        sizes,
+        sums.merge(found),
+        _certificate(index, tiles, rows, certificate, share),
+    )
 
 
-def _guess(index, tiles, share, options):
+def with_tail(
+    index: Index, tiles: Tiles, values: Values, *, counted: bool, interpret: bool
+) -> tuple[jax.Array, Partial, Any]:
+    """The same, for a field `top_r` and a tail.
+
+    Of the best r the guess may miss some: then they are in the tail, and what that may
+    be wrong by is known.
+    """
+    options = _options(values, counted, interpret, False)
+    rule = TopR(tiles.activation.top_r)
+    offset = _guess(index, tiles, values.rows, options, rule)
+    some = tiles._replace(activation=Reported(offset))
+    sizes, sums, left = launch.reported(
+        options, some, index, values.rows, values.sketch
+    )
+    left = _relative(left, offset, sums)
+    return sizes, sums, _certificate(index, tiles, values.rows, left, None)
+
+
+def _options(values, counted, interpret, or_all):
+    most = launch.DENSE_SHARE if or_all else 1.0
+    group = 0
+    if values.sketch is not None:
+        group = tails.group_of(values.sketch, values.rows)
+    return launch.Options(counted, interpret, most, weighed=True, group=group)
+
+
+def _guess(index, tiles, values, options, by):
+    """By a share of the mass, or by a rule."""
     index, tiles = jax.lax.stop_gradient((index, tiles))
-    keys = index.keys
-    x = launch.flat(tiles._replace(activation=None), keys, keys, None, index.sketch)
-    rows = launch.flat_rows(share, keys.shape[:-2])
-    offset = guess(x, rows, launch.sizes_of(x, options))
-    return offset.reshape(share.shape)
+    nothing = tiles._replace(activation=None)
+    x = launch.flat(nothing, index.keys, values, None, index.sketch)
+    sizes = launch.sizes_of(x, options)
+    lead = index.keys.shape[:-2]
+    if isinstance(by, TopR):
+        offset = guessed(x, sizes, by)
+        return offset.reshape(offset.shape[0], *lead, -1)
+    return guess(x, launch.flat_rows(by, lead), sizes).reshape(by.shape)
+
+
+def _relative(left: Left, offset: jax.Array, found: Partial) -> Left:
+    """Relative to the best score instead of the offset."""
+    peak = finite_or_zero(found.peak)
+    factor = jnp.where(jnp.isfinite(offset), jnp.exp(offset - peak), 0.0)
+    return jax.lax.stop_gradient(left.times(factor))
+
+
+def _certificate(index, tiles, values, left: Left, share):
+    rounding = score_rounding(tiles.queries[0], index.sketch.key_norm())[None]
+    if left.total is None:
+        return LeftOut(left.most * guard(values.shape[-2]), share, rounding)
+    error = jnp.stack([left.off, left.wrong], axis=-1)
+    return tails.Tail(left.weighted, left.total, left.most, error, rounding)
 
 
 def _among(tiles: Tiles, pending: jax.Array) -> Tiles:
@@ -76,14 +132,9 @@ def _among(tiles: Tiles, pending: jax.Array) -> Tiles:
     return tiles._replace(visible=seen)
 
 
-def _merged(sums: Partial | None, found: Partial) -> Partial:
-    return found if sums is None else sums.merge(found)
-
-
-def _but(sums: Partial, rows: jax.Array) -> Partial:
-    """Without what was found for some rows."""
-    nothing = Partial.zeros(rows.shape, sums.weighted.shape[-1], relative=True)
+def _pick(rows: jax.Array, x: Any, y: Any) -> Any:
+    """x for some rows, y for others."""
     pick = lambda x, y: jnp.where(
-        rows.reshape(*rows.shape, *[1] * (x.ndim - rows.ndim)), y, x
+        rows.reshape(*rows.shape, *[1] * (x.ndim - rows.ndim)), x, y
     )
-    return jax.tree.map(pick, sums, nothing)
+    return jax.tree.map(pick, x, y)
