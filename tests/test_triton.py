@@ -202,6 +202,8 @@ def test_what_kernels_cannot_do_xla_does():
         cache,
         activation=hsrjax.Softmax(top_r=5),
         method="hsr",
+        window=100,
+        sinks=3,
         implementation=name,
     )
     (got, _), (expected, _) = both(attend)

@@ -60,6 +60,7 @@ def within(
         sums = _pick(again, nothing, sums)
         pending &= ~fits
     every = _among(tiles, pending)._replace(activation=Softmax())
+    assert sums is not None
     found = launch.sum_all(
         every, index.keys, rows, None, counted=counted, interpret=interpret
     )
@@ -111,8 +112,9 @@ def _guess(index, tiles, values, options, by):
     return guess(x, launch.flat_rows(by, lead), sizes).reshape(by.shape)
 
 
-def _relative(left: Left, offset: jax.Array, found: Partial) -> Left:
+def _relative(left: Left | None, offset: jax.Array, found: Partial) -> Left:
     """Relative to the best score instead of the offset."""
+    assert left is not None and found.peak is not None
     peak = finite_or_zero(found.peak)
     factor = jnp.where(jnp.isfinite(offset), jnp.exp(offset - peak), 0.0)
     return jax.lax.stop_gradient(left.times(factor))
