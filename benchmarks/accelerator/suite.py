@@ -19,6 +19,7 @@ FILES = (
     "tests/test_triton.py",
     "tests/test_triton_gradients.py",
     "tests/test_triton_best.py",
+    "tests/test_triton_tail.py",
     "tests/test_decode.py",
     "tests/test_attention.py",
     "tests/test_bounds.py",

@@ -95,7 +95,7 @@ def _kernel(x: Any, out: Any, *, sizes: Sizes):
             where = tile, keys, at[:, None], row, within[None, :]
             mask = there[:, None] & inside[None, :]
             more = triton.load(source.at[where], mask=mask, other=0)
-            if peaks is not None:
+            if peaks is not None and peak is not None:
                 below = triton.load(peaks.at[(tile, keys, at, row)])
                 more *= jnp.exp(below - finite_or_zero(peak))[:, None]
             return weighted + jnp.sum(more, axis=0)

@@ -46,8 +46,7 @@ class Left(NamedTuple):
         return cls(row, row, row, row, weighted)
 
     def times(self, factor: jax.Array) -> Left:
-        """All sums times f32[..., Q], but zero where that is no number."""
-        factor = jnp.where(jnp.isfinite(factor), factor, 0.0)
+        """All sums times f32[..., Q]."""
         return jax.tree.map(
             lambda x: x * factor.reshape(*factor.shape, *[1] * (x.ndim - factor.ndim)),
             self,

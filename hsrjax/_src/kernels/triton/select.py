@@ -84,9 +84,11 @@ def with_tail(
     rule = TopR(tiles.activation.top_r)
     offset = _guess(index, tiles, values.rows, options, rule)
     some = tiles._replace(activation=Reported(offset))
-    sizes, sums, left = launch.reported(
-        options, some, index, values.rows, values.sketch
-    )
+    rows, means = values.rows, values.sketch
+    found: Any = launch.reported(options, some, index, rows, means)
+    sizes, sums, left = found
+    # One of the sample is listed, but bounds may be wider than exp can say.
+    sums = sums.relative_to(jnp.maximum(sums.peak, offset))
     left = _relative(left, offset, sums)
     return sizes, sums, _certificate(index, tiles, values.rows, left, None)
 
@@ -112,9 +114,12 @@ def _guess(index, tiles, values, options, by):
     return guess(x, launch.flat_rows(by, lead), sizes).reshape(by.shape)
 
 
-def _relative(left: Left | None, offset: jax.Array, found: Partial) -> Left:
-    """Relative to the best score instead of the offset."""
-    assert left is not None and found.peak is not None
+def _relative(left: Left | None, offset: jax.Array, found: Any) -> Left:
+    """Relative to the best score instead of the offset.
+
+    Not a number where that is far below, and nothing is known.
+    """
+    assert left is not None
     peak = finite_or_zero(found.peak)
     factor = jnp.where(jnp.isfinite(offset), jnp.exp(offset - peak), 0.0)
     return jax.lax.stop_gradient(left.times(factor))
