@@ -1,13 +1,20 @@
 """Keys that softmax leaves to a tail, by fused kernels: within the bound, near it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hsrjax
+from hsrjax._src.activations.softmax import Reported
+from hsrjax._src.activations.tail import sketch_values
+from hsrjax._src.core.tiles import Tiles
+from hsrjax._src.core.visible import Visible
+from hsrjax._src.kernels.triton import launch
 from tests.contract import slow
-from tests.kernels import NAME, known
+from tests.kernels import NAME, PLAYED, known
 from tests.test_triton import with_heavy_keys
 
 
@@ -70,3 +77,40 @@ def test_what_is_left_out_acts(activation, new, dtype):
     assert np.mean(info.error_bound) <= 2 * np.mean(expected.error_bound) + rounding
     assert np.mean(info.count) <= 5 * np.mean(expected.count)
     assert np.mean(info.missed_mass) > 0
+
+
+@pytest.mark.parametrize("tail", [1, 32])
+def test_no_key_acts_on_a_query_that_must_not_see_it(tail):
+    """Not by the mean value of its group either."""
+    cache, query = with_tail(tail, new=3)
+    last = int(cache.length[0]) - 1
+    rows = cache.values.rows.at[0, :, last].add(1e30)
+    sketch = sketch_values(rows, tail)
+    values = cache.values._replace(rows=rows, sketch=sketch)
+    other = dataclasses.replace(cache, values=values)
+    activation = hsrjax.Softmax(top_r=8, tail=tail)
+    (out, _), (changed, _) = (attend(x, query, activation) for x in (cache, other))
+    np.testing.assert_array_equal(changed[0, :2], out[0, :2])
+    assert (changed[0, 2] != out[0, 2]).any()
+
+
+def test_a_tail_knows_how_wrong_its_weights_may_be():
+    cache, _ = with_tail(8)
+    rng = np.random.default_rng(6)
+    queries = jnp.asarray(0.05 * rng.standard_normal((1, 2, 3, 2, 32)), jnp.float32)
+    index, values, offset = cache.index, cache.values, 0.5
+    length = jnp.broadcast_to(cache.length[None, :, None, None], (1, 2, 3, 2))
+    tiles = Tiles(queries, Reported(jnp.full(length.shape, offset)), Visible(length))
+    options = launch.Options(True, NAME == PLAYED, weighed=True, group=8)
+    _, sums, left = jax.jit(
+        lambda: launch.reported(options, tiles, index, values.rows, values.sketch)
+    )()
+    scores = np.einsum("mbkqh,bksh->mbkqs", queries, index.keys, dtype=np.float64)
+    seen = np.arange(index.keys.shape[-2]) < np.asarray(length)[..., None]
+    mass = np.sum(np.where(seen, np.exp(scores - offset), 0.0), axis=-1)
+    listed = np.asarray(sums.total * jnp.exp(sums.peak - offset), np.float64)
+    off = np.abs(listed + np.asarray(left.total) - mass)
+    assert (off <= 1e-5 * mass + np.asarray(left.wrong)).all()
+    # What scores are away from the middle of their bounds shows.
+    assert (off > 1e-4 * mass).any()
+    assert (left.wrong <= 0.2 * left.total).all()
