@@ -12,7 +12,7 @@ from hsrjax._src.activations.softmax import Reported
 from hsrjax._src.activations.tail import sketch_values
 from hsrjax._src.core.tiles import Tiles
 from hsrjax._src.core.visible import Visible
-from hsrjax._src.kernels.triton import launch
+from hsrjax._src.kernels.triton import launch, select
 from tests.contract import slow
 from tests.kernels import NAME, PLAYED, known
 from tests.test_triton import with_heavy_keys
@@ -92,6 +92,44 @@ def test_no_key_acts_on_a_query_that_must_not_see_it(tail):
     (out, _), (changed, _) = (attend(x, query, activation) for x in (cache, other))
     np.testing.assert_array_equal(changed[0, :2], out[0, :2])
     assert (changed[0, 2] != out[0, 2]).any()
+
+
+@pytest.mark.parametrize(("too_high", "tokens"), [(8.0, 310), (1e3, 230)])
+def test_a_guess_that_misses_some_of_the_best_is_noticed(too_high, tokens, monkeypatch):
+    """Then the row is summed over all keys: the best r are always looked at.
+
+    Sizes are those of no other test, which would leave its program to this one.
+    """
+    cache, query = with_heavy_keys(jnp.float32, tokens=tokens)
+    rows = cache.values.rows
+    values = cache.values._replace(sketch=sketch_values(rows, 4))
+    cache = dataclasses.replace(cache, values=values)
+    guessed = select.guessed
+    monkeypatch.setattr(select, "guessed", lambda *given: guessed(*given) + too_high)
+    out, info = attend(cache, query, hsrjax.Softmax(top_r=40, tail=4))
+    full, _ = attend(cache, query, hsrjax.Softmax(), "xla", "dense")
+    wrong = jnp.max(jnp.abs(out - full), axis=-1)
+    assert (wrong <= info.error_bound + 1e-5).all()
+    length = cache.length[:, None, None]
+    assert (info.count >= 40).all()
+    assert (info.count == length).any()
+    assert too_high < 1e3 or (info.count == length).all()
+
+
+@pytest.mark.parametrize("name", ["xla", NAME])
+def test_a_key_of_a_huge_norm_leaves_a_bound(name):
+    """One far below, in bounds so wide that exp overflows."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal((1, *shape)).astype(np.float32)
+    query, key, value = 4 * draw(1, 1, 32), draw(256, 1, 32), draw(256, 1, 8)
+    away = query[0, 0] / np.linalg.norm(query)
+    key[0, 70] = -3000 * away + 200 * draw(1, 32)[0]
+    cache = hsrjax.init_cache(1, 256, 1, 32, value_dim=8, tail=1)
+    cache = hsrjax.extend(cache, jnp.asarray(key), jnp.asarray(value))
+    out, info = attend(cache, jnp.asarray(query), hsrjax.Softmax(top_r=8, tail=1), name)
+    full, _ = attend(cache, jnp.asarray(query), hsrjax.Softmax(), "xla", "dense")
+    assert jnp.max(jnp.abs(out - full)) <= info.error_bound
+    assert info.candidates < 256
 
 
 def test_a_tail_knows_how_wrong_its_weights_may_be():

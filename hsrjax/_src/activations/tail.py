@@ -171,7 +171,9 @@ def sum_left_out(
     )
     summed = product("...qg,...gd->...qd", by_group, columns)
     total, off = summed[..., -1], summed[..., -2]
-    wrong = search.masked_sum(left_out, weights * (jnp.exp(half) - 1.0))
+    # No weight times exp(half): where bounds are wide that is zero times infinity.
+    heavy = jnp.exp(middle + half - shift)
+    wrong = search.masked_sum(left_out, heavy - weights)
     return Tail(
         weighted=summed[..., :-2],
         total=total,

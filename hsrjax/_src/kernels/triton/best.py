@@ -67,7 +67,6 @@ def best(
     rule = rule_of(tiles.activation, index.keys.shape[-2])
     weighed = isinstance(rule, TopR)
     options = launch.Options(counted, interpret, weighed=weighed)
-    _check_room(index, tiles, options)
 
     @jax.custom_vjp
     def run(tiles, keys, rows, index):
@@ -92,6 +91,7 @@ def _by_kernels(index, tiles, keys, rows, options, rule):
     nothing = tiles._replace(activation=None)
     x = launch.flat(nothing, keys, rows, None, index.sketch)
     sizes = launch.sizes_of(x, options)
+    _check_room(x, sizes)
     guess = guessed(x, sizes, rule)
     found = score(x._replace(law=Reported(guess)), sizes)
     found = choose(found, x.values, guess, sizes, rule)
@@ -123,10 +123,8 @@ def _in_two_steps(xla, index, tiles, keys, rows, *, capacity, parts, counted):
     return jnp.repeat(sizes, queries // sizes.shape[-1], axis=-1), sums, certificate
 
 
-def _check_room(index, tiles, options):
-    keys = index.keys
-    x = launch.flat(tiles._replace(activation=None), keys, keys, None, index.sketch)
-    sizes = launch.sizes_of(x, options)
+def _check_room(x, sizes):
+    """Of scores and slots, by program and of all."""
     rows = x.queries.shape[1] * sizes.queries
-    if 8 * rows * sizes.programs * ROOM > _LIST_BYTES:
+    if 8 * rows * (sizes.programs * ROOM + MOST) > _LIST_BYTES:
         raise NotImplementedError(f"the lists would take over {_LIST_BYTES} bytes")

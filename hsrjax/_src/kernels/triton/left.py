@@ -62,7 +62,8 @@ def more(
     if not here.sizes.group:
         return Left(left.most + add(jnp.exp(middle + slack)))
     half = slack + 8 * UNIT * (jnp.abs(bounds.middle) + slack)
-    weights = jnp.where(others, jnp.exp(middle), 0.0)
+    # No weight times exp(half): where bounds are wide that is zero times infinity.
+    weights, heavy = jnp.where(others, jnp.exp(middle), 0.0), jnp.exp(middle + half)
     group = at // here.sizes.group
     scale, radius = (triton.load(y.at[here.set, group]) for y in x.means[1:])
     width = here.sizes.value_dim
@@ -70,9 +71,9 @@ def more(
     # Whole numbers below 2^8: bfloat16 holds them.
     means = means.astype(jnp.float32).astype(jnp.bfloat16)
     return Left(
-        most=left.most + add(weights * jnp.exp(half)),
+        most=left.most + add(heavy),
         total=left.total + add(weights),
-        wrong=left.wrong + add(weights * (jnp.exp(half) - 1.0)),
+        wrong=left.wrong + add(heavy - weights),
         off=left.off + add(weights * radius[:, None]),
         weighted=left.weighted + wide((weights * scale[:, None]).T, means),
     )

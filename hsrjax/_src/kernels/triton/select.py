@@ -8,6 +8,7 @@ to do takes as long as a launch.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -59,17 +60,8 @@ def within(
         nothing = Partial.zeros(again.shape, rows.shape[-1], relative=True)
         sums = _pick(again, nothing, sums)
         pending &= ~fits
-    every = _among(tiles, pending)._replace(activation=Softmax())
-    assert sums is not None
-    found = launch.sum_all(
-        every, index.keys, rows, None, counted=counted, interpret=interpret
-    )
-    certificate = _pick(pending, jax.tree.map(jnp.zeros_like, certificate), certificate)
-    return (
-        sizes,
-        sums.merge(found),
-        _certificate(index, tiles, rows, certificate, share),
-    )
+    sums, left = _with_all(index, tiles, rows, options, pending, sums, certificate)
+    return sizes, sums, _certificate(index, tiles, rows, left, share)
 
 
 def with_tail(
@@ -77,20 +69,50 @@ def with_tail(
 ) -> tuple[jax.Array, Partial, Any]:
     """The same, for a field `top_r` and a tail.
 
-    Of the best r the guess may miss some: then they are in the tail, and what that may
-    be wrong by is known.
+    If r exact scores reach the guess, the best r are among the keys looked at, which
+    all count. Else the row is summed over all keys.
     """
-    options = _options(values, counted, interpret, False)
+    del counted
+    options = _options(values, True, interpret, False)
     rule = TopR(tiles.activation.top_r)
     offset = _guess(index, tiles, values.rows, options, rule)
-    some = tiles._replace(activation=Reported(offset))
+    some = tiles._replace(activation=_Reaching(offset))
     rows, means = values.rows, values.sketch
     found: Any = launch.reported(options, some, index, rows, means)
     sizes, sums, left = found
-    # One of the sample is listed, but bounds may be wider than exp can say.
-    sums = sums.relative_to(jnp.maximum(sums.peak, offset))
-    left = _relative(left, offset, sums)
-    return sizes, sums, _certificate(index, tiles, values.rows, left, None)
+    left, seen = _relative(left, offset, sums), tiles.visible.count()
+    fits = (sums.count >= jnp.minimum(rule.rank, seen)) & jnp.isfinite(left.most)
+    pending = ~fits & (seen > 0)
+    nothing = Partial.zeros(seen.shape, rows.shape[-1], relative=True)
+    sums = _pick(pending, nothing, sums._replace(count=sums.candidates))
+    sums, left = _with_all(index, tiles, rows, options, pending, sums, left)
+    return sizes, sums, _certificate(index, tiles, rows, left, None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Reaching(Reported):
+    """Counts the scores that reach the offset."""
+
+    def fires(self, scores, *, sinks=None):
+        """NaN does, too."""
+        del sinks
+        return ~(scores < self.offset)
+
+
+def _with_all(index, tiles, rows, options, pending, sums, left):
+    """With sums over all keys for the rows that are pending: nothing is left there."""
+    every = _among(tiles, pending)._replace(activation=Softmax())
+    found = launch.sum_all(
+        every,
+        index.keys,
+        rows,
+        None,
+        counted=options.counted,
+        interpret=options.interpret,
+    )
+    left = _pick(pending, jax.tree.map(jnp.zeros_like, left), left)
+    return sums.merge(found), left
 
 
 def _options(values, counted, interpret, or_all):
