@@ -122,6 +122,15 @@ def repo_root() -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
+def fused_kernels():
+    """Where there is no card, JAX plays the kernels by a name of their own."""
+    from tests.kernels import known
+
+    with known():
+        yield
+
+
+@pytest.fixture(scope="module")
 def compile_cache(tmp_path_factory):
     """Keeps what XLA compiled: most runs of a module share one train step.
 

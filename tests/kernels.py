@@ -8,6 +8,7 @@ import contextlib
 
 import jax
 
+import hsrjax
 from hsrjax._src.kernels import base as registry
 from hsrjax._src.kernels.triton.implementation import Triton
 from hsrjax._src.planning import costs
@@ -24,6 +25,15 @@ def known():
     yield
     registry._implementations.clear()
     registry._implementations.update(before)
+
+
+def decode(cache, query, activation, name=NAME, method="hsr"):
+    """Attention to a cache, in one program."""
+    return jax.jit(
+        lambda cache, query: hsrjax.decode_attention(
+            query, cache, activation=activation, method=method, implementation=name
+        )
+    )(cache, query)
 
 
 def lowered(run, *shapes):

@@ -318,7 +318,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(
     )
     assert done.returncode == 2, done.stderr[-3000:]
     # What other threads have to say of the same may stand before it in its line.
-    said = re.findall(r"\berror: .*", done.stderr)
+    said = re.findall(r"error: .*", done.stderr)
     assert len(said) == 1, done.stderr[-3000:]
     assert f"continue with: python -m train --resume --out {out}" in said[0]
     train(config, out, resume=True, progress=False)

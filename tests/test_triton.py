@@ -22,13 +22,9 @@ from hsrjax._src.kernels.triton import implementation, launch, select
 from hsrjax._src.kernels.triton.implementation import Triton
 from hsrjax._src.planning import costs
 from tests.contract import AttentionContract, CacheContract, relative_error, slow
-from tests.kernels import NAME, PLAYED, known, lowered
+from tests.kernels import NAME, PLAYED, decode, lowered
 
-
-@pytest.fixture(autouse=True, scope="module")
-def kernels():
-    with known():
-        yield
+pytestmark = pytest.mark.usefixtures("fused_kernels")
 
 
 class TestReported(AttentionContract):
@@ -293,16 +289,8 @@ def with_heavy_keys(dtype, *, tokens=700):
     return cache, jnp.asarray(query, dtype)
 
 
-def attend_by_mass(cache, query, epsilon, name=NAME, method="hsr"):
-    return jax.jit(
-        lambda cache, query: hsrjax.decode_attention(
-            query,
-            cache,
-            activation=hsrjax.Softmax(epsilon=epsilon),
-            method=method,
-            implementation=name,
-        )
-    )(cache, query)
+def attend_by_mass(cache, query, epsilon):
+    return decode(cache, query, hsrjax.Softmax(epsilon=epsilon))
 
 
 def check_by_mass(cache, query, epsilon, found):

@@ -9,31 +9,20 @@ import hsrjax
 from hsrjax._src.activations.entmax import threshold
 from hsrjax._src.kernels.triton import best, rules
 from tests.contract import relative_error, slow
-from tests.kernels import NAME, known
+from tests.kernels import NAME, decode
 from tests.test_triton import with_heavy_keys
 
 TOP_8, ENTMAX = hsrjax.Softmax(top_r=8), hsrjax.Entmax()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def played():
-    with known():
-        yield
-
-
-def attend(cache, query, activation, name=NAME, method="hsr"):
-    return jax.jit(
-        lambda cache, query: hsrjax.decode_attention(
-            query, cache, activation=activation, method=method, implementation=name
-        )
-    )(cache, query)
+pytestmark = pytest.mark.usefixtures("fused_kernels")
 
 
 def check(cache, query, activation):
     """Keys, values and certificate, against all scores; what was found."""
-    found = attend(cache, query, activation)
-    exact = attend(cache, query, activation, "xla", "dense")
-    full = attend(cache, query, hsrjax.Softmax(), "xla", "dense")
+    found = decode(cache, query, activation)
+    exact = decode(cache, query, activation, "xla", "dense")
+    full = decode(cache, query, hsrjax.Softmax(), "xla", "dense")
     rounding = 1e-2 if query.dtype == jnp.bfloat16 else 3e-5
     out, dense, full = (np.asarray(x, np.float32) for x, _ in (found, exact, full))
     (_, info), (_, exact) = found, exact
@@ -77,12 +66,12 @@ def test_a_guess_that_is_too_high_is_noticed(activation, monkeypatch):
 
 @pytest.mark.parametrize("activation", [TOP_8, *slow((ENTMAX,))])
 def test_more_ties_than_lists_have_room_for(activation):
-    cache, query = with_heavy_keys(jnp.float32, tokens=320)
+    _, query = with_heavy_keys(jnp.float32)
     key = jnp.ones((2, 280, 3, 32))
     cache = hsrjax.init_cache(2, 280, 3, 32, value_dim=8)
     value = jnp.arange(2 * 280 * 3 * 8, dtype=jnp.float32).reshape(2, 280, 3, 8) % 7
     cache = hsrjax.extend(cache, key, value)
-    out, info = attend(cache, query, activation)
+    out, info = decode(cache, query, activation)
     assert (info.count == 280).all()
     mean = jnp.repeat(jnp.mean(value, axis=1, keepdims=True), 2, axis=2)
     np.testing.assert_allclose(out, mean, rtol=1e-4)
@@ -94,8 +83,8 @@ def test_what_is_not_finite_is_as_in_dense(activation):
     cache, query = with_heavy_keys(jnp.float32, tokens=300)
     key = jnp.zeros((2, 1, 3, 32)).at[0, :, 0].set(jnp.nan).at[1, :, 1].set(1e38)
     cache = hsrjax.extend(cache, key, jnp.ones((2, 1, 3, 8)))
-    out, _ = attend(cache, query, activation)
-    dense, _ = attend(cache, query, activation, "xla", "dense")
+    out, _ = decode(cache, query, activation)
+    dense, _ = decode(cache, query, activation, "xla", "dense")
     assert jnp.isnan(out[0, 0, 0]).all()
     np.testing.assert_allclose(out, dense, atol=3e-5)
 
@@ -105,7 +94,7 @@ def test_what_is_not_finite_is_as_in_dense(activation):
 def test_gradients_are_those_of_two_steps(activation):
     cache, query = with_heavy_keys(jnp.float32, tokens=300)
     loss = lambda name: (
-        lambda q: jnp.sum(jnp.sin(attend(cache, q, activation, name)[0]))
+        lambda q: jnp.sum(jnp.sin(decode(cache, q, activation, name)[0]))
     )
     got, expected = (jax.grad(loss(name))(query) for name in (NAME, "xla"))
     assert relative_error(got, expected) < 1e-3

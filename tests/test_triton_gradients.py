@@ -16,7 +16,7 @@ from hsrjax._src.index.index import Index
 from hsrjax._src.kernels.triton import entries, launch
 from hsrjax._src.kernels.triton.implementation import Triton
 from tests.contract import inputs, relative_error, slow
-from tests.kernels import NAME, known, lowered
+from tests.kernels import NAME, lowered
 
 # (B, T, S, N, K, H, D): several parts of a tile, of queries of two heads.
 CAUSAL = (1, 100, 100, 2, 1, 12, 20)
@@ -24,10 +24,7 @@ CAUSAL = (1, 100, 100, 2, 1, 12, 20)
 FEW = (1, 6, 500, 4, 2, 16, 8)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def kernels():
-    with known():
-        yield
+pytestmark = pytest.mark.usefixtures("fused_kernels")
 
 
 def gradients(implementation, method, activation, arrays, **options):

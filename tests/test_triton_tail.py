@@ -14,22 +14,10 @@ from hsrjax._src.core.tiles import Tiles
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.kernels.triton import launch, select
 from tests.contract import slow
-from tests.kernels import NAME, PLAYED, known
+from tests.kernels import NAME, PLAYED, decode
 from tests.test_triton import with_heavy_keys
 
-
-@pytest.fixture(autouse=True, scope="module")
-def played():
-    with known():
-        yield
-
-
-def attend(cache, query, activation, name=NAME, method="hsr"):
-    return jax.jit(
-        lambda cache, query: hsrjax.decode_attention(
-            query, cache, activation=activation, method=method, implementation=name
-        )
-    )(cache, query)
+pytestmark = pytest.mark.usefixtures("fused_kernels")
 
 
 def with_tail(tail, dtype=jnp.float32, new=1):
@@ -63,9 +51,9 @@ def with_tail(tail, dtype=jnp.float32, new=1):
 @pytest.mark.parametrize("dtype", [jnp.float32, *slow((jnp.bfloat16,))])
 def test_what_is_left_out_acts(activation, new, dtype):
     cache, query = with_tail(activation.tail, dtype, new)
-    out, info = attend(cache, query, activation)
-    by_xla, expected = attend(cache, query, activation, "xla")
-    full, _ = attend(cache, query, hsrjax.Softmax(), "xla", "dense")
+    out, info = decode(cache, query, activation)
+    by_xla, expected = decode(cache, query, activation, "xla")
+    full, _ = decode(cache, query, hsrjax.Softmax(), "xla", "dense")
     out, by_xla, full = (np.asarray(x, np.float32) for x in (out, by_xla, full))
     rounding = 1e-2 if dtype == jnp.bfloat16 else 1e-5
     wrong = np.max(np.abs(out - full), axis=-1)
@@ -89,7 +77,7 @@ def test_no_key_acts_on_a_query_that_must_not_see_it(tail):
     values = cache.values._replace(rows=rows, sketch=sketch)
     other = dataclasses.replace(cache, values=values)
     activation = hsrjax.Softmax(top_r=8, tail=tail)
-    (out, _), (changed, _) = (attend(x, query, activation) for x in (cache, other))
+    (out, _), (changed, _) = (decode(x, query, activation) for x in (cache, other))
     np.testing.assert_array_equal(changed[0, :2], out[0, :2])
     assert (changed[0, 2] != out[0, 2]).any()
 
@@ -106,8 +94,8 @@ def test_a_guess_that_misses_some_of_the_best_is_noticed(too_high, tokens, monke
     cache = dataclasses.replace(cache, values=values)
     guessed = select.guessed
     monkeypatch.setattr(select, "guessed", lambda *given: guessed(*given) + too_high)
-    out, info = attend(cache, query, hsrjax.Softmax(top_r=40, tail=4))
-    full, _ = attend(cache, query, hsrjax.Softmax(), "xla", "dense")
+    out, info = decode(cache, query, hsrjax.Softmax(top_r=40, tail=4))
+    full, _ = decode(cache, query, hsrjax.Softmax(), "xla", "dense")
     wrong = jnp.max(jnp.abs(out - full), axis=-1)
     assert (wrong <= info.error_bound + 1e-5).all()
     length = cache.length[:, None, None]
@@ -126,8 +114,8 @@ def test_a_key_of_a_huge_norm_leaves_a_bound(name):
     key[0, 70] = -3000 * away + 200 * draw(1, 32)[0]
     cache = hsrjax.init_cache(1, 256, 1, 32, value_dim=8, tail=1)
     cache = hsrjax.extend(cache, jnp.asarray(key), jnp.asarray(value))
-    out, info = attend(cache, jnp.asarray(query), hsrjax.Softmax(top_r=8, tail=1), name)
-    full, _ = attend(cache, jnp.asarray(query), hsrjax.Softmax(), "xla", "dense")
+    out, info = decode(cache, jnp.asarray(query), hsrjax.Softmax(top_r=8, tail=1), name)
+    full, _ = decode(cache, jnp.asarray(query), hsrjax.Softmax(), "xla", "dense")
     assert jnp.max(jnp.abs(out - full)) <= info.error_bound
     assert info.candidates < 256
 
