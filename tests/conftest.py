@@ -35,6 +35,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import pathlib
 import shutil
@@ -46,6 +47,11 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes hundreds of thousands of objects, and Python looks through them and all
+# modules again and again for garbage: a fifteenth of the whole time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 # A run of the tests never fails by luck: the examples are the same each time.
 # HYPOTHESIS_PROFILE=explore draws new ones, and more.

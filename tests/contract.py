@@ -118,6 +118,27 @@ def lenient(function):
 reference_attention = lenient(reference.attention)
 
 
+def by_reference(query, key, value, **options):
+    """One program instead of thirty small ones."""
+    return jax.jit(functools.partial(reference_attention, **options))(query, key, value)
+
+
+_expected = {}
+
+
+def expected_of(case, compute):
+    """What the reference says of a case: asked once for all implementations.
+
+    Args:
+      case: all that the result depends on; what is equal when printed is the same.
+      compute: is called with nothing, the first time.
+    """
+    case = repr(case)
+    if case not in _expected:
+        _expected[case] = jax.tree.map(np.asarray, compute())
+    return _expected[case]
+
+
 @lenient
 def reference_visibility(queries, keys, **visible):
     """bool[B, T, S] twice, as numpy arrays."""
@@ -128,6 +149,18 @@ def small_dense_tiling(activation, *, queries, keys, heads):
     """In place of `planner.dense_tiling`: sizes that divide nothing."""
     del heads
     return min(queries, 5), None if activation.whole_rows else min(keys, 7)
+
+
+_programs = {}
+
+
+def program_of(contract, name, options):
+    """A method of a contract under jit; tests with equal options share its programs."""
+    case = contract, name, repr(options)
+    if case not in _programs:
+        method = getattr(contract(), name)
+        _programs[case] = jax.jit(functools.partial(method, **options))
+    return _programs[case]
 
 
 class AttentionContract:
@@ -160,11 +193,9 @@ class AttentionContract:
             **options,
         )
 
-    def compiled(self, *arrays, **options):
+    def compiled(self, *arrays, activation, **options):
         """`attend` under jit: compiling one program is faster than forty small ones."""
-        activation = options.pop("activation")
-        attend = jax.jit(functools.partial(self.attend, **options))
-        return attend(*arrays, activation=activation)
+        return program_of(type(self), "attend", options)(*arrays, activation=activation)
 
     def gradients(self, attend, arrays, cotangent, **visible):
         def loss(query, key, value, bias):
@@ -181,7 +212,10 @@ class AttentionContract:
         query, key, value, _ = inputs(shape)
         kwargs = {"activation": ACTIVATIONS[name], "is_causal": is_causal}
         out, _ = self.compiled(query, key, value, **kwargs)
-        expected = reference_attention(query, key, value, **kwargs)
+        expected = expected_of(
+            ("values", shape, is_causal, name),
+            lambda: by_reference(query, key, value, **kwargs),
+        )
         assert out.shape == expected.shape and out.dtype == query.dtype
         assert relative_error(out, expected) <= 1e-5
 
@@ -194,9 +228,14 @@ class AttentionContract:
         activation = ACTIVATIONS[name]
         kwargs = {"activation": activation, "is_causal": is_causal} | visible
         out, info = self.compiled(query, key, value, **kwargs)
-        expected = reference_attention(query, key, value, **kwargs)
+        expected, (seen, sink) = expected_of(
+            ("visible", visible, is_causal, name),
+            lambda: (
+                by_reference(query, key, value, **kwargs),
+                reference_visibility(37, 37, is_causal=is_causal, **visible),
+            ),
+        )
         assert relative_error(out, expected) <= 1e-5
-        seen, sink = reference_visibility(37, 37, is_causal=is_causal, **visible)
         most = seen.sum(-1)
         if name == "top_r":
             most = np.minimum(5, most - sink.sum(-1)) + sink.sum(-1)
@@ -232,7 +271,10 @@ class AttentionContract:
         arrays.append(jnp.array([0.2, 0.4, -0.3, 0.1]) - lower)
         attend = lambda *a, **k: self.attend(*a, **k)[0]
         got = self.gradients(attend, arrays, cotangent, **visible)
-        expected = self.gradients(reference_attention, arrays, cotangent, **visible)
+        expected = expected_of(
+            ("vjp", visible),
+            lambda: self.gradients(reference_attention, arrays, cotangent, **visible),
+        )
         for one, other in zip(got, expected, strict=True):
             assert relative_error(one, other) <= 1e-5
 
@@ -260,7 +302,10 @@ class AttentionContract:
 
         (out, info), grads = both(self.attend)
         reference = lambda *a, **k: (reference_attention(*a, **k), None)
-        (expected, _), expected_grads = both(reference)
+        (expected, _), expected_grads = expected_of(
+            ("beyond", options, name, self.differentiable),
+            lambda: both(reference),
+        )
         for one, other in zip((out, *grads), (expected, *expected_grads), strict=True):
             assert relative_error(one, other) <= 1e-5
         assert (info.count <= info.candidates).all() and (info.error_bound == 0).all()
@@ -318,7 +363,10 @@ class AttentionContract:
         kwargs = {"activation": ACTIVATIONS["relu"], "is_causal": True}
         out, _ = self.compiled(query, key, value, **kwargs)
         assert out.dtype == dtype
-        expected = reference_attention(query, key, value, **kwargs)
+        expected = expected_of(
+            ("low precision", dtype),
+            lambda: by_reference(query, key, value, **kwargs),
+        )
         assert relative_error(out.astype(jnp.float32), expected) <= 8e-3
 
     def test_vmap_equals_a_loop(self):
@@ -403,15 +451,18 @@ class CacheContract(AttentionContract):
         """What is done to a cache before it is asked."""
         return cache
 
-    def attend(self, query, key, value, *, activation, is_causal, **visible):
+    def filled(self, key, value):
         reindexed = None
         if self.appended is not None:
             reindexed = max(1, key.shape[1] - self.appended)
-        cache = fill(key, value, room=3, chunk=self.chunk, reindexed=reindexed)
-        cache = self.prepare(cache)
+        return self.prepare(
+            fill(key, value, room=3, chunk=self.chunk, reindexed=reindexed)
+        )
+
+    def ask(self, query, cache, *, activation, tokens, is_causal, **visible):
         positions = jnp.arange(query.shape[1], dtype=jnp.int32)
         if not is_causal:
-            positions = jnp.full_like(positions, key.shape[1] - 1)
+            positions = jnp.full_like(positions, tokens - 1)
         return hsrjax.decode_attention(
             query,
             cache,
@@ -420,6 +471,17 @@ class CacheContract(AttentionContract):
             implementation=self.implementation,
             positions=jnp.broadcast_to(positions, query.shape[:2]),
             **visible,
+        )
+
+    def attend(self, query, key, value, **options):
+        return self.ask(query, self.filled(key, value), tokens=key.shape[1], **options)
+
+    def compiled(self, query, key, value, *, activation, **options):
+        """A cache is filled by one program for all tests of a shape."""
+        cache = program_of(type(self), "filled", {})(key, value)
+        options |= {"tokens": key.shape[1]}
+        return program_of(type(self), "ask", options)(
+            query, cache, activation=activation
         )
 
 

@@ -5,6 +5,7 @@ for a GPU that need not be there.
 """
 
 import contextlib
+import functools
 
 import jax
 
@@ -28,12 +29,15 @@ def known():
 
 
 def decode(cache, query, activation, name=NAME, method="hsr"):
-    """Attention to a cache, in one program."""
-    return jax.jit(
-        lambda cache, query: hsrjax.decode_attention(
-            query, cache, activation=activation, method=method, implementation=name
-        )
-    )(cache, query)
+    """Attention to a cache, in one program, which tests of the same sizes share."""
+    return _decode(cache, query, activation, name=name, method=method)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "method"))
+def _decode(cache, query, activation, *, name, method):
+    return hsrjax.decode_attention(
+        query, cache, activation=activation, method=method, implementation=name
+    )
 
 
 def lowered(run, *shapes):

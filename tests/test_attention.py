@@ -13,6 +13,7 @@ import hsrjax
 from tests.contract import (
     AttentionContract,
     check_certificate,
+    expected_of,
     inputs,
     reference_attention,
     relative_error,
@@ -145,7 +146,11 @@ def values_and_gradients(method, activation):
     "activation", [hsrjax.ReLU(2, 0.3), hsrjax.Softmax(top_r=6), hsrjax.Entmax()]
 )
 def test_values_and_gradients_are_those_of_the_reference(activation, method):
-    got, expected = (values_and_gradients(x, activation) for x in (method, "reference"))
+    got = values_and_gradients(method, activation)
+    expected = expected_of(
+        ("values and gradients", activation),
+        lambda: values_and_gradients("reference", activation),
+    )
     for one, other in zip(got, expected, strict=True):
         assert relative_error(one, other) <= 1e-5
 
@@ -246,6 +251,12 @@ def test_only_reported_keys_are_looked_at():
     assert 0 < int(info.count[0, 0, 0]) <= int(info.candidates[0, 0, 0]) < 100
 
 
+@functools.partial(jax.jit, static_argnames="method")
+def attend_to_sinks(query, key, value, activation, method):
+    options = {"method": method, "capacity": 16, "sinks": 3, "return_info": True}
+    return hsrjax.attention(query, key, value, activation=activation, **options)
+
+
 @pytest.mark.parametrize("method", ["dense", "hsr"])
 @pytest.mark.parametrize("sink_scale", [100.0, *slow((0.0,), (-100.0,))])
 @pytest.mark.parametrize(
@@ -256,12 +267,7 @@ def test_sinks_are_kept_and_certified(activation, sink_scale, method):
     query, key, _, _ = inputs((1, 9, 90, 1, 1, 16, 1), seed=2)
     key = key.at[:, :3].set(query[:, :3] * sink_scale)
     value = jnp.eye(90)[None, :, None]
-    attend = functools.partial(
-        hsrjax.attention, method=method, capacity=16, return_info=True
-    )
-    out, info = jax.jit(attend, static_argnames="sinks")(
-        query, key, value, activation=activation, sinks=3
-    )
+    out, info = attend_to_sinks(query, key, value, activation, method)
     check_certificate(query, key, value, out, info)
     scores = np.einsum("thd,shd->hts", query[0], key[0])[0] / 4.0
     weights = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))

@@ -1,6 +1,7 @@
 """benchmarks accelerator, rehearsed on the CPU: rows, faults, the end of time."""
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -9,10 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import hsrjax
 from benchmarks.__main__ import main
-from benchmarks.accelerator import choosing, findings, steps, suite
+from benchmarks.accelerator import (
+    choosing,
+    findings,
+    language,
+    sequences,
+    steps,
+    suite,
+)
 from benchmarks.accelerator.findings import Finding
 from benchmarks.commands import accelerator
 from benchmarks.files import results
@@ -20,7 +29,7 @@ from benchmarks.harness import devices, inputs, internals, timing
 from benchmarks.harness.loops import Loop
 from benchmarks.harness.timing import NO_TIME
 
-pytestmark = pytest.mark.usefixtures("compile_cache", "forgotten_kernels")
+pytestmark = pytest.mark.usefixtures("compile_cache", "forgotten_kernels", "one_layer")
 FEW = ("hsr (kernels)", "hsr (xla)", "auto", "hsrjax dense (kernels)")
 FEW += ("hsrjax dense (xla)", "dense einsum (keys transposed)")
 
@@ -32,6 +41,21 @@ def forgotten_kernels():
     yield
     internals.registry._implementations.clear()
     internals.registry._implementations.update(known)
+
+
+@functools.cache
+def cut():
+    """The lowest layer of the released model: programs that compile faster."""
+    opened = sequences.released()
+    model = nnx.clone(opened.model)
+    model.config = dataclasses.replace(model.config, num_layers=1)
+    model.blocks = nnx.List(list(model.blocks)[:1])
+    return opened._replace(model=model)
+
+
+@pytest.fixture
+def one_layer(monkeypatch):
+    monkeypatch.setattr(language, "released", cut)
 
 
 def rehearse(tmp_path, *words):

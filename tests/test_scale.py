@@ -99,7 +99,7 @@ def test_remat_takes_less_memory(config):
     """With hsr dense layers of long rows: the backward pass keeps inputs alone."""
 
     def temporaries(**options):
-        model = dataclasses.replace(config.model, num_layers=6, attention="dense")
+        model = dataclasses.replace(config.model, num_layers=3, attention="dense")
         long = dataclasses.replace(config, model=model, row_length=512, **options)
         graphdef, state = step.init_state(long)
         batch = jax.ShapeDtypeStruct((8, 513), jnp.uint8)
@@ -216,12 +216,16 @@ def test_a_checkpoint_goes_on_with_another_number_of_devices(
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(config, finished, tmp_path, repo_root):
+def test_two_processes_train_what_one_does(
+    config, finished, tmp_path, repo_root, compile_cache
+):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     out = tmp_path / "run"
-    flags = "--xla_force_host_platform_device_count=4"
+    # 4 devices for each of the two; the second run compiles nothing.
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    environment = os.environ | compile_cache | {"XLA_FLAGS": flags}
     command = [sys.executable, "-m", "train", "--preset", "micro", "--out", str(out)]
     names = ("data", "steps", "eval_every", "eval_rows", "checkpoint_every")
     for name in (*names, "threshold_schedule", "threshold_end"):
@@ -234,7 +238,7 @@ def test_two_processes_train_what_one_does(config, finished, tmp_path, repo_root
             subprocess.Popen(
                 [*command, "--process-index", str(index), *more],
                 cwd=repo_root,
-                env=os.environ | {"XLA_FLAGS": flags},
+                env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

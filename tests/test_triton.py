@@ -3,6 +3,7 @@
 On an NVIDIA GPU from Ampere on they run as users run them, elsewhere in interpret mode.
 """
 
+import functools
 import sys
 import warnings
 from unittest import mock
@@ -127,6 +128,11 @@ def test_auto_goes_over_all_keys_where_most_fire():
     assert (many.candidates == every).all()
 
 
+@functools.partial(jax.jit, static_argnames="name")
+def extended(cache, key, value, lengths, name):
+    return hsrjax.extend(cache, key, value, lengths=lengths, implementation=name)
+
+
 @pytest.mark.parametrize("bad", [None, *slow(("key",), ("value",))])
 def test_a_cache_grows_as_by_xla(bad):
     """A few tokens a time, over the ends of blocks, ragged, until there is no room."""
@@ -141,11 +147,7 @@ def test_a_cache_grows_as_by_xla(bad):
             value = value.at[0, 0, 1, 3].set(jnp.inf)
         lengths = jnp.asarray(rng.integers(0, new + 1, 2), jnp.int32)
         caches = [
-            jax.jit(
-                lambda cache, *a, name=name: hsrjax.extend(
-                    cache, *a[:2], lengths=a[2], implementation=name
-                )
-            )(cache, key, value, lengths)
+            extended(cache, key, value, lengths, name)
             for cache, name in zip(caches, (NAME, "xla"), strict=True)
         ]
     got, expected = map(jax.tree_util.tree_leaves_with_path, caches)
