@@ -1,0 +1,124 @@
+"""How Sphinx builds these pages: `make docs`, and Read the Docs on its own."""
+
+import inspect
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO), str(REPO / "docs" / "_ext")]
+
+import commands  # noqa: E402  (in _ext)
+import docstrings  # noqa: E402
+
+import hsrjax  # noqa: E402
+
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+SOURCE = PROJECT["urls"]["Source"]
+BRANCH = "main"
+
+project = PROJECT["name"]
+version = release = hsrjax.__version__
+copyright = "the hsrjax authors"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.linkcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["notebooks/*.py"]
+nitpicky = True
+
+# Types are in the docstrings, with shapes.
+autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
+autosummary_generate = False
+add_module_names = True
+maximum_signature_line_length = 72
+python_use_unqualified_type_names = True
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are shown as they were run
+copybutton_exclude = ".linenos, .gp, .go"
+
+html_theme = "furo"
+html_title = "hsrjax"
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = {
+    "source_repository": SOURCE,
+    "source_branch": BRANCH,
+    "source_directory": "docs/",
+}
+
+
+def linkcode_resolve(domain, info):
+    """The lines of the code at its address."""
+    found = sys.modules.get(info["module"])
+    for name in info["fullname"].split("."):
+        found = getattr(found, name, None)
+    found = inspect.unwrap(found.fget if isinstance(found, property) else found)
+    if domain != "py" or not (inspect.isfunction(found) or inspect.isclass(found)):
+        return None
+    lines, first = inspect.getsourcelines(found)
+    path = Path(inspect.getsourcefile(found)).relative_to(REPO)
+    return f"{SOURCE}/blob/{BRANCH}/{path}#L{first}-L{first + len(lines) - 1}"
+
+
+PUBLIC = {f"hsrjax.{name}" for name in hsrjax.__all__}
+for module in (hsrjax.reference, hsrjax.theory):
+    PUBLIC |= {
+        f"{module.__name__}.{name}"
+        for name, thing in vars(module).items()
+        if inspect.isfunction(thing) and thing.__module__ == module.__name__
+    }
+
+
+def link_from(name):
+    """What says, of code in the docstring of a name, which public name it is."""
+    near = name.rpartition(".")[0] if name in PUBLIC else "hsrjax"
+
+    def link(code):
+        words = code.split("(")[0].removeprefix("hsrjax.")
+        for place in (near, "hsrjax"):
+            if f"{place}.{words}" in PUBLIC:
+                return f"{place}.{words}"
+        return None
+
+    return link
+
+
+def render_docstring(app, what, name, thing, options, lines):
+    """Sphinx's hook for docstrings."""
+    lines[:] = docstrings.render(lines, link_from(name))
+
+
+def without_constructor(app, what, name, thing, options, signature, returns):
+    """No arguments for what the library makes: results, and the protocol."""
+    if what == "class" and "\nArgs:\n" not in inspect.getdoc(thing):
+        return "", None
+    return None
+
+
+def write_pages(app, config):
+    """The pages that are made: of the commands, and of the notebooks as committed."""
+    pages = REPO / "docs" / "notebooks"
+    shutil.rmtree(pages, ignore_errors=True)
+    pages.mkdir()
+    for notebook in (REPO / "notebooks").glob("*.ipynb"):
+        shutil.copy2(notebook, pages)
+    commands.write(REPO / "docs" / "commands")
+
+
+def setup(app):
+    """Connects the hooks."""
+    app.connect("config-inited", write_pages)
+    app.connect("autodoc-process-docstring", render_docstring)
+    app.connect("autodoc-process-signature", without_constructor)
