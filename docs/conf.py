@@ -31,6 +31,7 @@ extensions = [
 ]
 exclude_patterns = ["notebooks/*.py"]
 nitpicky = True
+smartquotes = False  # --out is not an en dash
 
 # Types are in the docstrings, with shapes.
 autodoc_typehints = "none"
@@ -114,11 +115,35 @@ def write_pages(app, config):
     pages.mkdir()
     for notebook in (REPO / "notebooks").glob("*.ipynb"):
         shutil.copy2(notebook, pages)
+    (pages / "index.md").write_text(_NOTEBOOKS)
     commands.write(REPO / "docs" / "commands")
+
+
+_NOTEBOOKS = """# Notebooks
+
+With the outputs that they were committed with.
+
+```{toctree}
+:glob:
+
+*
+```
+"""
+
+
+def point_to_source(app, page, template, context, doctree):
+    """What a page's buttons open: nothing where it is made, a notebook's own file."""
+    folder = page.rpartition("/")[0]
+    if folder == "commands" or page == "notebooks/index":
+        context["page_source_suffix"] = ""
+    elif folder == "notebooks":
+        context["theme_source_directory"] = ""
+        context["page_source_suffix"] = ".py"
 
 
 def setup(app):
     """Connects the hooks."""
     app.connect("config-inited", write_pages)
+    app.connect("html-page-context", point_to_source)
     app.connect("autodoc-process-docstring", render_docstring)
     app.connect("autodoc-process-signature", without_constructor)

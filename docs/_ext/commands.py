@@ -19,8 +19,6 @@ from train import __main__ as train
 from train import demo
 from train.config import PRESETS
 
-_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
-_TRAIN = train.Command(out=tyro.MISSING, train=PRESETS["tiny"])
 PAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "train": (
         "Train a model, look at runs, hand a model on.",
@@ -29,10 +27,9 @@ PAGES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"train.demo": demo.Command},
     ),
     "models": (
-        "Generate text, evaluate models and look inside them.",
-        {"models.generate": generate.Options}
-        | {f"models.evaluate {task}": kind for task, (kind, _) in evaluate._TASKS.items()}
-        | {"models.explore": explore.Options},
+        "Generate text, look inside a model, measure what it can do.",
+        {"models.generate": generate.Options, "models.explore": explore.Options}
+        | {f"models.evaluate {name}": x for name, (x, _) in evaluate._TASKS.items()},
     ),
     "benchmarks": (
         "Measure hsrjax on your machine, and the paper's claims.",
@@ -42,79 +39,91 @@ PAGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By page: what it is about, and the options of each command."""
 
-
-def write(folder: Path) -> None:
-    """Writes the pages and an index of them."""
-    folder.mkdir(exist_ok=True)
-    for name, (about, kinds) in PAGES.items():
-        parts = [f"# python -m {name}", about, *map(section, kinds, kinds.values())]
-        (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n")
-    (folder / "index.md").write_text(_INDEX.format(pages="\n".join(PAGES)))
-
-
 _INDEX = """# Commands
 
-They run from the root of a checkout. Each has `--help`, which says what stands here, and
-those with `--json` end with one line on stdout that holds the results. The exit status
-is 0 only when the work was done.
-
-```{{toctree}}
-:maxdepth: 2
-
-{pages}
-```
+They run from the root of a checkout. Each has `--help`, which says what stands here.
+With `--json` the last line on stdout holds the results. The exit status is 0 only when
+the work was done.
 """
 
 
-def section(name: str, kind: Any) -> str:
-    """A command: what it does, an example, and its options by group."""
-    about, example = _described(kind)
-    parts = [f"## {name}", about]
-    if example:
-        parts.append(f"```sh\n{example}\n```")
-    parts.append(f"```{{program}} {name}\n```")
-    for title, actions in _groups(name, kind):
-        parts += [f"**{title}**", *map(_option, actions)]
-    return "\n\n".join(parts)
+def write(folder: Path) -> None:
+    """Writes the pages, and an index of them."""
+    folder.mkdir(exist_ok=True)
+    index = [_INDEX]
+    for page, (about, kinds) in PAGES.items():
+        parts, lines = [f"# python -m {page}", about], []
+        for names, kind in _by_kind(kinds):
+            title = ", ".join([names[0], *(name.split()[-1] for name in names[1:])])
+            said, example = _described(kind)
+            parts += [f"## {title}", said, f"```sh\n{example}\n```" if example else ""]
+            parts += [f"```{{program}} {names[0]}\n```", *_options(names[0], kind)]
+            anchor = re.sub(r"[^\w -]", "", title).replace(" ", "-")
+            sentence = re.split(r"(?<=[.])\s", said)[0]
+            lines.append(f"- [`python -m {title}`]({page}.md#{anchor}): {sentence}")
+        (folder / f"{page}.md").write_text("\n\n".join(parts) + "\n")
+        index += [f"## {page}", about, "\n".join(lines)]
+    index.append("\n".join(["```{toctree}", ":hidden:", "", *PAGES, "```"]))
+    (folder / "index.md").write_text("\n\n".join(index) + "\n")
+
+
+def _by_kind(kinds: dict[str, Any]) -> list[tuple[list[str], Any]]:
+    """Commands that have the same options are told together."""
+    found: dict[Any, list[str]] = {}
+    for name, kind in kinds.items():
+        found.setdefault(kind, []).append(name)
+    return [(names, kind) for kind, names in found.items()]
 
 
 def _described(kind: Any) -> tuple[str, str]:
     """The docstring of a dataclass, and the example that it ends with."""
-    about, _, example = inspect.getdoc(kind).partition("For example:")
+    about, _, example = (inspect.getdoc(kind) or "").partition("For example:")
     return _plain(about.strip()), inspect.cleandoc(example)
 
 
-def _groups(name: str, kind: Any) -> Iterator[tuple[str, list[argparse.Action]]]:
-    """Titles and arguments of the groups of a parser that are not empty."""
-    default = _TRAIN if name == "train" else tyro.MISSING_NONPROP
+def _options(name: str, kind: Any) -> Iterator[str]:
+    """The groups of a parser that are not empty."""
+    default: Any = tyro.MISSING_NONPROP
+    if name == "train":
+        default = train.Command(out=tyro.MISSING, train=PRESETS["tiny"])
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     with warnings.catch_warnings():
-        # Deprecated, but the one way to the parser that `tyro.cli` uses.
+        # It is to go one day, but nothing else has the parser that `tyro.cli` uses.
         warnings.simplefilter("ignore", DeprecationWarning)
-        parser = tyro.extras.get_parser(kind, config=_CONFIG, default=default)
+        parser = tyro.extras.get_parser(kind, config=config, default=default)
     for group in parser._action_groups:
         actions = [x for x in group._group_actions if "--help" not in x.option_strings]
+        actions.sort(key=_rank)
         if actions:
-            title = (group.title or "").split(".")[-1].removesuffix(" options")
-            yield title.replace("positional arguments", "arguments"), actions
+            title = (group.title or "").split(".")[-1].removeprefix("positional ")
+            yield f"**{title.capitalize()}**"
+            yield from map(_option, actions)
+
+
+def _rank(action: argparse.Action) -> int:
+    """What is needed comes first, what every command has last."""
+    if "--json" in action.option_strings:
+        return 2
+    return "(required)" not in (action.help or "")
 
 
 def _option(action: argparse.Action) -> str:
     flags, about = action.option_strings, " ".join((action.help or "").split())
-    shown = f"{flags[0]} {action.metavar}" if flags else str(action.metavar)
+    value = str(action.metavar).replace("{None}|", "")
+    value = re.sub(r"\[(\w+) \[\1 \.\.\.\]\]", r"[\1 ...]", value)
+    shown = f"{flags[0]} {value}" if flags else value
     if action.nargs == 0 and len(flags) == 2:  # --flag and --no-flag
         on = about.endswith("(default: True)")
         shown, about = flags[on], about.removesuffix(f"(default: {on})")
-    about, default = re.fullmatch(r"(.*?) ?(?:\(default: (.*)\))?", about).groups()
-    words = [_plain(about), f"(default: `{default}`)" if default else ""]
+    said, default = re.fullmatch(r"(.*?) ?(?:\(default: (.*)\))?", about).groups()
+    words = [_plain(said)]
+    if default not in (None, "", "''", "None"):
+        words.append(f"(default: `{default}`)")
     return f"````{{option}} {shown}\n{' '.join(words)}\n````"
 
 
 def _plain(text: str) -> str:
-    """Words that Markdown would take for markup, outside of code."""
+    """Without what Markdown would take for markup, outside of code."""
     pieces = text.split("`")
-    pieces[::2] = [re.sub(r"([\\*_<>|$])|--", _escaped, piece) for piece in pieces[::2]]
+    pieces[::2] = [re.sub(r"([\\*_<>|$])", r"\\\1", piece) for piece in pieces[::2]]
     return "`".join(pieces)
-
-
-def _escaped(found: re.Match) -> str:
-    return rf"\{found[0]}" if found[1] else r"\-\-"

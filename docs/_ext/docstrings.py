@@ -52,8 +52,10 @@ def render(lines: list[str], link: Link = lambda code: None) -> list[str]:
 def inline(text: str, link: Link = lambda code: None) -> str:
     """Text with code in backticks, and nothing else that means anything."""
     pieces = re.split(r"`+([^`]+)`+", text)
-    made = [_plain(piece) if i % 2 == 0 else _code(piece, link)
-            for i, piece in enumerate(pieces)]
+    made = [
+        _plain(piece) if i % 2 == 0 else _code(piece, link)
+        for i, piece in enumerate(pieces)
+    ]
     return "".join(made).removeprefix(r"\ ").removesuffix(r"\ ")
 
 
