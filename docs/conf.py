@@ -23,6 +23,7 @@ version = release = hsrjax.__version__
 copyright = "the hsrjax authors"
 
 extensions = [
+    "mathml",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
@@ -47,6 +48,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are shown as they were run
 copybutton_exclude = ".linenos, .gp, .go"
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "hsrjax"
 html_static_path = ["_static"]

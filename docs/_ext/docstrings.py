@@ -16,8 +16,8 @@ Link = Callable[[str], str | None]
 
 _SECTION = re.compile(r"(Args|Returns|Raises|Attributes|Cost|Example|Source):(.*)")
 _ITEM = re.compile(r"(\S.*?): +(.*)")
-_SHAPE = re.compile(r"\b(?:bool|[fiu]\d*)?\[(?:\*?[A-Z1][^][]*|\.\.\.)\]")
-_FIELDS = {"Args": "param", "Raises": "raises"}
+_SHAPE = re.compile(r"(?:\b(?:bool|[fiu]\d*))?\[(?:\*?[A-Z1]|\.\.\.)[^][]*\]")
+_LISTS = {"Args": "Arguments", "Raises": "Raises"}
 
 
 def render(lines: list[str], link: Link = lambda code: None) -> list[str]:
@@ -41,11 +41,16 @@ def render(lines: list[str], link: Link = lambda code: None) -> list[str]:
                 text.append("")
         elif name == "Example":
             fields += [":Example:", "", *(f"   {line}" for line in block), ""]
-        elif name in _FIELDS:
+        elif name in _LISTS:
+            fields += [f":{_LISTS[name]}:", ""]
             for item, about in _items(block):
-                fields.append(f":{_FIELDS[name]} {item}: {inline(about, link)}")
+                fields.append(f"   - **{_plain(item)}**: {inline(about, link)}")
+            fields.append("")
         else:
-            fields.append(f":{name}: {inline(' '.join(block), link)}")
+            words = " ".join(block)
+            if name != "Returns":
+                words = words[:1].upper() + words[1:]
+            fields += [f":{name}: {inline(words, link)}", ""]
     return [*text, *fields, ""]
 
 
