@@ -1,6 +1,7 @@
 """How Sphinx builds these pages: `make docs`, and Read the Docs on its own."""
 
 import inspect
+import os
 import shutil
 import sys
 import tomllib
@@ -15,7 +16,7 @@ import docstrings  # noqa: E402
 import hsrjax  # noqa: E402
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-SOURCE = PROJECT["urls"]["Source"]
+SOURCE, SITE = PROJECT["urls"]["Source"], PROJECT["urls"]["Documentation"]
 BRANCH = "main"
 
 project = PROJECT["name"]
@@ -40,7 +41,7 @@ autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autosummary_generate = False
 add_module_names = True
-maximum_signature_line_length = 72
+maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
@@ -51,14 +52,20 @@ copybutton_exclude = ".linenos, .gp, .go"
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "hsrjax"
+html_logo = html_favicon = "_static/logo.svg"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
+html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", SITE)
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {
     "source_repository": SOURCE,
     "source_branch": BRANCH,
     "source_directory": "docs/",
+    "dark_css_variables": {  # what the pictures are drawn on
+        "color-background-primary": "#0d1117",
+        "color-background-secondary": "#161b22",
+    },
 }
 
 
@@ -90,8 +97,12 @@ def link_from(name):
 
     def link(code):
         words = code.split("(")[0].removeprefix("hsrjax.")
+        owner, _, attribute = words.partition(".")
         for place in (near, "hsrjax"):
-            if f"{place}.{words}" in PUBLIC:
+            known = f"{place}.{owner}" in PUBLIC
+            if known and hasattr(
+                getattr(sys.modules[place], owner), attribute or "__doc__"
+            ):
                 return f"{place}.{words}"
         return None
 

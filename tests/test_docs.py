@@ -1,6 +1,7 @@
 """The pages of docs/: what they show works, and the reference leaves nothing out."""
 
 import contextlib
+import dataclasses
 import inspect
 import io
 import re
@@ -72,12 +73,10 @@ def check_command(words):
         train._parse([word for word in rest if word != "--resume"])  # asks for a run
         return
     kinds = {
-        name: kind
-        for _, kinds in commands.PAGES.values()
-        for name, kind in kinds.items()
+        name: x for _, kinds in commands.PAGES.values() for name, x in kinds.items()
     }
-    if program not in kinds:
-        program, rest = f"{program} {rest[0]}", rest[1:]
+    if " ".join(words[:2]) in kinds:
+        program, rest = " ".join(words[:2]), words[2:]
     parse(kinds[program], rest, prog=program)
 
 
@@ -113,6 +112,14 @@ def test_docstring_has_every_section(name):
     found = [section for section, _ in docstrings._sections(lines) if section]
     assert found == needed
     assert lines[0].endswith((".", ":")) and not lines[1], "begins with no one sentence"
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_signature_of_an_activation_is_that_of_its_fields(name):
+    kind = getattr(hsrjax, name)
+    assert list(inspect.signature(kind).parameters) == [
+        field.name for field in dataclasses.fields(kind)
+    ]
 
 
 def test_reference_has_every_public_name():

@@ -37,8 +37,8 @@ def render(lines: list[str], link: Link = lambda code: None) -> list[str]:
             text += _paragraphs(block, link)
         elif name == "Attributes":
             for attribute, about in _items(block):
-                text += [f".. attribute:: {attribute}", "", f"   {inline(about, link)}"]
-                text.append("")
+                about = inline(_sentence(about), link)
+                text += [f".. attribute:: {attribute}", "", f"   {about}", ""]
         elif name == "Example":
             fields += [":Example:", "", *(f"   {line}" for line in block), ""]
         elif name in _LISTS:
@@ -47,9 +47,7 @@ def render(lines: list[str], link: Link = lambda code: None) -> list[str]:
                 fields.append(f"   - **{_plain(item)}**: {inline(about, link)}")
             fields.append("")
         else:
-            words = " ".join(block)
-            if name != "Returns":
-                words = words[:1].upper() + words[1:]
+            words = _sentence(" ".join(block))
             fields += [f":{name}: {inline(words, link)}", ""]
     return [*text, *fields, ""]
 
@@ -62,6 +60,12 @@ def inline(text: str, link: Link = lambda code: None) -> str:
         for i, piece in enumerate(pieces)
     ]
     return "".join(made).removeprefix(r"\ ").removesuffix(r"\ ")
+
+
+def _sentence(text: str) -> str:
+    """With a capital letter, where it begins with a word."""
+    word = re.match(r"(?!bool\b)[a-z](?=[a-z]*[ ,.:;])", text)
+    return text.capitalize()[:1] + text[1:] if word else text
 
 
 def _code(code: str, link: Link) -> str:
