@@ -1,7 +1,9 @@
 """How Sphinx builds these pages: `make docs`, and Read the Docs on its own."""
 
 import inspect
+import json
 import os
+import re
 import shutil
 import sys
 import tomllib
@@ -18,6 +20,9 @@ import hsrjax  # noqa: E402
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 SOURCE, SITE = PROJECT["urls"]["Source"], PROJECT["urls"]["Documentation"]
 BRANCH = "main"
+COLAB = f"{SOURCE}/blob/{BRANCH}/notebooks".replace(
+    "https://github.com", "https://colab.research.google.com/github"
+)
 
 project = PROJECT["name"]
 version = release = hsrjax.__version__
@@ -40,17 +45,18 @@ autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autosummary_generate = False
-add_module_names = True
 maximum_signature_line_length = 88
-python_use_unqualified_type_names = True
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are shown as they were run
-copybutton_exclude = ".linenos, .gp, .go"
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
+copybutton_exclude = ".linenos, .gp, .go"  # neither prompts nor what is printed
 
 html_math_renderer = "mathml"
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = "hsrjax"
 html_logo = html_favicon = "_static/logo.svg"
 html_static_path = ["_static"]
@@ -122,21 +128,30 @@ def without_constructor(app, what, name, thing, options, signature, returns):
 
 
 def write_pages(app, config):
-    """The pages that are made: of the commands, and of the notebooks as committed."""
+    """The pages that are made: of the commands, and of the notebooks."""
+    commands.write(REPO / "docs" / "commands")
     pages = REPO / "docs" / "notebooks"
     shutil.rmtree(pages, ignore_errors=True)
     pages.mkdir()
-    for notebook in (REPO / "notebooks").glob("*.ipynb"):
-        shutil.copy2(notebook, pages)
-    (pages / "index.md").write_text(_NOTEBOOKS)
-    commands.write(REPO / "docs" / "commands")
+    lines = []
+    for path in sorted((REPO / "notebooks").glob("*.ipynb")):
+        notebook = json.loads(path.read_text())
+        title = "".join(notebook["cells"][0]["source"]).splitlines()[0].strip("# ")
+        lines.append(f"- [{title}]({path.name}), [in Colab]({COLAB}/{path.name})")
+        first = next(x for x in notebook["cells"] if x["cell_type"] == "code")
+        first["metadata"]["tags"] = ["hide-input"]  # it finds or installs hsrjax
+        (pages / path.name).write_text(json.dumps(notebook))
+    (pages / "index.md").write_text(_NOTEBOOKS.format(notebooks="\n".join(lines)))
 
 
 _NOTEBOOKS = """# Notebooks
 
-With the outputs that they were committed with.
+Shown with the outputs that they were committed with.
 
-```{toctree}
+{notebooks}
+
+```{{toctree}}
+:hidden:
 :glob:
 
 *
@@ -144,19 +159,29 @@ With the outputs that they were committed with.
 """
 
 
-def point_to_source(app, page, template, context, doctree):
-    """What a page's buttons open: nothing where it is made, a notebook's own file."""
+def finish_page(app, page, template, context, doctree):
+    """Pictures follow the switch of the theme, and buttons open what can be edited."""
+    body = context.get("body", "")
+    context["body"] = _PICTURE.sub(
+        r'<img class="only-light" \2src="\3"><img class="only-dark" \2src="\1">', body
+    )
     folder = page.rpartition("/")[0]
     if folder == "commands" or page == "notebooks/index":
-        context["page_source_suffix"] = ""
+        context["page_source_suffix"] = ""  # made here
     elif folder == "notebooks":
         context["theme_source_directory"] = ""
         context["page_source_suffix"] = ".py"
 
 
+_PICTURE = re.compile(
+    r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="([^"]+)">'
+    r'\s*<img ([^>]*)src="([^"]+)">\s*</picture>'
+)
+
+
 def setup(app):
     """Connects the hooks."""
     app.connect("config-inited", write_pages)
-    app.connect("html-page-context", point_to_source)
+    app.connect("html-page-context", finish_page)
     app.connect("autodoc-process-docstring", render_docstring)
     app.connect("autodoc-process-signature", without_constructor)
