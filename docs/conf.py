@@ -12,10 +12,11 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "docs" / "_ext")]
 
-import commands  # noqa: E402  (in _ext)
-import docstrings  # noqa: E402
+import commands
+import docstrings
+import links
 
-import hsrjax  # noqa: E402
+import hsrjax
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 SOURCE, SITE = PROJECT["urls"]["Source"], PROJECT["urls"]["Documentation"]
@@ -29,6 +30,7 @@ version = release = hsrjax.__version__
 copyright = "the hsrjax authors"
 
 extensions = [
+    "links",
     "mathml",
     "myst_nb",
     "sphinx.ext.autodoc",
@@ -88,36 +90,9 @@ def linkcode_resolve(domain, info):
     return f"{SOURCE}/blob/{BRANCH}/{path}#L{first}-L{first + len(lines) - 1}"
 
 
-PUBLIC = {f"hsrjax.{name}" for name in hsrjax.__all__}
-for module in (hsrjax.reference, hsrjax.theory):
-    PUBLIC |= {
-        f"{module.__name__}.{name}"
-        for name, thing in vars(module).items()
-        if inspect.isfunction(thing) and thing.__module__ == module.__name__
-    }
-
-
-def link_from(name):
-    """What says, of code in the docstring of a name, which public name it is."""
-    near = name.rpartition(".")[0] if name in PUBLIC else "hsrjax"
-
-    def link(code):
-        words = code.split("(")[0].removeprefix("hsrjax.")
-        owner, _, attribute = words.partition(".")
-        for place in (near, "hsrjax"):
-            known = f"{place}.{owner}" in PUBLIC
-            if known and hasattr(
-                getattr(sys.modules[place], owner), attribute or "__doc__"
-            ):
-                return f"{place}.{words}"
-        return None
-
-    return link
-
-
 def render_docstring(app, what, name, thing, options, lines):
     """Sphinx's hook for docstrings."""
-    lines[:] = docstrings.render(lines, link_from(name))
+    lines[:] = docstrings.render(lines, links.near(name))
 
 
 def without_constructor(app, what, name, thing, options, signature, returns):

@@ -17,6 +17,7 @@ from docs._ext import commands, docstrings
 from models.command import parse
 from tests.test_api import ACTIVATIONS, FUNCTIONS, PROTOCOLS, RESULTS, public_functions
 from tests.test_help import EVERY
+from tests.test_readme import blocks
 from train import __main__ as train
 
 REPO = Path(__file__).resolve().parents[1]
@@ -30,11 +31,6 @@ PUBLIC = {
     f"hsrjax.{name}": getattr(hsrjax, name)
     for name in FUNCTIONS | ACTIVATIONS | PROTOCOLS | RESULTS
 } | OF_MODULES
-
-
-def blocks(text, *languages):
-    """The code between fences, of several languages in turn."""
-    return re.findall(rf"```(?:{'|'.join(languages)})\n(.*?)```", text, flags=re.DOTALL)
 
 
 def with_code(*languages):

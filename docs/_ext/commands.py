@@ -93,24 +93,28 @@ def _options(name: str, kind: Any) -> Iterator[str]:
         parser = tyro.extras.get_parser(kind, config=config, default=default)
     for group in parser._action_groups:
         actions = [x for x in group._group_actions if "--help" not in x.option_strings]
-        actions.sort(key=_rank)
+        own = vars(kind).get("__annotations__", {})
+        actions.sort(key=lambda action: _rank(action, own))
         if actions:
             title = (group.title or "").split(".")[-1].removeprefix("positional ")
             yield f"**{title.capitalize()}**"
             yield from map(_option, actions)
 
 
-def _rank(action: argparse.Action) -> int:
-    """What is needed comes first, what every command has last."""
-    if "--json" in action.option_strings:
-        return 2
-    return "(required)" not in (action.help or "")
+def _rank(action: argparse.Action, own: dict[str, Any]) -> int:
+    """What is needed first, then a command's own, and what every command has last."""
+    flag = (action.option_strings or [""])[0]
+    if flag == "--json":
+        return 3
+    if "(required)" in (action.help or ""):
+        return 0
+    return 1 if flag[2:].replace("-", "_") in own else 2
 
 
 def _option(action: argparse.Action) -> str:
     flags, about = action.option_strings, " ".join((action.help or "").split())
     value = str(action.metavar).replace("{None}|", "")
-    value = re.sub(r"\[(\w+) \[\1 \.\.\.\]\]", r"[\1 ...]", value)
+    value = re.sub(r"\{?\[(\w+) \[\1 \.\.\.\]\]\}?", r"[\1 ...]", value)
     shown = f"{flags[0]} {value}" if flags else value
     if action.nargs == 0 and len(flags) == 2:  # --flag and --no-flag
         on = about.endswith("(default: True)")
