@@ -52,9 +52,9 @@ types: $(VENV)/.stamp-dev ## check the types
 wheel-check: $(VENV)/.stamp-test ## build the wheel: it holds hsrjax and nothing else
 	$(PY) -m pytest -q tests/test_packaging.py
 
-docs: $(VENV)/.stamp-docs ## write the site of the documentation to build/docs
-	rm -rf build/docs
-	$(PY) -m sphinx -W --keep-going -q docs build/docs $(ARGS)
+docs: $(VENV)/.stamp-docs ## write the site of the documentation to docs/_build/html
+	rm -rf docs/_build/html
+	$(PY) -m sphinx -W --keep-going -q docs docs/_build/html $(ARGS)
 
 # ARGS="--cards h100 --only append" are some; --out benchmarks/results/compile keeps them.
 gpu-check: $(GPU_VENV)/.stamp ## compile the kernels for GPUs, without one: registers, spills
@@ -79,7 +79,8 @@ constraints: $(VENV)/.stamp-dev ## upgrade everything, write constraints.txt (Py
 	@mv constraints.tmp constraints.txt
 
 clean: ## remove caches and builds (not environments, not runs)
-	rm -rf build dist docs/commands docs/notebooks .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf docs/_build docs/commands docs/notebooks
 	find hsrjax models train tests notebooks benchmarks -name __pycache__ \
 	  -type d -prune -exec rm -rf {} + 2>/dev/null || true
 

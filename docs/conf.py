@@ -38,7 +38,7 @@ extensions = [
     "sphinx.ext.linkcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["notebooks/*.py"]
+exclude_patterns = ["_build"]
 nitpicky = True
 smartquotes = False  # --out is not an en dash
 
