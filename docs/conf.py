@@ -95,11 +95,17 @@ def render_docstring(app, what, name, thing, options, lines):
     lines[:] = docstrings.render(lines, links.near(name))
 
 
-def without_constructor(app, what, name, thing, options, signature, returns):
-    """No arguments for what the library makes: results, and the protocol."""
-    if what == "class" and "\nArgs:\n" not in inspect.getdoc(thing):
+def sign_class(app, what, name, thing, options, signature, returns):
+    """A class's fields; nothing for what the library makes, and for the protocol."""
+    if what != "class":
+        return None
+    if "\nArgs:\n" not in inspect.getdoc(thing):
         return "", None
-    return None
+    bare = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in inspect.signature(thing).parameters.values()
+    ]
+    return str(inspect.Signature(bare)), None
 
 
 def write_pages(app, config):
@@ -159,4 +165,4 @@ def setup(app):
     app.connect("config-inited", write_pages)
     app.connect("html-page-context", finish_page)
     app.connect("autodoc-process-docstring", render_docstring)
-    app.connect("autodoc-process-signature", without_constructor)
+    app.connect("autodoc-process-signature", sign_class)

@@ -1,7 +1,6 @@
 """The pages of docs/: what they show works, and the reference leaves nothing out."""
 
 import contextlib
-import dataclasses
 import inspect
 import io
 import re
@@ -108,14 +107,6 @@ def test_docstring_has_every_section(name):
     found = [section for section, _ in docstrings._sections(lines) if section]
     assert found == needed
     assert lines[0].endswith((".", ":")) and not lines[1], "begins with no one sentence"
-
-
-@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_signature_of_an_activation_is_that_of_its_fields(name):
-    kind = getattr(hsrjax, name)
-    assert list(inspect.signature(kind).parameters) == [
-        field.name for field in dataclasses.fields(kind)
-    ]
 
 
 def test_reference_has_every_public_name():

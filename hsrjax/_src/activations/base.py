@@ -12,7 +12,6 @@ a row are; they say so by `whole_rows` and define `select`, as softmax does.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -28,15 +27,6 @@ Normalize = Literal["row_sum", "length", "none"]
 NORMALIZE = ("row_sum", "length", "none")
 SELECTION = "selection"
 """Name of what a backward pass keeps instead of selecting again."""
-
-
-class _OfInit:
-    """The signature of a class whose `__new__` takes anything: its `__init__`'s."""
-
-    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
-        """Without self."""
-        _, *given = inspect.signature(owner.__init__).parameters.values()
-        return inspect.Signature(given)
 
 
 class Activation:
@@ -101,8 +91,6 @@ class Activation:
     """Whether `complete` adds sums over all visible keys."""
     tail: int | None = None
     """Keys that share a mean value where what is left out acts too."""
-
-    __signature__ = _OfInit()
 
     def __new__(cls, *args, **kwargs):
         del args, kwargs
