@@ -194,7 +194,8 @@ def notebook():
     runpy.run_path(str(NOTEBOOK), run_name="notebook")
     drawn = sorted(set(plt.get_fignums()) - before)
     for name, number in zip(NOTEBOOK_FIGURES, drawn, strict=True):
-        plt.figure(number).savefig(FIGURES / f"{name}.png", dpi=160)
+        path = FIGURES / f"{name}.png"
+        plt.figure(number).savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.15)
 
 
 def main():
