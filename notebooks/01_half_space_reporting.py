@@ -115,7 +115,8 @@ def draw_half_space(ax):
     ax.axline(foot, foot + along, color=RED, lw=1.5)
     ax.annotate("", foot + 0.9 * a, foot, arrowprops={"arrowstyle": "->", "color": RED})
     ax.text(*(foot + 1.0 * a), "a", color=RED)
-    ax.set(xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal", xticks=[], yticks=[])
+    ax.set(xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal")
+    ax.set(xlabel="first coordinate of a key", ylabel="second coordinate")
 
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5))
@@ -134,8 +135,6 @@ right.scatter(*keys[members].T, s=10, color=BLUE)
 visited = int((best >= offset).sum())
 right.set_title(f"balls around 32 keys: {visited} of {cells} must be opened")
 draw_half_space(right)
-figure.supxlabel("first coordinate of the key (no unit)", fontsize=9)
-figure.supylabel("second coordinate", fontsize=9)
 plt.tight_layout()
 
 # %% [markdown]

@@ -156,7 +156,7 @@ small = dataclasses.replace(
     preset.model, num_layers=2, embed_dim=96, mlp_dim=256, attention="dense"
 )
 config = dataclasses.replace(
-    preset, model=small, steps=240, batch=4, eval_every=40, eval_rows=32, keep=1
+    preset, model=small, steps=160, batch=4, eval_every=40, eval_rows=32, keep=1
 )
 config = dataclasses.replace(config, checkpoint_every=config.steps)
 softmax = dataclasses.replace(small, attention_kind="softmax")
@@ -225,6 +225,7 @@ for ax, head in zip(axes, some, strict=True):
     ax.set_xticks(range(SHOWN), letters, fontsize=7, family="DejaVu Sans Mono")
     ax.set_yticks(range(SHOWN), letters, fontsize=7, family="DejaVu Sans Mono")
     ax.set(xlabel="key: a byte of the text", ylabel="query: a byte of the text")
+    ax.yaxis.labelpad = 8
     ax.set_title(f"layer {head[0]}, head {head[1]}: {100 * share[head]:.1f} % fire")
 plt.tight_layout()
 
@@ -262,14 +263,14 @@ assert same
 # `models/released/` holds a larger one, made by `python -m train --preset base` on the
 # same text, cut into byte pairs. Its model card says how it was trained and what it
 # cannot do. It was trained on rows of 1,024 tokens; here it continues the source of a
-# module of the standard library, a prompt that is eight times as long.
+# module of the standard library, a prompt that is four times as long.
 
 # %% tags=["varies"]
 released, tokenizer = open_model(checkout / "models/released/python-2.8m")
 source = pathlib.Path(argparse.__file__).read_bytes()
-prompt = tokenizer.encode(source)[:8000].tolist()
+prompt = tokenizer.encode(source)[:4000].tolist()
 made = {
-    name: generate(released, [prompt], max_tokens=80, attention=name)
+    name: generate(released, [prompt], max_tokens=64, attention=name)
     for name in ("dense", "hsr")
 }
 for name, result in made.items():

@@ -93,7 +93,10 @@ if missing:
 print(f"models/ and train/: from {checkout.name}/")
 
 # %%
+import contextlib
 import functools
+import io
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +108,7 @@ import hsrjax
 from models import explore
 from models.evaluation import tasks
 from models.evaluation.perplexity import perplexity, read_row, rows_of
-from models.evaluation.retrieval import draw, prompt_of
+from models.evaluation.retrieval import prompt_of
 from models.network.operands import operands_by_layer
 from models.network.transformer import with_length
 from models.opening import attending, open_model
@@ -188,7 +191,8 @@ plt.tight_layout()
 #
 # Queries, keys and values of some layers, as the model makes them when it reads the
 # text. Each dot is a row of a head: how far its output is from full softmax, and how
-# far it can be at most. Both are divided by the largest value.
+# far it can be at most. Both are divided by the largest value; errors below 1e-7, which
+# are float32 rounding, are drawn at 1e-7.
 
 
 # %%
@@ -218,7 +222,8 @@ def errors(operands, activation):
 if is_softmax:
     dense = with_length(ways["dense"], CONTEXT)
     layers = operands_by_layer(dense, jnp.asarray(rows[:, :-1]))
-    some = {i: operands for i, (operands, _) in enumerate(layers) if i in (1, 12, 26)}
+    first = enumerate(itertools.islice(layers, 13))
+    some = {layer: operands for layer, (operands, _) in first if layer in (1, 6, 12)}
     rules = {
         "top 4": hsrjax.Softmax(top_r=4),
         "top 4 with tail": hsrjax.Softmax(top_r=4, tail=1),
@@ -248,36 +253,43 @@ if is_softmax:
 # the right one is the most probable, which is what greedy decoding would write. The
 # texts are short, to be cheap; `python -m models.evaluate needle` asks longer ones.
 
+
 # %%
-DEPTHS, CONTEXTS = (0.0, 0.5, 1.0), (128, 256)
-
-
-def needle(way, context, depth):
-    """Whether the model answers; every text is padded to one length."""
+def needle(way, depth):
+    """Whether the model finds it, and the mean probability of the answer's tokens."""
     count = lambda text: len(tokenizer.encode(text.encode()))
     around = len(prompt_of(tasks.Task("", "", "", ()), tokenizer, is_chat=True))
-    task = tasks.make(
-        "needle", length=context - around - 12, depth=depth, seed=0, count=count
-    )
+    room = CONTEXT - around - 12
+    task = tasks.make("needle", length=room, depth=depth, seed=0, count=count)
     prompt = prompt_of(task, tokenizer, is_chat=True)
     answer = tokenizer.encode(f" {task.answers[0]}".encode(), is_start=False).tolist()
     end = len(prompt) + len(answer)
     row = np.pad(np.array(prompt + answer, np.int32), (0, CONTEXT + 1 - end))
-    greedy = read_row(with_length(way, CONTEXT + 1), row).is_greedy
-    return float(greedy[len(prompt) - 1 : end - 1].all())
+    read = read_row(with_length(way, CONTEXT + 1), row)
+    part = slice(len(prompt) - 1, end - 1)
+    return read.is_greedy[part].all(), np.exp(-read.losses[part]).mean()
 
 
+# %%
+DEPTHS = (0.0, 0.5, 1.0)
 if is_softmax:
-    for name in ("dense", "top 4", "top 4 with tail"):
-        lines = [
-            {"kind": "needle", "context": context, "depth": depth}
-            | {"score": needle(ways[name], context, depth)}
-            for context in CONTEXTS
-            for depth in DEPTHS
-        ]
-        found = sum(line["score"] for line in lines)
-        print(f"{name}: {found:.0f} of {len(lines)} needles found")
-        display(draw(lines, name))
+    names = ("dense", "top 4", "top 4 with tail")
+    found = np.array(
+        [[needle(ways[name], depth) for name in names] for depth in DEPTHS]
+    )
+    for name, number in zip(names, found[:, :, 0].sum(axis=0), strict=True):
+        print(f"{name}: {number:.0f} of {len(DEPTHS)} needles found")
+    figure, ax = plt.subplots(figsize=(7, 3))
+    image = ax.imshow(found[:, :, 1], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for (row, column), probability in np.ndenumerate(found[:, :, 1]):
+        words = "found" if found[row, column, 0] else "not found"
+        style = {"ha": "center", "va": "center", "fontsize": 9}
+        ax.text(column, row, f"{words}\n{probability:.2f}", **style)
+    ax.set_xticks(range(len(names)), names)
+    ax.set_yticks(range(len(DEPTHS)), DEPTHS)
+    ax.set(xlabel=f"attention, on {CONTEXT} tokens", ylabel="depth of the needle")
+    figure.colorbar(image, label="probability of an answer's token")
+    plt.tight_layout()
 
 # %% [markdown]
 # ## Look at every head
@@ -287,10 +299,36 @@ if is_softmax:
 # scored. This one shows the small released model, in which sparsity is exact.
 
 # %% tags=["varies"]
-page = pathlib.Path("runs/explorer.html")
-words = ["--model", str(checkout / "models/released/python-2.8m"), "--tokens", "256"]
-words += ["--text", str(checkout / "models/decoding/sampling.py"), "--out", str(page)]
-explore.main([*words, "--attention", "hsr", "--megabytes", "2"])
+TEXT = '''"""Counts the words of a file."""
+
+import argparse
+import collections
+
+
+def count_words(path, minimum=1):
+    """Returns how often each word stands in a file."""
+    counter = collections.Counter()
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            counter.update(line.split())
+    return {word: number for word, number in counter.items() if number >= minimum}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", help="the file")
+    parser.add_argument("--minimum", type=int, default=1, help="leave out rarer words")
+    arguments = parser.parse_args()
+    for word, number in count_words(arguments.path, arguments.minimum).items():
+        print(word, number)
+'''
+runs = pathlib.Path("runs")
+runs.mkdir(exist_ok=True)
+(runs / "words.py").write_text(TEXT)
+released = str(checkout / "models/released/python-2.8m")
+words = ["--model", released, "--text", "runs/words.py", "--out", "runs/explorer.html"]
+with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+    explore.main([*words, "--attention", "hsr", "--megabytes", "2"])
 
 # %% [markdown]
 # The picture is the page as a browser shows it; below it is the page itself. (Colab,
@@ -301,7 +339,7 @@ explore.main([*words, "--attention", "hsr", "--megabytes", "2"])
 display(Image(checkout / "notebooks/explorer.png"))
 
 # %%
-IFrame(page, width="100%", height=700)
+IFrame("runs/explorer.html", width="100%", height=700)
 
 # %% [markdown]
 # ## What to try next

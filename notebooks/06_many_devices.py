@@ -15,15 +15,16 @@
 # # Many devices
 #
 # `hsrjax` is pure functions of arrays, so jax cuts it over devices like any other code:
-# by `jit` and a sharding, by `shard_map`, by `pmap`. Rows of a batch and key heads do
-# not depend on each other, so a cut along them needs **no communication** at all, and
-# each device keeps the index of its own keys.
+# by `shard_map`, by `pmap`, by `jit` and a sharding. Rows of a batch and key heads do
+# not depend on each other, so a cut along them needs no communication, and each device
+# keeps the index of its own keys.
 #
 # You will see both cuts, for attention, its gradients and a growing cache; that they
-# equal one device; and what each sends over the wire, counted in the compiled program.
-# It takes about a minute on two CPU cores. Several GPUs or TPU cores are used if they
-# are there. If not, the CPU plays four devices: that shows everything but speed,
-# because the four share the same cores. What is stored here ran that way.
+# equal one device; and what each way really sends, counted in the compiled program: by
+# `shard_map` nothing, by `jit` alone more than one would like. It takes about a minute
+# on two CPU cores. Several GPUs or TPU cores are used if they are there. If not, the
+# CPU plays four devices: that shows everything but speed, because the four share the
+# same cores. What is stored here ran that way.
 
 # %% tags=["varies"]
 # Takes hsrjax from the checkout around this notebook, or as it is installed. Colab
@@ -129,11 +130,9 @@ print(f"{100 * float(info.count.mean()) / (S / 2):.1f} % of the visible keys fir
 # %% [markdown]
 # ## Cut along the rows, and along the heads
 #
-# A mesh gives the devices names. `jit` follows the sharding of what it is given: put
-# the rows of the batch on different devices, and the same function runs on all of them.
-# `shard_map` cuts by hand: each device calls the function on its own heads, and has
-# their thresholds.
-
+# A mesh gives the devices names. `shard_map` cuts by hand: each device calls the
+# function on its own rows, or on its own heads and their thresholds, as if there were
+# no other.
 
 # %%
 auto = (jax.sharding.AxisType.Auto,)
@@ -141,17 +140,16 @@ mesh = jax.make_mesh((count,), ("x",), axis_types=auto, devices=devices)
 rows, heads = PartitionSpec("x"), PartitionSpec(None, None, "x")
 everywhere = PartitionSpec()
 
-placed = jax.device_put((q, k, v), NamedSharding(mesh, rows))
-shared = jax.device_put(bias, NamedSharding(mesh, everywhere))
-by_rows, rows_info = jax.jit(attend)(*placed, shared)
 
-cut = jax.shard_map(
-    attend,
-    mesh=mesh,
-    in_specs=(heads, heads, heads, PartitionSpec("x")),
-    out_specs=heads,
-)
-by_heads, heads_info = jax.jit(cut)(q, k, v, bias)
+def cut(function, along, thresholds):
+    specs = (along, along, along, thresholds)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=along)
+
+
+by_rows = cut(attend, rows, everywhere)
+by_heads = cut(attend, heads, PartitionSpec("x"))
+rows_out, rows_info = jax.jit(by_rows)(q, k, v, bias)
+heads_out, heads_info = jax.jit(by_heads)(q, k, v, bias)
 
 
 def same(got, info_got):
@@ -160,12 +158,9 @@ def same(got, info_got):
     return bool(np.allclose(got, expected, rtol=1e-5, atol=1e-5) and counts)
 
 
-print("cut along rows:  the same as one device:", same(by_rows, rows_info))
-print("cut along heads: the same as one device:", same(by_heads, heads_info))
-print(
-    "the result of each is cut likewise:", by_rows.sharding.spec, by_heads.sharding.spec
-)
-assert same(by_rows, rows_info) and same(by_heads, heads_info)
+print("cut along rows:  the same as one device:", same(rows_out, rows_info))
+print("cut along heads: the same as one device:", same(heads_out, heads_info))
+assert same(rows_out, rows_info) and same(heads_out, heads_info)
 
 
 # %%
@@ -173,16 +168,13 @@ def owners(array):
     """The number of the device that holds each row and head."""
     owner = np.zeros((B, N), int)
     for shard in array.addressable_shards:
-        owner[shard.index[0], shard.index[2]] = list(mesh.devices.flat).index(
-            shard.device
-        )
+        owner[shard.index[0], shard.index[2]] = devices.index(shard.device)
     return owner
 
 
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
-for ax, (name, array) in zip(
-    axes, {"cut along rows": by_rows, "cut along heads": by_heads}.items(), strict=True
-):
+cuts = {"cut along rows": rows_out, "cut along heads": heads_out}
+for ax, (name, array) in zip(axes, cuts.items(), strict=True):
     owner = owners(array)
     ax.pcolormesh(owner, cmap="Pastel1", edgecolors="white", vmin=0, vmax=8)
     for (row, head), device in np.ndenumerate(owner):
@@ -195,14 +187,30 @@ axes[0].invert_yaxis()
 plt.tight_layout()
 
 # %% [markdown]
+# ## By jit and a sharding
+#
+# Put the rows on different devices, and `jit` follows: the same function runs on all of
+# them. The result is right, and it is cut likewise. But XLA decides what the devices
+# tell each other.
+
+# %%
+placed = jax.device_put((q, k, v), NamedSharding(mesh, rows))
+shared = jax.device_put(bias, NamedSharding(mesh, everywhere))
+jit_out, jit_info = jax.jit(attend)(*placed, shared)
+print("jit and a sharding: the same as one device:", same(jit_out, jit_info))
+print("cut along:", jit_out.sharding.spec)
+
+# %% [markdown]
 # ## What goes over the wire
 #
-# The compiled program says what devices send each other. Attention cut along rows or
-# heads sends nothing, and nor do the gradients of queries, keys and values. A parameter
-# that all devices share, here the thresholds, gets the sum of their gradients: one
-# all-reduce of its own size. A cut along the **sequence** is possible, and the result
-# is right, but it does not pay: the library has no exchange of its own for it, so XLA
-# gathers what each device lacks.
+# The compiled program says what devices send each other. By `shard_map` attention sends
+# nothing, and nor do the gradients of queries, keys and values. A parameter that all
+# devices share, here the thresholds, gets the sum of their gradients: one all-reduce of
+# its own size. By `jit` alone XLA does not see that the gathers and scatters of rows
+# stay within a device, and exchanges what it could have kept: use `shard_map`.
+#
+# A cut along the **sequence** is possible by `jit`, and right, but it does not pay: the
+# library has no exchange of its own for it, and XLA gathers what each device lacks.
 
 
 # %%
@@ -210,7 +218,7 @@ SENDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 
 
 def sent(function, *arrays):
-    """Bytes that collective operations result in on each device, by their kind."""
+    """Bytes that a device gets by each kind of operation; what repeats counts once."""
     program = jax.jit(function).lower(*arrays).compile().as_text()
     found = {}
     for shapes, kind in re.findall(rf"= (.*?) ({SENDS})(?:-start)?\(", program):
@@ -222,30 +230,21 @@ def sent(function, *arrays):
 
 
 def loss(q, k, v, bias):
-    return jnp.sum(attend(q, k, v, bias)[0] ** 2)
+    return jnp.sum(by_rows(q, k, v, bias)[0] ** 2)
 
 
-gradients = jax.grad(loss, argnums=(0, 1, 2))
-of_thresholds = jax.grad(loss, argnums=3)
-sequence = NamedSharding(mesh, PartitionSpec(None, "x"))
-traffic = {
-    "rows, forward": sent(attend, *placed, shared),
-    "heads, forward": sent(cut, q, k, v, bias),
-    "rows, gradients of q, k, v": sent(gradients, *placed, shared),
-    "rows, gradient of the thresholds": sent(of_thresholds, *placed, shared),
-    "sequence, forward": sent(attend, *jax.device_put((q, k, v), sequence), shared),
-}
+gradients = jax.grad(loss, argnums=(0, 1, 2, 3))
+print("rows:", sent(by_rows, q, k, v, bias) or "nothing")
+print("heads:", sent(by_heads, q, k, v, bias) or "nothing")
+print("rows, all gradients:", sent(gradients, q, k, v, bias))
+print("the thresholds have", bias.nbytes, "bytes")
 
 # %% tags=["varies"]
-print("arrays of keys and values:", f"{k.nbytes + v.nbytes:,} bytes\n")
-for name, found in traffic.items():
-    words = ", ".join(f"{kind} of {size:,} bytes" for kind, size in found.items())
-    print(f"{name:33s} {words or 'nothing'}")
-
-# %%
-silent = ["rows, forward", "heads, forward", "rows, gradients of q, k, v"]
-print("nothing is sent along rows and heads:", not any(traffic[x] for x in silent))
-print("thresholds:", traffic["rows, gradient of the thresholds"], "bytes")
+sequence = NamedSharding(mesh, PartitionSpec(None, "x"))
+print("rows, jit alone:", sent(attend, *placed, shared))
+placed_along = jax.device_put((q, k, v), sequence)
+print("sequence, jit alone:", sent(attend, *placed_along, shared))
+print("keys and values have", f"{k.nbytes + v.nbytes:,}", "bytes")
 
 # %% [markdown]
 # ## The gradients are the same
@@ -253,8 +252,8 @@ print("thresholds:", traffic["rows, gradient of the thresholds"], "bytes")
 # Of what is cut, and of what is shared.
 
 # %%
-everything = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
-one, many = everything(q, k, v, bias), everything(*placed, shared)
+alone = jax.grad(lambda *x: jnp.sum(attend(*x)[0] ** 2), argnums=(0, 1, 2, 3))
+one, many = (jax.jit(function)(q, k, v, bias) for function in (alone, gradients))
 close = [
     bool(np.allclose(a, b, rtol=1e-4, atol=1e-4 * abs(a).max()))
     for a, b in zip(one, many, strict=True)
@@ -279,7 +278,8 @@ def decode(q, k, v, bias):
 
 
 out, cache = jax.jit(decode)(q, k, v, bias)
-cut_out, cut_cache = jax.jit(decode)(*placed, shared)
+by_rows = cut(decode, rows, everywhere)
+cut_out, cut_cache = jax.jit(by_rows)(q, k, v, bias)
 equal = np.allclose(cut_out, out, rtol=1e-5, atol=1e-5)
 print("decoding on a cut cache: the same as one device:", bool(equal))
 assert equal
@@ -293,7 +293,7 @@ def bytes_on(device):
 whole = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
 print(f"the cache and its index: {whole:,} bytes on one device;")
 print("cut:", ", ".join(f"{bytes_on(device):,}" for device in devices))
-print("sent for it:", sent(decode, *placed, shared) or "nothing")
+print("sent for it:", sent(by_rows, q, k, v, bias) or "nothing")
 
 # %% [markdown]
 # ## pmap, for older programs
@@ -311,8 +311,8 @@ print("pmap: the same as one device:", same(np.asarray(out).reshape(q.shape), jo
 # ## What to try next
 #
 # - A mesh of two axes: rows over one, heads over the other.
-# - `method="auto"`: under `jit` one choice is made for all rows, under `shard_map` each
-#   device chooses by its own keys.
+# - `method="auto"`: under `jit` one choice is made for all rows, under `shard_map`
+#   each device chooses by its own keys.
 # - `python -m train --preset tiny --data-parallel --out RUN` splits each batch over
 #   all devices, `--distributed` over several machines; a run goes on with any number.
 # - On a TPU: `pip install "jax[tpu]"`, then run this notebook again. The library
