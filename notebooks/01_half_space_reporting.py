@@ -25,6 +25,7 @@
 # the result misses nothing. It takes less than a minute on two CPU cores.
 
 # %% tags=["varies"]
+# @title Get hsrjax { display-mode: "form" }
 # Takes hsrjax from the checkout around this notebook, or as it is installed. Colab
 # installs it: from PyPI if it is there, else from ADDRESS.
 import glob

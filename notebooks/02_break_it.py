@@ -27,6 +27,7 @@
 # two CPU cores.
 
 # %% tags=["varies"]
+# @title Get hsrjax { display-mode: "form" }
 # Takes hsrjax from the checkout around this notebook, or as it is installed. Colab
 # installs it: from PyPI if it is there, else from ADDRESS.
 import glob
@@ -123,7 +124,7 @@ def judge(keys, normals, offsets):
     return members, missed, wrong
 
 
-# %%
+# %% tags=["varies"]
 S, H, T = 512, 32, 24  # keys, head size, half-spaces
 draw = np.random.default_rng(0)
 gauss = draw.standard_normal((S, H)).astype(np.float32)

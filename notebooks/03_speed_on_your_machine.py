@@ -22,10 +22,14 @@
 # You will see three curves over the length of the cache (the best dense form,
 # half-space reporting, and `method="auto"`, which chooses), the crossover, the share of
 # keys at which dense wins again, and what `hsrjax.explain` says about the choice. It
-# takes one to two minutes on two CPU cores. The figures stored here are those of such a
-# machine, on which other work ran too: yours will differ.
+# takes one to two minutes on two CPU cores.
+#
+# The times stored here were taken on two cores that a dozen other programs were using
+# as well, so all of them are many times too long, for every contestant. Run the
+# notebook to see yours; `benchmarks/results/decode/` has the times of a quiet machine.
 
 # %% tags=["varies"]
+# @title Get hsrjax { display-mode: "form" }
 # Takes hsrjax from the checkout around this notebook, or as it is installed. Colab
 # installs it: from PyPI if it is there, else from ADDRESS.
 import glob

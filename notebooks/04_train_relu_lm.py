@@ -27,6 +27,7 @@
 # `models/`, the training in `train/`; here they are only called.
 
 # %% tags=["varies"]
+# @title Get hsrjax { display-mode: "form" }
 # Takes hsrjax from the checkout around this notebook, or as it is installed. Colab
 # installs it: from PyPI if it is there, else from ADDRESS.
 import glob
