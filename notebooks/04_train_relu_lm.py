@@ -68,7 +68,8 @@ if "google.colab" in sys.modules and not source:
         print(f"Not there: {name}:", *done.stderr.splitlines()[-1:])
 if checkout:
     sys.path.insert(0, str(checkout))
-    source = f"from the checkout {checkout.name}/"
+    places = ("in this folder", "in the folder above", "in hsrjax/")
+    source = f"from the checkout {places[around.index(checkout)]}"
 print("hsrjax:", source or f"missing. pip install 'git+{ADDRESS}', then restart")
 jax_version = version("jax") or "0"
 print(f"jax: {jax_version}, with {chip or 'the CPU'}")
@@ -84,14 +85,15 @@ if chip and not any(map(version, plugins[chip])):
 if not checkout:
     checkout = here / "hsrjax"
     clone = ["git", "clone", "-q", "--depth=1", ADDRESS, str(checkout)]
+    source = "from the checkout in hsrjax/"
     if subprocess.run(clone).returncode:
-        print("missing: models/ and train/. What git says: git clone", ADDRESS)
+        source = f"missing. What git says: git clone {ADDRESS}"
     sys.path.insert(0, str(checkout))
+print("models/ and train/:", source)
 needed = ("flax", "optax", "orbax", "grain", "tyro", "gguf", "matplotlib")
 missing = [name for name in needed if not importlib.util.find_spec(name)]
 if missing:
     print(f"missing: {', '.join(missing)}. pip install '{checkout}[train]'")
-print(f"models/ and train/: from {checkout.name}/")
 
 # %%
 import argparse

@@ -68,7 +68,8 @@ if "google.colab" in sys.modules and not source:
         print(f"Not there: {name}:", *done.stderr.splitlines()[-1:])
 if checkout:
     sys.path.insert(0, str(checkout))
-    source = f"from the checkout {checkout.name}/"
+    places = ("in this folder", "in the folder above", "in hsrjax/")
+    source = f"from the checkout {places[around.index(checkout)]}"
 print("hsrjax:", source or f"missing. pip install 'git+{ADDRESS}', then restart")
 jax_version = version("jax") or "0"
 print(f"jax: {jax_version}, with {chip or 'the CPU'}")
@@ -84,14 +85,15 @@ if chip and not any(map(version, plugins[chip])):
 if not checkout:
     checkout = here / "hsrjax"
     clone = ["git", "clone", "-q", "--depth=1", ADDRESS, str(checkout)]
+    source = "from the checkout in hsrjax/"
     if subprocess.run(clone).returncode:
-        print("missing: models/ and train/. What git says: git clone", ADDRESS)
+        source = f"missing. What git says: git clone {ADDRESS}"
     sys.path.insert(0, str(checkout))
+print("models/ and train/:", source)
 needed = ("flax", "optax", "orbax", "grain", "tyro", "gguf", "matplotlib")
 missing = [name for name in needed if not importlib.util.find_spec(name)]
 if missing:
     print(f"missing: {', '.join(missing)}. pip install '{checkout}[train]'")
-print(f"models/ and train/: from {checkout.name}/")
 
 # %%
 import contextlib
@@ -103,7 +105,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import IFrame, Image, display
+from IPython.display import HTML, Image, display
 
 import hsrjax
 from models import explore
@@ -332,15 +334,16 @@ with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
     explore.main([*words, "--attention", "hsr", "--megabytes", "2"])
 
 # %% [markdown]
-# The picture is the page as a browser shows it; below it is the page itself. (Colab,
-# GitHub and VS Code do not show files of this folder inside a notebook: there, download
-# `runs/explorer.html` and open it.)
+# The picture is the page as a browser shows it, at a head that looks for the ends of
+# lines. Below it is the page itself. (Colab, GitHub and VS Code do not show files of
+# this folder inside a notebook: there, download `runs/explorer.html` and open it.)
 
 # %%
 display(Image(checkout / "notebooks/explorer.png"))
 
 # %%
-IFrame("runs/explorer.html", width="100%", height=700)
+frame = '<iframe src="runs/explorer.html" width="100%" height="700"></iframe>'
+HTML(f"<details><summary>Open the page here</summary>{frame}</details>")
 
 # %% [markdown]
 # ## What to try next

@@ -68,7 +68,8 @@ if "google.colab" in sys.modules and not source:
         print(f"Not there: {name}:", *done.stderr.splitlines()[-1:])
 if checkout:
     sys.path.insert(0, str(checkout))
-    source = f"from the checkout {checkout.name}/"
+    places = ("in this folder", "in the folder above", "in hsrjax/")
+    source = f"from the checkout {places[around.index(checkout)]}"
 print("hsrjax:", source or f"missing. pip install 'git+{ADDRESS}', then restart")
 jax_version = version("jax") or "0"
 print(f"jax: {jax_version}, with {chip or 'the CPU'}")

@@ -195,15 +195,16 @@ class Machine:
 
     Attributes:
         versions: of the packages that are installed.
+        missing: modules that cannot be imported.
         commands: that were run.
-        fails: a command fails if it holds one of these words.
+        fails: says of a command whether it fails.
         devices: files of /dev and programs that are there.
     """
 
     def __init__(self, monkeypatch, folder):
-        self.versions, self.commands, self.fails = {"jax": "0.10.2"}, [], ()
+        self.versions, self.commands = {"jax": "0.10.2"}, []
+        self.fails = lambda line: False
         self.devices, self.missing = (), ()
-        self.install = lambda name: self.versions.update(hsrjax="0.1.0")
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "path", list(sys.path))
         monkeypatch.setattr(importlib.metadata, "version", self._version)
@@ -228,7 +229,7 @@ class Machine:
         del options
         line = " ".join(command[1:])
         self.commands.append(line.removeprefix("-m pip install -q "))
-        failed = any(word in line for word in self.fails)
+        failed = self.fails(line)
         if not failed and "pip" in line:
             self.versions["hsrjax"] = "0.1.0"
         return types.SimpleNamespace(returncode=int(failed), stdout="", stderr="why\n")
@@ -256,9 +257,13 @@ def make_checkout(folder):
     return folder
 
 
-@pytest.mark.parametrize("inside", ["", "notebooks"])
+@pytest.mark.parametrize(
+    ("inside", "place"), [("", "this folder"), ("notebooks", "the folder above")]
+)
 @pytest.mark.parametrize("colab", [False, True])
-def test_a_checkout_comes_first(machine, tmp_path, monkeypatch, capsys, inside, colab):
+def test_a_checkout_comes_first(
+    machine, tmp_path, monkeypatch, capsys, inside, place, colab
+):
     checkout = make_checkout(tmp_path / "mine")
     (checkout / "notebooks").mkdir()
     monkeypatch.chdir(checkout / inside)
@@ -269,7 +274,9 @@ def test_a_checkout_comes_first(machine, tmp_path, monkeypatch, capsys, inside, 
     assert sys.path[0] == str(checkout)
     # What it needs is installed on Colab alone.
     assert machine.commands == ([f"{checkout}[train]"] if colab else [])
-    assert "hsrjax: from the checkout mine/" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"hsrjax: from the checkout in {place}\n" in said
+    assert f"models/ and train/: from the checkout in {place}\n" in said
 
 
 def test_what_is_installed_is_taken(machine, capsys):
@@ -295,13 +302,14 @@ def test_colab_takes_pypi_and_then_the_address(machine, capsys, devices, extras)
 
     machine.versions.pop("hsrjax")
     machine.commands.clear()
-    machine.fails = (f"-q hsrjax{extras}".strip(),)
+    machine.fails = lambda line: line.endswith(f"hsrjax{extras}")
     address = machine.start()["ADDRESS"]
     assert machine.commands == [f"hsrjax{extras}", f"hsrjax{extras} @ git+{address}"]
+    assert f"hsrjax: installed as {machine.commands[1]}" in capsys.readouterr().out
 
 
 def test_nothing_can_be_installed(machine, capsys):
-    machine.fails = ("pip",)
+    machine.fails = lambda line: "pip" in line
     address = machine.on_colab().start()["ADDRESS"]
     said = capsys.readouterr().out
     assert "Not there: hsrjax[train]: why" in said
@@ -327,15 +335,16 @@ def test_after_a_restart_the_clone_is_found_again(machine, tmp_path, capsys):
     machine.commands.clear()
     machine.start(cells=2)
     assert not machine.commands and sys.path[0] == str(tmp_path / "hsrjax")
-    assert "hsrjax: from the checkout hsrjax/" in capsys.readouterr().out
+    assert "hsrjax: from the checkout in hsrjax/\n" in capsys.readouterr().out
 
 
 def test_without_a_clone_it_says_so(machine, capsys):
-    machine.fails, machine.missing = ("clone",), ("flax", "tyro")
+    machine.fails = lambda line: "clone" in line
+    machine.missing = ("flax", "tyro")
     machine.versions["hsrjax"] = "0.1.0"
     address = machine.start(cells=2)["ADDRESS"]
     said = capsys.readouterr().out
-    assert f"missing: models/ and train/. What git says: git clone {address}" in said
+    assert f"models/ and train/: missing. What git says: git clone {address}" in said
     assert "missing: flax, tyro. pip install '" in said
 
 
