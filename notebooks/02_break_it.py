@@ -222,7 +222,7 @@ plt.tight_layout()
 #
 # ## Attack 3: too little room
 #
-# `capacity` is the number of slots of one gather. With one slot and hundred keys that
+# `capacity` is the number of slots of one gather. With one slot and a hundred keys that
 # fire, a library that drops what does not fit would be far off. Here the rest takes
 # further exact passes; `overflow` says so, and the result stays.
 
