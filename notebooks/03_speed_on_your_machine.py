@@ -90,6 +90,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 import hsrjax
 
@@ -271,6 +272,13 @@ def crossover(xs, first, second):
     return None
 
 
+def plain_numbers(ax):
+    """1, 2, 5, 10 ... on the axis of times."""
+    ax.minorticks_off()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+
+
 curves = {name: np.array([row[name] for row in table.values()]) for name in names}
 where = crossover(LENGTHS, curves["hsr"], curves["dense"])
 figure, ax = plt.subplots(figsize=(8, 4.4))
@@ -280,7 +288,7 @@ if where:
     ax.axvline(where, color="#888888", ls=":")
     ax.text(where, ax.get_ylim()[1], f" crossover: {where:,.0f} keys", va="top")
 ax.set_xticks(LENGTHS, [f"{x:,}" for x in LENGTHS])
-ax.minorticks_off()
+plain_numbers(ax)
 ax.set(xlabel="tokens in the cache", ylabel="time of a decode step, ms")
 ax.set_title("One token: append to the cache, attend to all of it")
 ax.legend(frameon=False)
@@ -336,7 +344,7 @@ if where:
     ax.axvline(where, color="#888888", ls=":")
     ax.text(where, ax.get_ylim()[1], f"crossover: {where:.0f} % ", va="top", ha="right")
 ax.set_xticks(percent, [f"{x:g}" for x in percent])
-ax.minorticks_off()
+plain_numbers(ax)
 ax.set(xlabel="keys that fire, %", ylabel="time of a decode step, ms")
 ax.set_title(f"{LENGTH:,} tokens in the cache")
 ax.legend(frameon=False)
