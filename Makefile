@@ -60,11 +60,15 @@ docs: $(VENV)/.stamp-docs ## write the site of the documentation to docs/_build/
 gpu-check: $(GPU_VENV)/.stamp ## compile the kernels for GPUs, without one: registers, spills
 	$(GPU_VENV)/bin/python -m tests.gpu $(ARGS)
 
-notebooks: $(VENV)/.stamp-test ## run every notebook; the results go to runs/notebooks
+notebooks: $(VENV)/.stamp-test ## run every notebook, compare what it prints with what is committed
 	$(PY) -m pytest -q -m notebook tests/test_notebooks.py $(ARGS)
 
-notebooks-sync: $(VENV)/.stamp-test ## write notebooks/*.ipynb from the .py beside them
+# ARGS="-k 03" runs one and keeps what it shows; a run that prints something new fails.
+notebooks-sync: $(VENV)/.stamp-test ## write notebooks/*.ipynb from the .py beside them, and run them
 	$(PY) -m jupytext --quiet --to ipynb --update notebooks/*.py
+	rm -rf runs/notebooks
+	-$(PY) -m pytest -q -m notebook tests/test_notebooks.py $(ARGS)
+	cp runs/notebooks/*.ipynb notebooks/
 
 setup: $(VENV)/.stamp-dev $(VENV)/.stamp-docs ## only make the environment, with every tool
 

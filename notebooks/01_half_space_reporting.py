@@ -20,34 +20,63 @@
 # a plane, in a **half-space**, and finding them without looking at the rest is
 # *half-space reporting*.
 #
-# This notebook shows what that is, why the textbook structures (trees of boxes or
-# balls) stop working at the head sizes of real models, what `hsrjax` does in their
-# place, and that the result misses nothing. It runs in about a minute on a CPU.
+# You will see what that is, why the textbook structures (trees of boxes or balls) stop
+# working at the head sizes of real models, what `hsrjax` does in their place, and that
+# the result misses nothing. It takes less than a minute on two CPU cores.
 
-# %%
-# On Colab (CPU, GPU or TPU) this cell installs hsrjax. Anywhere else it does nothing.
-import os
+# %% tags=["varies"]
+# @title Get hsrjax { display-mode: "form" }
+# Takes hsrjax from the checkout around this notebook, or as it is installed. Colab
+# installs it: from PyPI if it is there, else from ADDRESS.
+import glob
+import importlib.metadata
+import importlib.util
+import pathlib
 import shutil
 import subprocess
 import sys
 
-REPOSITORY = ""  # @param {type:"string"}
+ADDRESS = "https://github.com/hsrjax/hsrjax"
 
-if "google.colab" in sys.modules and not os.path.exists("hsrjax"):
-    if not REPOSITORY:
-        raise SystemExit("Set REPOSITORY to the git address of hsrjax, then run again.")
-    extras = "train"
-    if shutil.which("nvidia-smi"):
-        extras += ",cuda"
-    elif os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
-        extras += ",tpu"
-    subprocess.run(
-        ["git", "clone", "-q", "--depth=1", REPOSITORY, "hsrjax"], check=True
-    )
-    os.chdir("hsrjax")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "-e", f".[{extras}]"]
-    subprocess.run(pip, check=True)
-    sys.path.insert(0, os.getcwd())
+
+def version(package):
+    """Of an installed package, "" if there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+here = pathlib.Path.cwd()
+around = (here, here.parent, here / "hsrjax")
+checkout = next((x for x in around if (x / "hsrjax/__init__.py").exists()), None)
+is_tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+chip = "tpu" if is_tpu else "cuda" if shutil.which("nvidia-smi") else ""
+source = "as it is installed" if version("hsrjax") else ""
+if "google.colab" in sys.modules and not source:
+    extras = f"[train,{chip}]" if chip else "[train]"
+    wanted = [f"hsrjax{extras}", f"hsrjax{extras} @ git+{ADDRESS}"]
+    for name in [f"{checkout}{extras}"] if checkout else wanted:
+        pip = [sys.executable, "-m", "pip", "install", "-q", name]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if not done.returncode:
+            importlib.invalidate_caches()
+            source = f"installed as {name}"
+            break
+        print(f"Not there: {name}:", *done.stderr.splitlines()[-1:])
+if checkout:
+    sys.path.insert(0, str(checkout))
+    places = ("in this folder", "in the folder above", "in hsrjax/")
+    source = f"from the checkout {places[around.index(checkout)]}"
+print("hsrjax:", source or f"missing. pip install 'git+{ADDRESS}', then restart")
+jax_version = version("jax") or "0"
+print(f"jax: {jax_version}, with {chip or 'the CPU'}")
+if [int(x) for x in jax_version.split(".")[:2]] < [0, 10]:
+    print("jax is missing or old: pip install -U 'jax>=0.10', then restart")
+plugins = {"cuda": ("jax-cuda12-plugin", "jax-cuda13-plugin"), "tpu": ("libtpu",)}
+if chip and not any(map(version, plugins[chip])):
+    extra = chip.replace("cuda", "cuda12")
+    print(f"jax cannot use it: pip install -U 'jax[{extra}]', then restart")
 
 # %%
 import jax
@@ -58,9 +87,8 @@ import numpy as np
 import hsrjax
 
 GREY, BLUE, ORANGE, RED = "#b8b8b8", "#2563a8", "#e08214", "#b2182b"
-plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False})
+plt.rcParams.update({"figure.dpi": 150, "axes.spines.top": False})
 plt.rcParams.update({"axes.spines.right": False, "font.size": 10})
-print(jax.devices()[0].platform, jax.__version__)
 
 # %% [markdown]
 # ## The question, in the plane
@@ -89,7 +117,8 @@ def draw_half_space(ax):
     ax.axline(foot, foot + along, color=RED, lw=1.5)
     ax.annotate("", foot + 0.9 * a, foot, arrowprops={"arrowstyle": "->", "color": RED})
     ax.text(*(foot + 1.0 * a), "a", color=RED)
-    ax.set(xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal", xticks=[], yticks=[])
+    ax.set(xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal")
+    ax.set(xlabel="first coordinate of a key", ylabel="second coordinate")
 
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5))
@@ -295,7 +324,7 @@ assert wrong == 0
 # key's float32 score, count the disagreements, and see how far from the plane the worst
 # of them lies, in units of the rounding error.
 
-# %%
+# %% tags=["varies"]
 keys, queries, scores, _ = gaussian_problem(64)
 ranks = jnp.arange(0, 240, 20)
 planes = -jnp.sort(-scores, axis=-1)[:, ranks].reshape(-1)
@@ -339,8 +368,11 @@ index = jax.jit(hsrjax.delete)(index, jnp.array([NUM_KEYS]))
 print("deleted, then members:", int(query(index, some, 200.0, capacity=8).count[0]))
 
 # %% [markdown]
-# From here to attention is one step: the keys with $\langle q, k\rangle \ge b /
-# \text{scale}$ are the only ones with weight $\mathrm{relu}(\text{scale}\,\langle
-# q,k\rangle - b)^p$. `hsrjax.attention` reports them, scores them, and sums their
-# values. The next notebook trains a language model whose attention is sparse enough for
-# that to pay.
+# ## What to try next
+#
+# - Make `offset` smaller, or `DIMS` larger, and run the cells again.
+# - Put keys of your own into `build`: of a model, of a search engine, of a simulation.
+# - From here to attention is one step: the keys with $\langle q, k\rangle \ge b /
+#   \text{scale}$ are the only ones with weight $\mathrm{relu}(\text{scale}\,\langle
+#   q,k\rangle - b)^p$. The next notebook, `02_break_it`, puts that to the test and
+#   asks you to break it.
