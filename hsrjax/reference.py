@@ -44,13 +44,18 @@ def attention(
       scale: None is 1/sqrt(H).
 
     Returns:
-      f32[B, T, N, D]. Differentiable by JAX. Memory O(B N T S).
+      f32[B, T, N, D]. Differentiable by JAX.
+
+    Cost: B N T S (H + D) multiplications, and memory O(B N T S).
 
     Example:
       >>> import jax.numpy as jnp, hsrjax
       >>> x = jnp.ones((1, 2, 1, 4))
       >>> hsrjax.reference.attention(x, x, x, activation=hsrjax.ReLU()).shape
       (1, 2, 1, 4)
+
+    Source: Chen et al. 2024, Definitions 1.1, 1.2 and B.2; the other activations name
+    theirs.
     """
     _, t, n, h = query.shape
     group = n // key.shape[2]
@@ -154,11 +159,15 @@ def visibility(
     Returns:
       bool[B, T, S] twice; B is 1 without segment ids.
 
+    Cost: O(B T S), and with segment ids O(B S^2).
+
     Example:
       >>> import hsrjax
       >>> seen, _ = hsrjax.reference.visibility(3, 3, is_causal=True, window=2)
       >>> seen[0].astype(int).tolist()
       [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+
+    Source: not in the paper, where every query sees every key.
     """
     i, j = jnp.arange(queries)[None, :, None], jnp.arange(keys)[None, None, :]
     seen, rank = jnp.ones((1, queries, keys), bool), j
@@ -174,7 +183,7 @@ def visibility(
 
 
 def query(keys: np.ndarray, normal: np.ndarray, offset: float) -> np.ndarray:
-    """Ids of all keys with <normal, key> >= offset, in float64, for one half-space.
+    """Ids of all keys with `<normal, key> >= offset`, in float64, for one half-space.
 
     Args:
       keys: f[S, H].
@@ -184,17 +193,23 @@ def query(keys: np.ndarray, normal: np.ndarray, offset: float) -> np.ndarray:
     Returns:
       i64[count], ascending.
 
+    Cost: S H multiplications.
+
     Example:
       >>> import numpy as np, hsrjax
       >>> hsrjax.reference.query(np.eye(3), np.array([1.0, 0.0, 2.0]), 1.0)
       array([0, 2])
+
+    Source: Chen et al. 2024, Definition B.10.
     """
     scores = np.asarray(keys, np.float64) @ np.asarray(normal, np.float64)
     return np.nonzero(scores >= np.float64(offset))[0]
 
 
 def rounding(keys: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """How far a float32 score may be from the exact one: (H + 2) u sum |a_h k_h|.
+    """How far a float32 score may be from the exact one: `(H + 2) u sum |a_h k_h|`.
+
+    With `u = 2^-24`, and as many smallest normal numbers more.
 
     Args:
       keys: f[S, H].
@@ -203,10 +218,14 @@ def rounding(keys: np.ndarray, normal: np.ndarray) -> np.ndarray:
     Returns:
       f64[S]; a key within this distance of an offset may fall on either side.
 
+    Cost: S H multiplications.
+
     Example:
       >>> import numpy as np, hsrjax
       >>> bool((hsrjax.reference.rounding(np.eye(3), np.ones(3)) < 1e-6).all())
       True
+
+    Source: not in the paper; the usual bound of a sum of rounded products.
     """
     size = np.abs(np.asarray(keys, np.float64)) @ np.abs(np.asarray(normal, np.float64))
     h = np.shape(keys)[-1]

@@ -1,7 +1,8 @@
 r"""The paper's formulas, repaired where they cannot work as printed.
 
 n keys of head size d with coordinates of standard deviation sigma_k, a query q; scores
-are <q, k> / sqrt(d). References are to Chen et al. 2024 (arXiv 2410.10165).
+are `<q, k> / sqrt(d)`. Every function works element by element on arrays that broadcast
+against each other. References are to Chen et al. 2024 (arXiv 2410.10165).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 def score_sigma(
     query_norm: jax.typing.ArrayLike, head_dim: int, *, key_sigma: float = 1.0
 ) -> jax.Array:
-    """Standard deviation |q| sigma_k / sqrt(d) of a query's scores (Lemma E.1).
+    """Standard deviation `|q| sigma_k / sqrt(d)` of a query's scores.
 
     Args:
       query_norm: f[...], norms of the queries.
@@ -31,6 +32,8 @@ def score_sigma(
       >>> import hsrjax
       >>> float(hsrjax.theory.score_sigma(8.0, 64))
       1.0
+
+    Source: Lemma E.1.
     """
     return jnp.asarray(query_norm, jnp.float32) * key_sigma / jnp.sqrt(float(head_dim))
 
@@ -41,10 +44,10 @@ def threshold(
     gamma: float = 0.8,
     sigma: jax.typing.ArrayLike = 1.0,
 ) -> jax.Array:
-    """Threshold b = sigma sqrt(2 (1 - gamma) log n) that leaves about n^gamma keys.
+    """Threshold `b = sigma sqrt(2 (1 - gamma) log n)` that leaves at most n^gamma keys.
 
-    With gamma = 4/5 this is the paper's sigma sqrt(0.4 log n). The paper prints
-    sigma = 4 sqrt(1 + log(m/delta)/d) sigma_q sigma_k, four times too large under its
+    With gamma = 4/5 this is the paper's `sigma sqrt(0.4 log n)`. The paper prints
+    `sigma = 4 sqrt(1 + log(m/delta)/d) sigma_q sigma_k`, four times too large under its
     own model: every row would be empty. Use `score_sigma` per query instead.
 
     Args:
@@ -53,7 +56,7 @@ def threshold(
       sigma: standard deviation of the scores, f[...].
 
     Returns:
-      f32[...], in units of scaled scores; the half-space for <q, k> is b sqrt(d).
+      f32[...], in units of scaled scores; the half-space is `<q, k> >= b sqrt(d)`.
 
     Raises:
       ValueError: gamma outside [0, 1].
@@ -77,7 +80,7 @@ def expected_count(
     *,
     sigma: jax.typing.ArrayLike = 1.0,
 ) -> jax.Array:
-    """Expected number n (1 - Phi(b / sigma)) of Gaussian scores above the bias.
+    """Expected number `n (1 - Phi(b / sigma))` of Gaussian scores above the bias.
 
     Args:
       num_keys: n, f or i[...].
@@ -85,7 +88,7 @@ def expected_count(
       sigma: standard deviation of the scores.
 
     Returns:
-      f32[...]. About six times below the paper's n exp(-b^2 / 2 sigma^2), which is
+      f32[...]. About six times below the paper's `n exp(-b^2 / 2 sigma^2)`, which is
       the Chernoff bound of the same number.
 
     Example:
@@ -107,7 +110,7 @@ def count_bound(
     *,
     sigma: jax.typing.ArrayLike = 1.0,
 ) -> jax.Array:
-    """The paper's high-probability bound 2 n exp(-b^2 / 2 sigma^2) on the count.
+    """The paper's high-probability bound `2 n exp(-b^2 / 2 sigma^2)` on the count.
 
     Args:
       num_keys: n, f or i[...].
@@ -134,7 +137,9 @@ def count_failure(
     *,
     sigma: jax.typing.ArrayLike = 1.0,
 ) -> jax.Array:
-    """Probability exp(-3/8 n exp(-b^2 / 2 sigma^2)) with which `count_bound` may fail.
+    """Probability with which `count_bound` may fail.
+
+    It is `exp(-3/8 n exp(-b^2 / 2 sigma^2))`.
 
     Args:
       num_keys: n, f or i[...].
@@ -142,7 +147,7 @@ def count_failure(
       sigma: standard deviation of the scores.
 
     Returns:
-      f32[...], Bernstein's bound with t = n exp(-b^2 / 2 sigma^2).
+      f32[...], Bernstein's bound with `t = n exp(-b^2 / 2 sigma^2)`.
 
     Example:
       >>> import hsrjax
@@ -157,7 +162,7 @@ def count_failure(
 def softmax_error_bound(
     missed_mass: jax.typing.ArrayLike, value_bound: jax.typing.ArrayLike
 ) -> jax.Array:
-    """Bound 2 (missed mass) max|v| on what leaving keys out of softmax changes.
+    """Bound `2 (missed mass) max|v|` on what leaving keys out of softmax changes.
 
     Args:
       missed_mass: f[...], fraction of the row's softmax mass left out.
@@ -187,13 +192,15 @@ def massive_activation_bound(
     *,
     head_dim: int | None = None,
 ) -> jax.Array:
-    """Bound 2 max|v| / n^(gamma + (beta1 - beta2) |q| - 1) for top n^gamma softmax.
+    """Bound on the error of softmax over its best n^gamma keys.
+
+    It is `2 max|v| / n^(gamma + (beta1 - beta2) |q| - 1)`.
 
     Args:
       num_keys: n.
       gamma: n^gamma keys are kept, f[...].
-      beta_top: beta1: the kept scores average at least beta1 |q| log n.
-      beta_rest: beta2: every other score is at most beta2 |q| log n.
+      beta_top: beta1: the kept scores average at least `beta1 |q| log n`.
+      beta_rest: beta2: every other score is at most `beta2 |q| log n`.
       query_norm: |q|, f[...].
       value_bound: maximum |value coordinate|.
       head_dim: d. The paper leaves the 1/sqrt(d) of its own Definition 1.1 out of this
@@ -226,7 +233,7 @@ def relu_threshold(
     scale: jax.typing.ArrayLike = 1.0,
     law: Literal["gaussian", "cap"] = "gaussian",
 ) -> jax.Array:
-    """Threshold scale sqrt(2 log(i) / d) for unit queries and keys, i keys visible.
+    """Threshold `scale sqrt(2 log(i) / d)` for unit queries and keys, i keys visible.
 
     On the unit sphere scores have standard deviation 1/sqrt(d), so scale = 1
     lets O(1) unrelated keys through and scale = sqrt(1 - gamma) lets i^gamma. Scores

@@ -39,6 +39,10 @@ class Options(ModelOptions):
     The file works offline in any browser: keys and their weights in the text, all heads
     by sparsity, for a query how many keys are visible, possible, looked at and fire,
     and decoding step by step.
+
+    For example:
+
+        python -m models.explore --model runs/mine --text book.txt --out page.html
     """
 
     text: Path

@@ -12,7 +12,7 @@ from benchmarks.__main__ import COMMANDS, module_of
 from benchmarks.__main__ import main as benchmark
 from benchmarks.contestants import peers, search
 from benchmarks.header import Basics
-from models import evaluate, generate
+from models import evaluate, explore, generate
 from models.command import parse
 from models.evaluation import tasks
 from train import __main__ as train
@@ -22,6 +22,7 @@ from train.config import PRESETS
 
 OTHERS = {
     "models.generate": generate.Options,
+    "models.explore": explore.Options,
     "models.evaluate perplexity": evaluate.Read,
     **{f"models.evaluate {kind}": evaluate.Ask for kind in tasks.KINDS},
     "models.evaluate harness": evaluate.Harness,

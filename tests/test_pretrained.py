@@ -177,6 +177,16 @@ def change(folder, **fields):
         ({"rope_scaling": YARN | {"truncate": 0}}, "truncate must be true or false"),
         ({"rope_scaling": YARN | {"mscale": "1"}}, "mscale must be a number"),
         ({"rope_scaling": YARN | {"factor": 10**400}}, "factor is beyond"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "short_factor": [10**400],
+                    "long_factor": [1.0],
+                }
+            },
+            "short_factor is beyond",
+        ),
         ({"rope_scaling": YARN, "rope_theta": 1.0}, "give no wavelengths"),
         (
             {"rope_scaling": {"full_attention": YARN, "sliding_attention": {}}},

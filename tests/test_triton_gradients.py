@@ -130,6 +130,53 @@ def test_low_precision(dtype, method):
     check(method, relu(2, [0.5, 0.8]), arrays, tolerance=tolerance, is_causal=True)
 
 
+@pytest.mark.parametrize("method", ["hsr", *slow(("dense",))])
+@pytest.mark.parametrize("scale", [-0.37, 0.0])
+def test_scores_of_16_bits_are_scaled_afterwards(method, scale):
+    """By a scale that is learned."""
+    *arrays, cotangent = inputs((1, 40, 40, 2, 1, 16, 16), dtype=jnp.bfloat16)
+
+    def run(name, scale):
+        def loss(arrays, scale):
+            out = hsrjax.attention(
+                *arrays,
+                activation=relu(2, [0.1, -0.2]),
+                scale=scale,
+                is_causal=True,
+                method=method,
+                implementation=name,
+            )
+            return jnp.vdot(out.astype(jnp.float32), cotangent.astype(jnp.float32)), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(arrays, scale)
+
+    got, expected = (
+        [np.asarray(x, np.float32) for x in jax.tree.leaves(run(name, scale))]
+        for name in (NAME, "xla")
+    )
+    for one, other in zip(got, expected, strict=True):
+        assert relative_error(one, other) <= 2**-6
+    assert expected[3] != 0  # of the scale
+
+
+def test_a_product_of_16_bits_is_one_of_matrix_units():
+    arrays = inputs((1, 40, 40, 2, 1, 16, 16), dtype=jnp.bfloat16)[:3]
+
+    def products(*arrays):
+        jaxpr = jax.make_jaxpr(
+            functools.partial(
+                hsrjax.attention,
+                activation=relu(2, [0.1, -0.2]),
+                method="dense",
+                implementation=NAME,
+            )
+        )(*arrays)
+        return str(jaxpr).count("dot_general[")
+
+    assert products(*arrays) == 3
+    assert products(*(x.astype(jnp.float32) for x in arrays)) == 2
+
+
 def test_nan_is_where_xla_has_it():
     """A key and a query of a tile; with more tiles it depends on where these end."""
     query, key, value, cotangent = inputs((1, 14, 14, 1, 1, 8, 8))

@@ -75,8 +75,12 @@ def attention(  # pyright: ignore[reportInconsistentOverload]
 ) -> jax.Array | tuple[jax.Array, Info]:
     """Attention `sum_j w_ij v_j` that looks only at the keys whose weight is not zero.
 
-    For ReLU^p, w_ij = relu(scale <q_i, k_j> - bias)^p, divided as the activation says:
-    the same numbers, values and gradients, whichever the method.
+    For ReLU^p, `w_ij = relu(scale <q_i, k_j> - bias)^p`, divided as the activation
+    says: the same numbers, values and gradients, whichever the method.
+
+    A row in which no key fires is zero, and so are its gradients. A NaN key makes
+    exactly the rows that see it NaN; a NaN value spoils its coordinate in all rows but
+    empty ones, as it does in a dense product.
 
     Args:
       query: f[B, T, N, H], float32, bfloat16 or float16.
@@ -108,18 +112,18 @@ def attention(  # pyright: ignore[reportInconsistentOverload]
 
     Returns:
       f[B, T, N, D] in the query's dtype, or (output, `Info` with fields [B, T, N]).
-      A row in which no key fires is zero, and so are its gradients. A NaN key makes
-      exactly the rows that see it NaN; a NaN value spoils its coordinate in all rows
-      but empty ones, as it does in a dense product. Cost of "hsr": O(S H) to build,
-      T S H int8 multiplications, then (H + D) float32 ones per query and reported key;
-      "dense" costs O(B N T S (H + D)) and takes memory O(T + S).
-      Forward mode and second derivatives only for "dense" with B N T S up to 2**22.
+      Differentiable by query, key, value, scale and the fields of the activation;
+      forward mode and second derivatives only for "dense" with B N T S up to 2**22.
 
     Raises:
       ValueError: shapes that do not fit, unknown names, capacity < 1, window without
         is_causal, sinks where nothing leaves keys out, segment_ids where T != S,
         sizes that do not fit into memory.
       TypeError: unsupported dtypes, or an activation of another kind.
+
+    Cost: "dense" takes B N T S (H + D) float32 multiplications and memory O(T + S) a
+    head beside the arguments. "hsr" builds an index in O(B K S H), takes B N T S H int8
+    multiplications, and then H + D float32 ones for each query and reported key.
 
     Example:
       >>> import jax.numpy as jnp, hsrjax

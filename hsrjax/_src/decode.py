@@ -75,7 +75,7 @@ def init_cache(
     dtype: jax.typing.DTypeLike = jnp.float32,
     tail: int | None = None,
 ) -> KVCache:
-    """An empty cache (Algorithm 1, Init).
+    """An empty KV cache whose index grows with it.
 
     Args:
       batch: B rows.
@@ -88,20 +88,22 @@ def init_cache(
         tokens; None is none.
 
     Returns:
-      KVCache; per token and head H int8 bytes beside the keys and values, and D / tail
-      more with a tail.
+      `KVCache` of length 0.
 
     Raises:
       ValueError: a size below 1, H > 1024, a tail that Softmax would refuse, or more
         room than there is memory.
       TypeError: dtype is not float32, bfloat16 or float16.
 
+    Cost: memory B K P (H + D) numbers, P being max_length rounded up as in `build`, and
+    beside them H bytes a token and head for the sketch, D / tail more with a tail.
+
     Example:
       >>> import hsrjax
       >>> hsrjax.init_cache(2, 100, 4, 64).length
       Array([0, 0], dtype=int32)
 
-    Source: Chen et al. 2024, Algorithm 1.
+    Source: Chen et al. 2024, Algorithm 1 (Init).
     """
     batch = checks.check_positive("batch", batch)
     max_length = checks.check_positive("max_length", max_length)
@@ -139,7 +141,7 @@ def extend(
     lengths: jax.Array | None = None,
     implementation: str | None = None,
 ) -> KVCache:
-    """Appends tokens to every row.
+    """Appends the keys and values of U tokens to every row.
 
     Args:
       cache: from `init_cache` or `extend`.
@@ -150,14 +152,16 @@ def extend(
       implementation: the code that runs, as in `attention`.
 
     Returns:
-      KVCache. Under jit, where lengths are not known, tokens beyond `max_length` are
-      not stored and are counted in `dropped`.
-      Cost O((U + 64) (H + D)) per row and head, whatever the length.
+      `KVCache` with U more tokens. Under jit, where lengths are not known, tokens
+      beyond `max_length` are not stored and are counted in `dropped`.
 
     Raises:
       ValueError: shapes that do not fit, U > max_length without lengths, or (outside
         jit) no room.
       TypeError: another dtype than the cache's.
+
+    Cost: O((U + 64) (H + D)) time a row and key head, whatever the length; in place
+    where the cache is donated to jit.
 
     Example:
       >>> import jax.numpy as jnp, hsrjax
@@ -206,12 +210,14 @@ def reindex(cache: KVCache) -> KVCache:
       cache: from `extend`; rows may differ in length.
 
     Returns:
-      KVCache, in which every token keeps its position: outputs are the same up to
-      the order of summation. Cost O(P log^2 P) for the P tokens there is room for; P
-      int32 more per key head.
+      `KVCache`, in which every token keeps its position: outputs are the same up to
+      the order of summation.
 
     Raises:
       TypeError: cache is not a KVCache.
+
+    Cost: O(P (log^2 P + H + D)) time a row and key head for the P tokens there is room
+    for, and memory for P int32 more.
 
     Example:
       >>> import jax.numpy as jnp, hsrjax
@@ -251,7 +257,9 @@ def decode_attention(
     positions: jax.Array | None = None,
     capacity: int | None = None,
 ) -> tuple[jax.Array, Info]:
-    """Attention of the newest positions over the cache (Algorithm 1, Inference).
+    """Attention `sum_j w_ij v_j` of the newest positions over the cache.
+
+    Looks only at the keys whose weight is not zero, as `attention` does.
 
     Args:
       query: f[B, T, N, H]; query t of a row stands at position length - T + t and sees
@@ -270,15 +278,16 @@ def decode_attention(
       capacity: slots of one gather, None chooses. It changes speed, never the result.
 
     Returns:
-      (f[B, T, N, D] in the query's dtype, `Info` with fields [B, T, N]). Cost of "hsr":
-      one int8 product with the sketch, P H bytes per key head for the P tokens there
-      is room for, or of what the balls of a reindexed cache leave of it, then (H + D)
-      multiplications per query and reported key.
+      (f[B, T, N, D] in the query's dtype, `Info` with fields [B, T, N]).
 
     Raises:
       ValueError: shapes that do not fit, unknown names, capacity < 1, window < 1,
         sinks where nothing leaves keys out, sizes that do not fit into memory.
       TypeError: unsupported dtypes, or an activation of another kind.
+
+    Cost: "dense" reads P (H + D) numbers a row and key head, P being the tokens there
+    is room for. "hsr" reads the P H bytes of the sketch, or what the balls of a
+    reindexed cache leave of it, and then H + D numbers for each reported key.
 
     Example:
       >>> import jax.numpy as jnp, hsrjax
@@ -289,7 +298,7 @@ def decode_attention(
       >>> out.shape, int(info.count[0, 0, 0])
       ((1, 1, 6, 4), 1)
 
-    Source: Chen et al. 2024, Algorithm 1, Theorem 4.1.
+    Source: Chen et al. 2024, Algorithm 1 (Inference), Theorem 4.1.
     """
     query = jnp.asarray(query)
     positions = None if positions is None else jnp.asarray(positions)

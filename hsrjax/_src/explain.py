@@ -142,12 +142,14 @@ def explain(
       options: any other argument of `attention`, or of `decode_attention`.
 
     Returns:
-      Explanation, whose `str()` is a few sentences. A call that would be refused for
+      `Explanation`, whose `str()` is a few sentences. A call that would be refused for
       its memory is explained all the same, as `refused`.
 
     Raises:
       ValueError, TypeError: what the call itself would raise, but for memory; both or
         neither of cache and key with value.
+
+    Cost: of Python alone, whatever the sizes; nothing is compiled or allocated.
 
     Example:
       >>> import jax, jax.numpy as jnp, hsrjax

@@ -18,17 +18,20 @@ def attention_fn(
 
     Args:
       activation: as in `attention`.
-      is_causal: for linen, whose layers say it by a mask only; nnx layers may say it
-        in their call instead.
+      is_causal: static; for linen, whose layers say it by a mask only; nnx layers may
+        say it in their call instead.
       options: any other argument of `attention`, such as method, window or scale.
 
     Returns:
-      A function for the layer's argument `attention_fn`. It refuses what cannot be
-      honoured: masks, dropout on the weights and sowing the weights, which are never
-      all computed. Cost as of `attention`.
+      A function for the layer's argument `attention_fn`, from query f[..., T, N, H],
+      key f[..., S, K, H] and value f[..., S, K, D] to f[..., T, N, D]. It refuses, with
+      a ValueError, what cannot be honoured: masks, biases, dropout on the weights and
+      sowing the weights, which are never all computed.
 
     Raises:
       TypeError: activation is none.
+
+    Cost: that of `attention`.
 
     Example:
       >>> import jax.numpy as jnp, hsrjax

@@ -30,7 +30,7 @@ _COUNTED_AT_ONCE = 256
 
 
 class Report(NamedTuple):
-    """What `query` returns.
+    """What `query` returns: members of T half-spaces in C slots each.
 
     Attributes:
       indices: i32[*B, T, C], ids of the members, ascending, padded with max_keys (one
@@ -52,7 +52,7 @@ def build(
 ) -> Index:
     """Builds the index over keys: half-space reporting's Init.
 
-    Stores every key k as c + s k8 + e with int8 codes k8 and a bound on |e|.
+    Stores every key as `k = c + s k8 + e` with int8 codes k8 and a bound on |e|.
 
     Args:
       keys: f[*B, S, H], float32, bfloat16 or float16. NaN and infinite keys are legal:
@@ -62,14 +62,16 @@ def build(
         them out; None does so for H <= 8. Ids are positions in `keys` either way.
 
     Returns:
-      Index. Cost O(S H), and O(S log^2 S) more where reordered; P (5 H + 1) bytes
-      for float32 keys, P being max_keys rounded up to a multiple of 32, or of 128 from
-      1,024 keys on.
+      `Index` with batch axes *B, in which the ids of the keys are 0 to S - 1.
 
     Raises:
       ValueError: wrong rank, no keys, H > 1024, max_keys < S, or more room than there
         is memory.
       TypeError: keys are not a supported float array.
+
+    Cost: O(S H) time a row, and O(S log^2 S) more where reordered; P (5 H + 1) bytes of
+    memory for float32 keys, P being max_keys rounded up to a multiple of 32, or of 128
+    from 1,024 keys on.
 
     Example:
       >>> import jax.numpy as jnp, hsrjax
@@ -77,8 +79,8 @@ def build(
       >>> int(index.size), index.max_keys
       (4, 8)
 
-    Source: Chen et al. 2024, Algorithm 3 (Init); the structure of AEM92 is replaced by
-    certified sketches, see `hsrjax/_src/index/sketch.py`.
+    Source: Chen et al. 2024, Algorithm 3 (Init); certified sketches take the place of
+    the structure of AEM92, see `hsrjax/_src/index/sketch.py`.
     """
     keys = jnp.asarray(keys)
     _check_keys("keys", keys)
@@ -104,7 +106,7 @@ def _build(keys, *, max_keys, reorder):
 
 
 def insert(index: Index, keys: jax.Array) -> Index:
-    """Adds keys; they get the ids size, size + 1, ... of their row.
+    """Adds U keys to every row; the first gets the id `size`, and so on.
 
     Only the blocks that the new keys fall into are sketched again, from the stored
     float keys, so an index that has grown key by key equals one built at once (up to
@@ -115,14 +117,15 @@ def insert(index: Index, keys: jax.Array) -> Index:
       keys: f[*B, U, H] in the index's dtype.
 
     Returns:
-      Index with U more keys. Under jit, where the size is not known, keys beyond
-      `max_keys` are not stored and are counted in `dropped`. Cost
-      O((U + 64) H), whatever the number of keys stored.
+      `Index` with U more keys. Under jit, where the size is not known, keys beyond
+      `max_keys` are not stored and are counted in `dropped`.
 
     Raises:
       ValueError: shapes do not fit the index, U > max_keys, or (outside jit, where the
         size is known) the keys do not fit.
       TypeError: dtype differs from the index's.
+
+    Cost: O((U + 64) H) time a row, however many keys are stored.
 
     Example:
       >>> import jax.numpy as jnp, hsrjax
@@ -164,12 +167,15 @@ def delete(index: Index, ids: jax.Array) -> Index:
         twice does nothing.
 
     Returns:
-      Index. Under jit ids out of range do nothing. Cost O(max_keys).
+      `Index` without them; their room is not used again. Under jit ids out of range do
+      nothing.
 
     Raises:
       ValueError: shape does not fit, or (outside jit) an id is neither in [0, size) nor
         padding.
       TypeError: ids are not integers.
+
+    Cost: O(max_keys) time a row.
 
     Example:
       >>> import jax.numpy as jnp, hsrjax
@@ -215,7 +221,7 @@ def query(
     capacity: int,
     implementation: str | None = None,
 ) -> Report:
-    """Reports every key in the half-spaces {k : <normal, k> >= offset}.
+    """Reports every key in the half-spaces `{k : <normal, k> >= offset}`.
 
     Membership is the float32 inner product at highest precision, ties included. What is
     smaller than the smallest normal number, 1.2e-38, counts as zero where the hardware
@@ -223,19 +229,22 @@ def query(
 
     Args:
       index: from `build`, `insert`, `delete`; batch axes *B.
-      normals: f[*B, T, H].
-      offsets: f32[*B, T] or anything that broadcasts to it. +inf reports nothing,
-        -inf every key whose score is not NaN.
+      normals: f[*B, T, H], in the units of the keys.
+      offsets: f32[*B, T] or anything that broadcasts to it, in the units of the inner
+        product. +inf reports nothing, -inf every key whose score is not NaN.
       capacity: C >= 1, slots for members of each query; static.
       implementation: the code that runs, as in `attention`.
 
     Returns:
-      Report. Cost: S H bytes read for the sketch, then O(C' H) for the C' survivors,
-      a little more than the members; more survivors than slots cost further passes.
+      `Report`, whose scores are differentiable in the normals and the keys.
 
     Raises:
-      ValueError: shapes do not fit, capacity < 1.
-      TypeError: unsupported dtype.
+      ValueError: shapes do not fit, capacity < 1, an unknown implementation.
+      TypeError: unsupported dtype, or no index.
+
+    Cost: one int8 product over the sketch, of which H bytes a key are read, then O(H)
+    for each survivor, a little more than the members; more survivors than slots take
+    further passes. Memory: a bit for each query and key, and O(T C H) numbers, a row.
 
     Example:
       >>> import jax.numpy as jnp, hsrjax
@@ -260,19 +269,21 @@ def count(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Number of keys in each half-space {k : <normal, k> >= offset}.
+    """Number of keys in each half-space `{k : <normal, k> >= offset}`.
 
     Args:
       index: from `build`, `insert`, `delete`; batch axes *B.
-      normals: f[*B, T, H].
+      normals: f[*B, T, H], in the units of the keys.
       offsets: f32[*B, T] or anything that broadcasts to it.
       implementation: the code that runs, as in `attention`.
 
     Returns:
-      i32[*B, T], exact. Cost as `query`; only survivors are scored in float32.
+      i32[*B, T], exact; not differentiable.
 
     Raises:
       ValueError, TypeError: as `query`.
+
+    Cost: as `query` with 256 slots; no member is kept.
 
     Example:
       >>> import jax.numpy as jnp, hsrjax

@@ -37,12 +37,9 @@ class Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not _is_number(value):
             raise ValueError(f"{name} must be a number, got {value!r:.80}")
-        try:
-            return float(value)
-        except OverflowError:
-            raise ValueError(f"{name} is beyond what a number can be") from None
+        return _as_float(name, value)
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self._get(name, default)
@@ -52,11 +49,20 @@ class Fields:
 
     def numbers(self, name: str) -> tuple[float, ...]:
         value = self._get(name, None)
-        if not isinstance(value, list) or not all(
-            isinstance(x, (int, float)) and not isinstance(x, bool) for x in value
-        ):
+        if not isinstance(value, list) or not all(map(_is_number, value)):
             raise ValueError(f"{name} must be a list of numbers, got {value!r:.80}")
-        return tuple(float(x) for x in value)
+        return tuple(_as_float(name, x) for x in value)
 
     def has(self, name: str) -> bool:
         return self.fields.get(name) is not None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _as_float(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is beyond what a number can be") from None

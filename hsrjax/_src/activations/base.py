@@ -32,8 +32,10 @@ SELECTION = "selection"
 class Activation:
     """What turns scores into attention weights; subclass it for one of your own.
 
-    `out_i = sum_j weigh(s_ij) v_j`, s_ij = scale <q_i, k_j>, divided as `normalize`
-    says. A subclass defines
+    `out_i = sum_j weigh(s_ij) v_j` with `s_ij = scale <q_i, k_j>`, divided as
+    `normalize` says. A subclass is a frozen dataclass and a pytree. Its fields are
+    numbers or arrays that broadcast to [B, T, N]; they may be traced and
+    differentiated. It defines
 
       weigh(self, scores): weights f32[..., Q, C] of scores; fields are f32[..., Q, 1].
       edge(self): f32, a score at or below which a key weighs exactly nothing. -inf
@@ -48,6 +50,8 @@ class Activation:
 
     Raises:
       TypeError: a subclass that lacks a method, when an instance is made.
+
+    Cost: a call of `weigh` for each query and key that is looked at.
 
     Example:
       >>> import dataclasses, jax, jax.numpy as jnp, hsrjax
@@ -70,6 +74,7 @@ class Activation:
     """
 
     normalize: Normalize = "row_sum"
+    """What the sum of weighted values is divided by."""
     score_factor: ClassVar[float] = 1.0
     """Multiplies the scores before anything else."""
     whole_rows: bool = False

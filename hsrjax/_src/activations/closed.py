@@ -71,11 +71,11 @@ class _Closed(Activation):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PReLU(_Closed):
-    """PReLU attention weights: `max(x, 0) + slope min(x, 0)`, x = scale <q, k> - bias.
+    """PReLU attention weights: `max(x, 0) + slope min(x, 0)`.
 
-    `slope x + (1 - slope) relu(x)`: the line is linear attention, summed over all
-    visible keys in closed form, and only the keys above the bias are looked at.
-    `Info.count` counts those.
+    With `x = scale <q, k> - bias`. It is `slope x + (1 - slope) relu(x)`: the line is
+    linear attention, summed over all visible keys in closed form, and only the keys
+    above the bias are looked at. `Info.count` counts those.
 
     Args:
       slope: float, or an array that broadcasts to [B, T, N], such as one per head. May
@@ -86,6 +86,9 @@ class PReLU(_Closed):
 
     Raises:
       ValueError: normalize is "row_sum" or unknown.
+
+    Cost: the line is O((S + T) H D) time and O((S + T) D) memory a key head; "hsr"
+    scores the keys above the bias beside it.
 
     Example:
       >>> import hsrjax
@@ -168,12 +171,12 @@ class _Saturates(_Closed):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CELU(_Saturates):
-    """CELU attention weights: x or `alpha (exp(x / alpha) - 1)`, whichever is the less.
+    """CELU attention weights: `max(x, 0) + min(0, alpha (exp(x / alpha) - 1))`.
 
-    With x = scale <q, k> - bias. Below x = -17.4 alpha the weight is -alpha in float32:
-    the sum of -alpha over all visible keys is a closed form, and only the keys above
-    are looked at and add what they weigh more. The exact weights of the others are
-    larger than -alpha by at most `2**-25 alpha` each. `Info.count` counts the keys
+    With `x = scale <q, k> - bias`. Below `x = -17.4 alpha` the weight is -alpha in
+    float32: the sum of -alpha over all visible keys is a closed form, and only the keys
+    above are looked at and add what they weigh more. The exact weights of the others
+    are larger than -alpha by at most `2**-25 alpha` each. `Info.count` counts the keys
     above.
 
     Args:
@@ -183,6 +186,9 @@ class CELU(_Saturates):
 
     Raises:
       ValueError: alpha is no number > 0, normalize is "row_sum" or unknown.
+
+    Cost: the constant is O((S + T) D) a key head; "hsr" scores the keys above
+    `x = -17.4 alpha` beside it.
 
     Example:
       >>> import hsrjax
@@ -213,7 +219,7 @@ class CELU(_Saturates):
 class SELU(_Saturates):
     """SELU attention weights: `1.0507 x` above 0, else `1.7581 (exp(x) - 1)`.
 
-    With x = scale <q, k> - bias. As in `hsrjax.CELU`, only keys with x > -17.4 are
+    With `x = scale <q, k> - bias`. As in `hsrjax.CELU`, only keys with x > -17.4 are
     looked at, and the exact weights of the others exceed theirs by at most
     `2**-25 * 1.7581`.
 
@@ -223,6 +229,8 @@ class SELU(_Saturates):
 
     Raises:
       ValueError: normalize is "row_sum" or unknown.
+
+    Cost: as `CELU` with alpha 1.
 
     Example:
       >>> import hsrjax

@@ -63,16 +63,19 @@ class _Sums(NamedTuple):
 class Entmax(Activation):
     """Entmax attention weights: `relu((alpha - 1) s - tau)^(1 / (alpha - 1))`.
 
-    With s = scale <q, k> and, in every row, the tau for which they sum to one: softmax
-    with exact zeros. Bounds on the scores bound tau, so that half-space reporting finds
-    the keys which may weigh anything; their scores make tau exact, and gradients
-    include its own.
+    With `s = scale <q, k>` and, in every row, the tau for which they sum to one:
+    softmax with exact zeros. Bounds on the scores bound tau, so that half-space
+    reporting finds the keys which may weigh anything; their scores make tau exact, and
+    gradients include its own.
 
     Args:
       alpha: 1.5, or 2.0 which is sparsemax; static.
 
     Raises:
       ValueError: another alpha.
+
+    Cost: tau takes a few Newton steps, mostly four to eight; each is O(S) over all
+    bounds, and then over the scores of the keys that may weigh anything.
 
     Example:
       >>> import hsrjax

@@ -48,15 +48,18 @@ class ReLU(Excess):
     that matter are a half-space and half-space reporting finds all of them.
 
     Args:
-      power: p >= 1, the paper's alpha.
-      bias: float, or an array that broadcasts to [B, T, N]: one per head is f[N], one
-        per row is f[T, 1]. May be traced and differentiated.
+      power: p >= 1, the paper's alpha; static.
+      bias: b in units of the scaled score; float, or an array that broadcasts to
+        [B, T, N]: one per head is f[N], one per row is f[T, 1]. May be traced and
+        differentiated.
       normalize: "row_sum" divides by the sum of the row's weights (the paper's D^-1;
         a row in which nothing fires is zero), "length" by the number of visible keys,
-        "none" leaves the sum as it is (for models that normalise the output).
+        "none" leaves the sum as it is (for models that normalise the output); static.
 
     Raises:
       ValueError: power is not an integer >= 1, or normalize is unknown.
+
+    Cost: "hsr" scores the keys above the bias, and hardly any more.
 
     Example:
       >>> import hsrjax

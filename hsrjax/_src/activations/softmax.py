@@ -26,20 +26,27 @@ _EPSILON_SHARE = 0.05
 class Softmax(Activation):
     """Softmax attention weights: over all keys, the top r, or all but a mass epsilon.
 
+    `exp(scale <q, k>)`, divided by its sum over the keys that are kept. What is left
+    out is bounded, row by row, by `Info.missed_mass` and `Info.error_bound`.
+
     Args:
-      top_r: keep the keys whose score is at least the r-th largest of the row; keys
-        tied with the r-th are all kept. None keeps every key.
+      top_r: static; keep the keys whose score is at least the r-th largest of the row;
+        keys tied with the r-th are all kept. None keeps every key.
       epsilon: leave out keys that together hold at most this fraction of the row's
         softmax mass, 0 < epsilon < 1. May be traced.
-      tail: what is left out acts all the same, through sketches: each key by its
-        bounded score and by the 8-bit mean value of so many consecutive keys, 1, 2, 4,
-        8, 16 or 32. An approximation of *full* softmax, with a bound in `Info`, that
+      tail: static; what is left out acts all the same, through sketches: each key by
+        its bounded score and by the 8-bit mean value of so many consecutive keys, 1, 2,
+        4, 8, 16 or 32. An approximation of full softmax, with a bound in `Info`, that
         looks at no more keys: dense attention, which has all scores, is full softmax.
         Gradients take the tail for constant. None drops what is left out.
 
     Raises:
       ValueError: top_r < 1, epsilon outside (0, 1), or both given; tail is no such
         number, or nothing is left out.
+
+    Cost: full softmax scores every key, by any method. "hsr" bounds every score by the
+    sketch, finds an offset from these bounds, in O(S) a row, and scores the keys above
+    it; a tail adds O(S) and S D / tail multiplications a row.
 
     Example:
       >>> import hsrjax

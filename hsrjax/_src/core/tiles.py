@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hsrjax._src.core import meshes
 from hsrjax._src.core.arrays import finite_or_zero
 from hsrjax._src.core.visible import Visible
 
@@ -59,6 +60,18 @@ class Values(NamedTuple):
     sketch: Any = None
 
 
+class Short(NamedTuple):
+    """Queries of 16 bits, which matrix units multiply as they are.
+
+    Attributes:
+      queries: f16[M, *B, Q, H], as they came.
+      factor: f32[M], one number for all, by which their scores are multiplied.
+    """
+
+    queries: jax.Array
+    factor: jax.Array
+
+
 class Tiles(NamedTuple):
     """Queries cut into tiles.
 
@@ -66,11 +79,14 @@ class Tiles(NamedTuple):
       queries: f32[M, *B, Q, H], already scaled.
       activation: with every field f32[M, *B, Q].
       visible: i32[M, *B, Q], the keys that each query may see.
+      short: the same queries, for whom it is cheaper to scale scores; None where they
+        came with more bits. Without gradients, which are those of `queries`.
     """
 
     queries: jax.Array
     activation: Any
     visible: Visible
+    short: Short | None = None
 
     def edges(self) -> jax.Array:
         """Offsets f32[..., Q] of the half-spaces; +inf for queries that see nothing."""
@@ -176,20 +192,30 @@ def cut_queries(
       kv_heads: K.
       tile: positions.
     """
-    rows = query.shape[:3]
-    every_head = lambda x: jnp.broadcast_to(x[..., None], rows)
+    every_head = lambda x: jnp.broadcast_to(x[..., None], query.shape[:3])
     cut = functools.partial(to_tiles, kv_heads=kv_heads, tile=tile)
+    short, factor = None, factor_of(query, scale) * activation.score_factor
+    if query.dtype.itemsize == 2 and factor.ndim == 0:
+        rows, factor = jax.lax.stop_gradient((cut(query), factor))
+        factor = meshes.varying(factor, rows)
+        short = Short(rows, jnp.broadcast_to(factor, rows.shape[:1]))
     return Tiles(
         cut(scale_query(query, scale) * activation.score_factor),
         jax.tree.map(functools.partial(cut, repeat_last=True), activation),
         jax.tree.map(lambda x: cut(every_head(x)), visible),
+        short,
     )
 
 
 def scale_query(query: jax.Array, scale: jax.typing.ArrayLike | None) -> jax.Array:
     """Queries f32[..., H] times the scale, None is 1/sqrt(H)."""
+    return query.astype(jnp.float32) * factor_of(query, scale)
+
+
+def factor_of(query: jax.Array, scale: jax.typing.ArrayLike | None) -> jax.Array:
+    """The scale, f32."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    return query.astype(jnp.float32) * jnp.asarray(factor, jnp.float32)
+    return jnp.asarray(factor, jnp.float32)
 
 
 def to_tiles(

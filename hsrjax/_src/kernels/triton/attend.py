@@ -28,7 +28,7 @@ from hsrjax._src.core.tiles import Partial
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.kernels.triton import left as lefts
 from hsrjax._src.kernels.triton import sketched
-from hsrjax._src.kernels.triton.loads import padded, rows_of, shaped
+from hsrjax._src.kernels.triton.loads import padded, shaped
 from hsrjax._src.kernels.triton.place import Pieces, Place, Sizes
 from hsrjax._src.kernels.triton.products import wide
 
@@ -37,7 +37,7 @@ class Operands(NamedTuple):
     """What a kernel reads.
 
     Attributes:
-      queries: f[M, X, Q, H], X sets of keys.
+      queries: f[M, X, Q, H], X sets of keys: f32 and scaled, or of the dtype of keys.
       law: whose fields are f32[M, X, Q].
       visible: i32[M, X, Q].
       keys: f[X, P, H].
@@ -45,6 +45,7 @@ class Operands(NamedTuple):
       ids: i32[X, P] or None.
       sketch: of the keys, or None.
       means: of groups of values, for a tail; or None.
+      factor: f32[M], of the scores of queries that are not scaled; or None.
     """
 
     queries: Any
@@ -55,6 +56,12 @@ class Operands(NamedTuple):
     ids: Any
     sketch: Any
     means: Any = None
+    factor: Any = None
+
+    @property
+    def short(self) -> bool:
+        """Whether queries have 16 bits, and what comes of them soon has."""
+        return self.factor is not None
 
 
 class Found(NamedTuple):
@@ -162,7 +169,7 @@ def list_keys(here, x, out, law, visible, pieces):
     others f32[Q] relative to the edge.
     """
     sizes = here.sizes
-    coded = sketched.code_rows(here, x.queries, x.sketch)
+    coded = sketched.code_rows(here, x)
     sees = visible.count() > 0
     offsets = jnp.where(sees, law.edge(), jnp.inf)
 
@@ -225,18 +232,18 @@ def list_keys(here, x, out, law, visible, pieces):
 def _sum(here, x, law, visible, slots, number) -> Partial:
     """Exact sums over `number` keys."""
     sizes = here.sizes
-    queries = rows_of(x.queries, here.query, sizes.head_dim)
+    score = here.scoring(x)
     law = jax.tree.map(lambda field: field[:, None], law)
     edge = jnp.float32(0.0) if law.keeps_all else jnp.asarray(law.edge())
     start = Partial.zeros(
-        queries.shape[:1], padded(sizes.value_dim), relative=law.relative
+        here.live.shape, padded(sizes.value_dim), relative=law.relative
     )
 
     def step(i, sums):
         _, keys, values, position, there = here.take(x, i, number, slots)
         seen = visible.mask(position[None, :]) & there[None, :]
         sinks = visible.sinks(position[None, :])
-        scores = wide(queries, keys.T)
+        scores = score(keys)
         peak = None
         if law.relative:
             scores = jnp.where(seen, scores, -jnp.inf)
@@ -249,7 +256,7 @@ def _sum(here, x, law, visible, slots, number) -> Partial:
         weights = jnp.where(unknown, jnp.nan, weights)
         weights = jnp.where(seen, weights, 0.0)
         found = Partial(
-            weighted=wide(weights, values),
+            weighted=wide(weights, values, pieces=2 if x.short else 3),
             total=jnp.sum(weights, axis=1),
             peak=None,
             count=sums.count,

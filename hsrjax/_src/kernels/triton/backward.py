@@ -72,8 +72,9 @@ def gradients(
     """
     if x.keys.dtype == jnp.float16 and _numbers(x) > 2 * _NUMBERS:
         # Pieces of wide heads would take more shared memory than small cards have.
-        keys, values = (y.astype(jnp.float32) for y in (x.keys, x.values))
-        x = x._replace(keys=keys, values=values)
+        names = "queries", "keys", "values"
+        more = {name: getattr(x, name).astype(jnp.float32) for name in names}
+        x = x._replace(**more)
     spans = _spans(x.visible, sizes, x.ids)
     lists = None
     every = spans[-1][1] > 0

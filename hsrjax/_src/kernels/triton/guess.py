@@ -56,7 +56,7 @@ def _kernel(x: Operands, share: Any, out: Any, *, sizes: Sizes):
     low, high = visible.spans()[-1]
     at, there, weight = _sample(low, high)
     at = jnp.clip(at, 0, sizes.slots - 1)
-    coded = sketched.code_rows(here, x.queries, x.sketch)
+    coded = sketched.code_rows(here, x)
     found = sketched.bounds_at(here, x.sketch, coded, at)
     known = (there & (found.sound > 0))[:, None]
     lower = jnp.where(known, found.middle - found.slack, -jnp.inf)

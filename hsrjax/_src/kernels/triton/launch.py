@@ -87,10 +87,16 @@ def sum_all(
 
 def flat(tiles, keys, values, ids, sketch, means=None) -> Operands:
     """With one axis X instead of the batch axes."""
-    lead = keys.shape[:-2]
+    lead, factor = keys.shape[:-2], None
+    queries, law, visible, short = tiles
+    if short is not None and short.queries.dtype == keys.dtype:
+        queries, factor = short
     by_set = lambda x: x.reshape(-1, *x.shape[len(lead) :])
-    rows = jax.tree.map(functools.partial(flat_rows, lead=lead), tuple(tiles))
-    return Operands(*rows, *jax.tree.map(by_set, (keys, values, ids, sketch, means)))
+    rows = jax.tree.map(
+        functools.partial(flat_rows, lead=lead), (queries, law, visible)
+    )
+    by_key = jax.tree.map(by_set, (keys, values, ids, sketch, means))
+    return Operands(*rows, *by_key, factor=factor)
 
 
 def flat_rows(x, lead):
@@ -102,12 +108,11 @@ def _run(options, tiles, keys, values, ids, sketch, means=None) -> Found:
     operands = flat(tiles, keys, values, ids, sketch, means)
     sizes = sizes_of(operands, options)
     groups = _groups(operands, sizes)
-    rows = operands.queries, operands.law, operands.visible
+    names = "queries", "law", "visible", "factor"
+    rows = {name: getattr(operands, name) for name in names}
 
     def one_group(rows):
-        queries, law, visible = rows
-        x = operands._replace(queries=queries, law=law, visible=visible)
-        return combine(attend(x, sizes), sizes)
+        return combine(attend(operands._replace(**rows), sizes), sizes)
 
     if groups == 1:
         found = one_group(rows)

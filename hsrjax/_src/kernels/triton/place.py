@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton
 
 from hsrjax._src.core.visible import Visible
 from hsrjax._src.kernels.triton.loads import LEAST, padded, rows_of
+from hsrjax._src.kernels.triton.products import wide
 
 
 class Sizes(NamedTuple):
@@ -113,6 +114,20 @@ class Place:
     def row(self, ref):
         """A number for each query."""
         return triton.load(ref.at[self.lead[0], self.set, self.at])
+
+    def factor(self, x: Any) -> Any:
+        """By which the scores of the queries are multiplied, or None."""
+        if x.factor is None:
+            return None
+        return triton.load(x.factor.at[self.lead[0]])
+
+    def scoring(self, x: Any) -> Callable[[Any], Any]:
+        """A function from keys f[C, H'] to their scores f32[Q', C]."""
+        queries = rows_of(x.queries, self.query, self.sizes.head_dim)
+        factor = self.factor(x)
+        if factor is None:
+            return lambda keys: wide(queries, keys.T)
+        return lambda keys: wide(queries, keys.T) * factor
 
     def gather(self, ref, slots, width, there=None, *, least: int = LEAST):
         """Rows [C, D'] at slots i32[C]; zeros where there is none."""

@@ -4,8 +4,9 @@ A matrix unit multiplies numbers of 8 or 11 bits exactly and adds in float32. A 
 number is the sum of three of 8 bits, or of three of 11: as many products give what one
 of float32 would. Between two arrays of the same 16 bits a single product does.
 
-Gradients of keys and values of 16 bits are rounded to 16 bits in the end. They, and
-what leads to them, are made of two pieces of each number: 2^-16 of a term is lost.
+Queries of 16 bits stay as they came, and their scores are scaled. What is rounded to 16
+bits in the end, their sums and gradients of keys and values, is made of two pieces of
+each number: 2^-16 of a term is lost.
 """
 
 from __future__ import annotations
@@ -21,16 +22,15 @@ _TF32 = -(2**13)
 """Masks of the bits of a float32 number that such a number has."""
 
 
-def wide(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x f[Q, C] times y f[C, D], f32[Q, D], exact up to float32 summation."""
-    if x.dtype == y.dtype:
-        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return triton.dot(x, y, precision=precision)
+def wide(x: jax.Array, y: jax.Array, pieces: int = 3) -> jax.Array:
+    """x f[Q, C] times y f[C, D], f32[Q, D], exact up to float32 summation.
+
+    But for pieces of x that are left out, where it has more bits than y.
+    """
+    if x.dtype == y.dtype and x.dtype != jnp.float32:
+        return triton.dot(x, y, precision=None)
     x = x.astype(jnp.float32)
-    if y.dtype == jnp.bfloat16:
-        return _in_pieces(x, y, _BFLOAT16)
-    # float16 fits into TF32; pieces of x may be too large or small for float16.
-    return _in_pieces(x, y.astype(jnp.float32), _TF32)
+    return times(split(x, y, pieces), split(y, y, 1), order=pieces)
 
 
 class Split(NamedTuple):
@@ -89,17 +89,6 @@ def times(x: Split, y: Split, *, order: int) -> jax.Array:
     small = sum(reversed(rest[:-1]), rest[-1])
     # Of what is infinite the first piece says all, and the others are not a number.
     return jnp.where(jnp.isnan(small), 0.0, small) + first
-
-
-def _in_pieces(x, y, mask):
-    def times(piece):
-        return triton.dot(piece.astype(y.dtype), y, precision=None)
-
-    first = _cut(x, mask)
-    second = _cut(x - first, mask)
-    rest = times(x - first - second) + times(second)
-    # Of what is infinite the first piece says all, and the others are not a number.
-    return jnp.where(jnp.isnan(rest), 0.0, rest) + times(first)
 
 
 def _cut(x, mask):

@@ -56,6 +56,8 @@ def _kernel(x: Operands, before: Chosen, out: Any, *, sizes: Sizes, rule: Rule):
     count = jnp.where(pending, jnp.maximum(visible.high - low, 0), 0)
     rounds = (count + (at_once - 1)) // at_once
     query = rows_of(x.queries, mine, sizes.head_dim).astype(jnp.float32)
+    if x.factor is not None:
+        query *= triton.load(x.factor.at[mine[0]])
 
     def scored(i):
         """Slots i32[C], which are seen, and their scores f32[C]."""

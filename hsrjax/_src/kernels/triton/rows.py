@@ -35,9 +35,13 @@ class Rows(NamedTuple):
     """Queries of a part of a tile with what their gradients start from.
 
     Products have keys first, [C, Q]: so what they give is multiplied as it is.
+
+    Attributes:
+      factor: of the scores, f32, or None.
     """
 
     queries: Split
+    factor: Any
     weighted: Split
     total: jax.Array
     law: Any
@@ -54,6 +58,7 @@ class Rows(NamedTuple):
         weighted = rows(bars.weighted, width=sizes.value_dim)
         return cls(
             queries=split(queries, x.keys, 3),
+            factor=here.factor(x),
             weighted=split(weighted, x.values, 2),
             total=jnp.where(here.live, here.row(bars.total), 0.0)[None, :],
             law=jax.tree.map(row, x.law),
@@ -70,6 +75,8 @@ class Rows(NamedTuple):
         sinks = self.visible.sinks(position)
         sinks = None if sinks is None else sinks[..., 0]
         scores = times(split(keys, keys, 1), self.queries.T, order=3)
+        if self.factor is not None:
+            scores *= self.factor
         scores = jnp.where(seen, scores, -jnp.inf)
 
         def weigh(scores, law):
@@ -91,7 +98,7 @@ class Rows(NamedTuple):
 
     def by_key(self, weights: Split, scores_bar: Split) -> ByKey:
         """What the keys get: f32[C, H'] and f32[C, D']."""
-        return ByKey(
-            times(scores_bar, self.queries, order=2),
-            times(weights, self.weighted, order=2),
-        )
+        keys = times(scores_bar, self.queries, order=2)
+        if self.factor is not None:
+            keys *= self.factor
+        return ByKey(keys, times(weights, self.weighted, order=2))

@@ -85,7 +85,7 @@ def _look(x: Operands, out: _Sample, *, sizes: Sizes, cautious: bool):
     number = here.lead[2] * _AT_ONCE + jnp.arange(_AT_ONCE, dtype=jnp.int32)
     at = low + step // 2 + number * step
     slot = jnp.clip(at, 0, sizes.slots - 1)
-    coded = sketched.code_rows(here, x.queries, x.sketch)
+    coded = sketched.code_rows(here, x)
     found = sketched.bounds_at(here, x.sketch, coded, slot)
     scores = found.middle - found.slack if cautious else found.middle
     seen = visible.mask(at[None, :])

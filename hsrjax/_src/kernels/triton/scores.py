@@ -16,9 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from hsrjax._src.kernels.triton.attend import Operands, list_keys
-from hsrjax._src.kernels.triton.loads import rows_of, shaped
+from hsrjax._src.kernels.triton.loads import shaped
 from hsrjax._src.kernels.triton.place import Pieces, Place, Sizes
-from hsrjax._src.kernels.triton.products import wide
 
 ROOM = 512
 """Of the list of a row, keys."""
@@ -89,8 +88,7 @@ def _kernel(x: Operands, out: Scored, *, sizes: Sizes):
     lists = _Lists(out.listed)
     size, over, left = list_keys(here, x, lists, law, visible, pieces)
     triton.store(out.size.at[(*here.lead, here.part)], size)
-    queries = rows_of(x.queries, here.query, sizes.head_dim)
-    offset = law.edge()
+    score, offset = here.scoring(x), law.edge()
 
     def slots(at):
         where = (*here.lead, here.part, jnp.minimum(at, sizes.room - 1))
@@ -100,7 +98,7 @@ def _kernel(x: Operands, out: Scored, *, sizes: Sizes):
         number, looked, left = found
         _, keys, _, position, there = here.take(x, i, listed, slots)
         seen = visible.mask(position[None, :]) & there[None, :]
-        scores = wide(queries, keys.T)
+        scores = score(keys)
         # NaN is kept, for the row to be one.
         below = scores < offset[:, None]
         kept = (seen & ~below).astype(jnp.int32)

@@ -96,12 +96,14 @@ class Block(NamedTuple):
     radius: jax.Array
 
 
-def code_rows(here: Place, queries: Any, sketch: Any) -> Coded:
+def code_rows(here: Place, x: Any) -> Coded:
     """Codes the queries of a program, against its keys."""
-    width = here.sizes.head_dim
+    width, factor = here.sizes.head_dim, here.factor(x)
     deep = functools.partial(rows_of, width=width, least=INT8_DEPTH)
-    rows = deep(queries, here.query).astype(jnp.float32)
-    return code(rows, deep(sketch.centre, (here.set,)), width)
+    rows = deep(x.queries, here.query).astype(jnp.float32)
+    if factor is not None:
+        rows *= factor
+    return code(rows, deep(x.sketch.centre, (here.set,)), width)
 
 
 class Bounds(NamedTuple):

@@ -25,9 +25,11 @@ class XLA(Implementation):
         return Selected(*tile.activation.select(sight))
 
     def sum_sets(self, tiles, keys, values, ids, words, *, capacity, counted):
+        tiles = tiles._replace(short=None)
         return sum_tiles(Runs(capacity), counted, tiles, keys, values, ids, words)
 
     def sum_all(self, tiles, keys, values, ids, *, chunk, counted):
+        tiles = tiles._replace(short=None)
         if chunk is None:
             return sum_whole(tiles, keys, values, ids)
         walk = Chunks(chunk)

@@ -48,7 +48,7 @@ def _forward(plan, counted, tiles, keys, values, ids, words):
         rows = walk.by_set(tile)
 
         def one_piece(piece, sums):
-            a, law, seen = piece.of(rows)
+            a, law, seen, _ = piece.of(rows)
             k, v = piece.gather()
             visible, sinks = piece.mask(seen), seen.sinks(piece.at)
             scores = dot(a, k)
@@ -100,7 +100,9 @@ def _sums_backward(plan, _, residuals, cotangents):
 
         def one_piece(piece, grads):
             row_grads, key_grads = grads
-            (a, law, seen), (peak, weighted_bar, total_bar) = piece.of((rows, others))
+            (a, law, seen, _), (peak, weighted_bar, total_bar) = piece.of(
+                (rows, others)
+            )
             k, v = piece.gather()
             visible, sinks = piece.mask(seen), seen.sinks(piece.at)
 
