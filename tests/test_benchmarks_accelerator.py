@@ -1,7 +1,6 @@
 """benchmarks accelerator, rehearsed on the CPU: rows, faults, the end of time."""
 
 import dataclasses
-import functools
 import json
 import sys
 import time
@@ -29,7 +28,7 @@ from benchmarks.harness import devices, inputs, internals, timing
 from benchmarks.harness.loops import Loop
 from benchmarks.harness.timing import NO_TIME
 
-pytestmark = pytest.mark.usefixtures("compile_cache", "forgotten_kernels", "one_layer")
+pytestmark = pytest.mark.usefixtures("compile_cache", "forgotten_kernels")
 FEW = ("hsr (kernels)", "hsr (xla)", "auto", "hsrjax dense (kernels)")
 FEW += ("hsrjax dense (xla)", "dense einsum (keys transposed)")
 
@@ -43,19 +42,15 @@ def forgotten_kernels():
     internals.registry._implementations.update(known)
 
 
-@functools.cache
-def cut():
-    """The lowest layer of the released model: programs that compile faster."""
+@pytest.fixture
+def two_layers(monkeypatch):
+    """Of the released model, whose programs compile faster than those of all six."""
     opened = sequences.released()
     model = nnx.clone(opened.model)
-    model.config = dataclasses.replace(model.config, num_layers=1)
-    model.blocks = nnx.List(list(model.blocks)[:1])
-    return opened._replace(model=model)
-
-
-@pytest.fixture
-def one_layer(monkeypatch):
-    monkeypatch.setattr(language, "released", cut)
+    model.config = dataclasses.replace(model.config, num_layers=2)
+    model.blocks = nnx.List(list(model.blocks)[:2])
+    cut = opened._replace(model=model)
+    monkeypatch.setattr(language, "released", lambda: cut)
 
 
 def rehearse(tmp_path, *words):
@@ -169,7 +164,7 @@ def test_a_row_on_the_cpu(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_rows_by_kernels_on_the_cpu(tmp_path):
+def test_rows_by_kernels_on_the_cpu(tmp_path, two_layers):
     """But those of other tests here; by kernels, and however slow that is."""
     chosen, names = [1, 2, 7, 9, 10, 11], ["hsr (kernels)", "hsrjax dense (kernels)"]
     words = ["--only", *chosen, "--minutes", 60, *without(*names)]
