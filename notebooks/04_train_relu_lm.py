@@ -267,6 +267,9 @@ assert same
 # same text, cut into byte pairs. Its model card says how it was trained and what it
 # cannot do. It was trained on rows of 1,024 tokens; here it continues the source of a
 # module of the standard library, a prompt that is four times as long.
+#
+# The tokens per second are those of one short run on a busy machine, and say little;
+# `benchmarks/results/generate/` has measured ones.
 
 # %% tags=["varies"]
 released, tokenizer = open_model(checkout / "models/released/python-2.8m")
