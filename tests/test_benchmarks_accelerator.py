@@ -302,7 +302,7 @@ def test_tests_are_stopped_when_their_time_is_over():
     begun = time.monotonic()
     found = suite.contract(1.0, platforms="cpu", chosen=("tests/test_triton.py",))
     assert time.monotonic() - begun < 60
-    assert found.status != "measured" and found.measured is None
+    assert found.status != "measured"
 
 
 def test_models_attend_by_what_their_thread_has_chosen(monkeypatch):

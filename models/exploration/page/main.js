@@ -108,8 +108,9 @@ function hashNow() {
   return "#" + new URLSearchParams({ layer, head, query, view });
 }
 
-function fromHash() {
-  const given = new URLSearchParams(location.hash.slice(1));
+/** Shows what an address says. Not always what is in the bar: `remember` may just have written over it. */
+function fromHash(address = location.href) {
+  const given = new URLSearchParams(new URL(address).hash.slice(1));
   const whole = (name, most, otherwise) => {
     const value = Number.parseInt(given.get(name), 10);
     return Number.isInteger(value) ? limit(value, most) : otherwise;
@@ -304,7 +305,7 @@ async function begin() {
     return;
   }
   isDark.addEventListener("change", applyTheme);
-  addEventListener("hashchange", fromHash);
+  addEventListener("hashchange", (event) => fromHash(event.newURL));
   addEventListener("resize", () => requestAnimationFrame(show));
   applyTheme();
   await fromHash();
