@@ -24,9 +24,8 @@
 # keys at which dense wins again, and what `hsrjax.explain` says about the choice. It
 # takes one to two minutes on two CPU cores.
 #
-# The times stored here were taken on two cores that a dozen other programs were using
-# as well, so all of them are many times too long, for every contestant. Run the
-# notebook to see yours; `benchmarks/results/decode/` has the times of a quiet machine.
+# The times stored here are those of two cores of a Xeon at 2.5 GHz. Run the notebook to
+# see yours; `benchmarks/results/decode/` has those of another machine, with more care.
 
 # %% tags=["varies"]
 # @title Get hsrjax { display-mode: "form" }

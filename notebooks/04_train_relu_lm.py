@@ -268,7 +268,7 @@ assert same
 # cannot do. It was trained on rows of 1,024 tokens; here it continues the source of a
 # module of the standard library, a prompt that is four times as long.
 #
-# The tokens per second are those of one short run on a busy machine, and say little;
+# The tokens per second are those of one short run, and say little;
 # `benchmarks/results/generate/` has measured ones.
 
 # %% tags=["varies"]
