@@ -17,8 +17,8 @@ there. A kernel differs in these points, u = 2^-24:
     relative error of u, and one of it remains.
 5.  The score S of a kernel is a sum of products of matrix units, which may cut off
     where float32 rounds: off by at most 2u instead of u for each sum, and by 2u for the
-    scale that is multiplied in afterwards. That is (2H + 4) u |a| K, of the (2H + 32) u
-    2 |a| K in the slack.
+    scale, which is multiplied into the query that is coded and into the score
+    afterwards. That is (2H + 4) u |a| K, of the (2H + 32) u 2 |a| K in the slack.
 6.  The norm of the centre is divided by its largest number, so that no square leaves
     the range of float32: two more relative errors of 4u, in the inflation.
 7.  Point 3 holds for every b: the computed middle + slack is at least S.
